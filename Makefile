@@ -1,0 +1,52 @@
+.DEFAULT_GOAL := help
+SHELL := bash
+BIN := .venv/bin
+# Each torch process gets one or two threads, or they starve each other.
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: help
+help: ## Show the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 18
+
+.PHONY: setup
+setup: ## Create .venv with what is pinned; does nothing where it is complete
+	@bash scripts/setup.sh
+
+.PHONY: demo
+demo: setup ## Start a mesh, run a GRPO job on it, show how its reward rises
+	@$(BIN)/python -m examples.demo
+
+.PHONY: demo-smollm2
+demo-smollm2: setup ## The same with a pretrained model, SmolLM2-135M-Instruct; slow on a CPU
+	@bash scripts/fetch_smollm2.sh
+	@$(BIN)/python -m examples.demo --config examples/smollm2.yaml --job examples/jobs/smollm2.yaml
+
+.PHONY: test
+test: setup ## Run all tests
+	@$(BIN)/python -m pytest
+
+.PHONY: check
+check: setup ## Lint, types, protos (lint and breaking), import rules, drift of generated files
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+	@bash scripts/check_breaking.sh
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/gen_protos.py --check
+
+.PHONY: format
+format: setup ## Format the code and the protos
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/buf format --write
+
+.PHONY: proto
+proto: setup ## Generate rollmesh/api from protos/
+	$(BIN)/buf lint
+	$(BIN)/python scripts/gen_protos.py
+
+.PHONY: lock
+lock: ## Resolve the dependencies anew and pin them in requirements/cpu.txt
+	@bash scripts/lock.sh

@@ -1,0 +1,63 @@
+"""Typed async clients, one per service; `Client` is where a user of the mesh begins.
+
+async with Client("127.0.0.1:7400") as client:
+    job = await client.jobs.create("projects/default", load_job_file(Path("job.yaml")))
+    async for event in client.jobs.watch(job.name):
+        print(event)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+from rollmesh.client.adapters import AdapterClient
+from rollmesh.client.fleet import FleetClient
+from rollmesh.client.jobs import JobClient
+from rollmesh.client.reward import RewardClient
+from rollmesh.client.sampler import SamplerClient
+from rollmesh.client.sampling import SamplingClient
+from rollmesh.client.trainer import TrainerClient
+from rollmesh.client.training import TrainingClient
+from rollmesh.rpc.channel import channel
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+__all__ = [
+    "AdapterClient",
+    "Client",
+    "FleetClient",
+    "JobClient",
+    "RewardClient",
+    "SamplerClient",
+    "SamplingClient",
+    "TrainerClient",
+    "TrainingClient",
+]
+
+
+class Client:
+    """All that a coordinator offers, over one channel; an async context manager.
+
+    Attributes:
+        jobs, adapters, training, sampling, fleet: the client of the service of that name.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._channel = channel(address)
+        self.jobs = JobClient(self._channel)
+        self.adapters = AdapterClient(self._channel)
+        self.training = TrainingClient(self._channel)
+        self.sampling = SamplingClient(self._channel)
+        self.fleet = FleetClient(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._channel.close()

@@ -1,0 +1,104 @@
+"""Client of a trainer: inside the mesh."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rollmesh import convert, types
+from rollmesh.api.trainer.v1 import trainer_service_pb2 as pb
+from rollmesh.api.trainer.v1.trainer_service_pb2_grpc import TrainerServiceStub
+from rollmesh.rpc.status import mesh_errors
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    import grpc
+
+    from rollmesh.api.trainer.v1.trainer_service_pb2_grpc import TrainerServiceAsyncStub
+
+
+class TrainerClient:
+    """TrainerService, typed. Every method raises the MeshError that the trainer raised."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub: TrainerServiceAsyncStub = TrainerServiceStub(channel)
+
+    async def get_trainer(self) -> types.TrainerInfo:
+        """What the trainer serves and how full it is."""
+        with mesh_errors():
+            return convert.trainer_info_from_pb(await self._stub.GetTrainer(pb.GetTrainerRequest()))
+
+    async def create_adapter(self, name: str, lora: types.LoraConfig) -> types.TrainerAdapter:
+        """A fresh adapter, or the one that exists with the same configuration."""
+        request = pb.CreateAdapterRequest(name=name, lora=convert.lora_to_pb(lora))
+        with mesh_errors():
+            response = await self._stub.CreateAdapter(request)
+        return convert.trainer_adapter_from_pb(response.adapter)
+
+    async def get_adapter(self, name: str) -> types.TrainerAdapter:
+        """One adapter."""
+        with mesh_errors():
+            response = await self._stub.GetAdapter(pb.GetAdapterRequest(name=name))
+        return convert.trainer_adapter_from_pb(response.adapter)
+
+    async def delete_adapter(self, name: str) -> None:
+        """Free an adapter and its versions."""
+        with mesh_errors():
+            await self._stub.DeleteAdapter(pb.DeleteAdapterRequest(name=name))
+
+    async def forward_backward(
+        self,
+        adapter: str,
+        sequence: int,
+        data: Sequence[types.Datum],
+        loss_config: types.LossConfig,
+    ) -> types.ForwardBackwardResult:
+        """Loss and gradients of a batch, added to the adapter's pending ones."""
+        request = pb.ForwardBackwardRequest(
+            adapter=adapter,
+            sequence=sequence,
+            data=[convert.datum_to_pb(datum) for datum in data],
+            loss_config=convert.loss_to_pb(loss_config),
+        )
+        with mesh_errors():
+            response = await self._stub.ForwardBackward(request)
+        return types.ForwardBackwardResult(
+            convert.arrays_from_pb(response.logprobs), dict(response.metrics)
+        )
+
+    async def forward(
+        self, adapter: str, data: Sequence[types.Datum]
+    ) -> tuple[types.FloatArray, ...]:
+        """Per datum the targets' log-probabilities, float32 [T]."""
+        request = pb.ForwardRequest(
+            adapter=adapter, data=[convert.datum_to_pb(datum) for datum in data]
+        )
+        with mesh_errors():
+            response = await self._stub.Forward(request)
+        return convert.arrays_from_pb(response.logprobs)
+
+    async def optim_step(
+        self, adapter: str, sequence: int, adam: types.AdamConfig
+    ) -> types.OptimStepResult:
+        """One AdamW step with the pending gradients."""
+        request = pb.OptimStepRequest(
+            adapter=adapter, sequence=sequence, adam=convert.adam_to_pb(adam)
+        )
+        with mesh_errors():
+            response = await self._stub.OptimStep(request)
+        return types.OptimStepResult(response.policy_version, dict(response.metrics))
+
+    async def publish_adapter(self, name: str) -> types.PublishedVersion:
+        """Make the current weights an exportable version."""
+        with mesh_errors():
+            response = await self._stub.PublishAdapter(pb.PublishAdapterRequest(name=name))
+        return types.PublishedVersion(response.policy_version, response.digest)
+
+    async def export_adapter(
+        self, name: str, policy_version: int
+    ) -> AsyncIterator[types.AdapterExport | bytes | str]:
+        """A header, then chunks of adapter_model.safetensors, then the digest."""
+        request = pb.ExportAdapterRequest(name=name, policy_version=policy_version)
+        with mesh_errors():
+            async for response in self._stub.ExportAdapter(request):
+                yield convert.export_part_from_pb(response)

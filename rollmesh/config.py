@@ -1,0 +1,129 @@
+"""One way to read YAML: closed, frozen, documented models, and errors that name the key.
+
+Every service's configuration and every job file is read here. Environment variables never
+configure anything but secrets.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import typing
+from typing import TYPE_CHECKING, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from rollmesh.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from pydantic_core import ErrorDetails
+
+
+class Config(BaseModel):
+    """Base of every config: immutable, closed, documented by the strings under its fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """The configuration in the YAML file at `path`.
+
+        Raises:
+            InvalidRequest: unreadable, not YAML, or not this model; the message names each key.
+        """
+        return cls.parse(read_yaml(path), source=str(path))
+
+    @classmethod
+    def parse(cls, values: object, *, source: str) -> Self:
+        """The configuration in `values`, as a YAML reader returns them.
+
+        Raises:
+            InvalidRequest: not this model; the message names each key and `source`.
+        """
+        if not isinstance(values, dict):
+            raise InvalidRequest(
+                f"{source}: expected keys and values, found {type(values).__name__}", field=""
+            )
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise explain(error, cls, source=source) from None
+
+
+def read_yaml(path: Path) -> object:
+    """What the YAML file at `path` holds; an empty file is an empty mapping.
+
+    Raises:
+        InvalidRequest: unreadable or not YAML, with line and column.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidRequest(f"{path}: {error.strerror}", field=str(path)) from None
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{path}: not UTF-8: {error}", field=str(path)) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise InvalidRequest(f"{path}{where}: not YAML: {problem}", field=str(path)) from None
+    return {} if values is None else values
+
+
+def explain(error: ValidationError, model: type[BaseModel], *, source: str) -> InvalidRequest:
+    """`error` as one that names each key, what was found there, and for a typo the nearest key."""
+    details = error.errors(include_url=False)
+    problems = [_problem(detail, model) for detail in details]
+    return InvalidRequest(
+        f"{source}: " + "; ".join(problems),
+        field=_path(details[0]["loc"]),
+        value=str(details[0]["input"])[:200],
+    )
+
+
+def _problem(detail: ErrorDetails, model: type[BaseModel]) -> str:
+    location = detail["loc"]
+    path = _path(location)
+    if detail["type"] == "extra_forbidden":
+        known = _keys_at(model, location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{path}: unknown key; {hint}"
+    if detail["type"] == "missing":
+        return f"{path}: required, but absent"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path}: {message}, found {str(detail['input'])[:100]!r}"
+
+
+def _path(location: Sequence[str | int]) -> str:
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def _keys_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    """The keys that `model` knows at `location`."""
+    current: type[BaseModel] = model
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = current.model_fields.get(part)
+        inner = next(_models_in(field.annotation), None) if field else None
+        if inner is None:
+            return []
+        current = inner
+    return list(current.model_fields)
+
+
+def _models_in(annotation: object) -> Iterator[type[BaseModel]]:
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _models_in(argument)

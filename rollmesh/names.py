@@ -1,0 +1,81 @@
+"""Resource names: `projects/{p}`, `projects/{p}/adapters/{a}`, `projects/{p}/jobs/{j}`.
+
+An id never holds a slash, a dot or an upper-case letter, so no name can climb out of a folder,
+and two names never differ in case alone.
+"""
+
+from __future__ import annotations
+
+import re
+
+from rollmesh.errors import InvalidRequest
+
+ID_PATTERN = r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?"
+_ID = re.compile(ID_PATTERN)
+_COLLECTIONS = ("adapters", "jobs")
+
+
+def check_id(value: str, *, field: str) -> str:
+    """`value`, which must be 1–63 of [a-z0-9-], start with a letter and not end with a hyphen."""
+    if not _ID.fullmatch(value):
+        raise InvalidRequest(
+            f"{field}: {value!r} is not an id: 1–63 of a-z, 0-9 and '-', starting with a letter, "
+            "not ending with '-'",
+            field=field,
+            value=value,
+            allowed=ID_PATTERN,
+        )
+    return value
+
+
+def project_name(project: str) -> str:
+    """`projects/{project}`."""
+    return f"projects/{project}"
+
+
+def adapter_name(project: str, adapter: str) -> str:
+    """`projects/{project}/adapters/{adapter}`."""
+    return f"projects/{project}/adapters/{adapter}"
+
+
+def job_name(project: str, job: str) -> str:
+    """`projects/{project}/jobs/{job}`."""
+    return f"projects/{project}/jobs/{job}"
+
+
+def parse_project(name: str, *, field: str = "parent") -> str:
+    """The project's id in `projects/{p}`."""
+    prefix, slash, project = name.partition("/")
+    if prefix != "projects" or not slash or not _ID.fullmatch(project):
+        raise _malformed(name, field, "projects/{project}")
+    return project
+
+
+def parse_adapter(name: str, *, field: str = "name") -> tuple[str, str]:
+    """Ids of project and adapter in `projects/{p}/adapters/{a}`."""
+    return _parse(name, "adapters", field)
+
+
+def parse_job(name: str, *, field: str = "name") -> tuple[str, str]:
+    """Ids of project and job in `projects/{p}/jobs/{j}`."""
+    return _parse(name, "jobs", field)
+
+
+def _parse(name: str, collection: str, field: str) -> tuple[str, str]:
+    assert collection in _COLLECTIONS  # noqa: S101 - our own mistake, not a caller's
+    match name.split("/"):
+        case ["projects", project, found, resource] if (
+            found == collection and _ID.fullmatch(project) and _ID.fullmatch(resource)
+        ):
+            return project, resource
+    raise _malformed(name, field, f"projects/{{project}}/{collection}/{{id}}")
+
+
+def _malformed(name: str, field: str, form: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"{field}: {name!r} is not a name of the form {form}; an id is 1–63 of a-z, 0-9 and '-', "
+        "starting with a letter",
+        field=field,
+        value=name,
+        allowed=form,
+    )

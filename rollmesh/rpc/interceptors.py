@@ -1,0 +1,83 @@
+"""Server side: a MeshError that leaves a handler becomes a status; anything else is a bug."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from rollmesh.errors import InternalError, MeshError
+from rollmesh.rpc.status import to_status
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+log = logging.getLogger(__name__)
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns what handlers raise into google.rpc.Status, for unary and streamed responses."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[
+            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]
+        ],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """The handler of the call, wrapped."""
+        handler = await continuation(handler_call_details)
+        if handler is None:  # An unknown method: grpc says so itself.
+            return None
+        method = handler_call_details.method
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(
+                _unary(handler.unary_unary, method),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        if handler.unary_stream is not None:
+            return grpc.unary_stream_rpc_method_handler(
+                _stream(handler.unary_stream, method),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        return handler
+
+
+def _unary(handler: Any, method: str) -> Any:
+    async def call(request: Any, context: Context) -> Any:
+        try:
+            return await handler(request, context)
+        except MeshError as error:
+            await context.abort_with_status(to_status(error))
+        except Exception as error:
+            # `abort` raises AbortError, an Exception, on purpose: let it through.
+            if isinstance(error, grpc.aio.AbortError):
+                raise
+            await context.abort_with_status(to_status(_bug(method, error)))
+
+    return call
+
+
+def _stream(handler: Any, method: str) -> Any:
+    async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+        try:
+            async for response in handler(request, context):
+                yield response
+        except MeshError as error:
+            await context.abort_with_status(to_status(error))
+        except Exception as error:
+            if isinstance(error, grpc.aio.AbortError):
+                raise
+            await context.abort_with_status(to_status(_bug(method, error)))
+
+    return call
+
+
+def _bug(method: str, error: Exception) -> InternalError:
+    log.error("bug in %s", method, exc_info=error)
+    return InternalError("internal error; the server's log has the traceback", method=method)

@@ -1,0 +1,97 @@
+"""How every server of the mesh is made: health, reflection, errors, traces, graceful drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+from opentelemetry.instrumentation.grpc import aio_server_interceptor
+
+from rollmesh.rpc.channel import MESSAGE_OPTIONS
+from rollmesh.rpc.interceptors import ErrorInterceptor
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+
+log = logging.getLogger(__name__)
+
+
+class Serving:
+    """A server that runs. It is NOT_SERVING until `ready`."""
+
+    def __init__(
+        self, port: int, health: health_aio.HealthServicer, services: Sequence[str]
+    ) -> None:
+        self.port = port
+        self._health = health
+        self._services = ("", *services)
+
+    async def ready(self) -> None:
+        """Report SERVING: from now on calls are welcome."""
+        await self._report(health_pb2.HealthCheckResponse.SERVING)
+
+    async def not_ready(self) -> None:
+        """Report NOT_SERVING: calls already here go on."""
+        await self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def _report(self, status: Any) -> None:
+        for service in self._services:
+            await self._health.set(service, status)
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    register: Callable[[grpc.aio.Server], None],
+    *,
+    services: Sequence[str],
+    address: str = "127.0.0.1:0",
+    drain_s: float = 0.0,
+) -> AsyncIterator[Serving]:
+    """Serve what `register` adds at `address` (port 0: a free one) until the block ends.
+
+    `services` are the full names, for health and reflection. At the end calls under way get
+    `drain_s` seconds to finish; then they are cancelled.
+    """
+    server = grpc.aio.server(
+        # Traces outermost, so that a span sees the status which the error interceptor makes.
+        interceptors=[aio_server_interceptor(), ErrorInterceptor()],
+        # Two servers must never share a port by accident: the kernel would split the calls.
+        options=[*MESSAGE_OPTIONS, ("grpc.so_reuseport", 0)],
+    )
+    health = health_aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    reflection.enable_server_reflection(
+        (
+            *services,
+            health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+            reflection.SERVICE_NAME,
+        ),
+        server,
+    )
+    register(server)
+    port = server.add_insecure_port(address)
+    running = Serving(port, health, services)
+    await running.not_ready()
+    await server.start()
+    try:
+        yield running
+    finally:
+        await running.not_ready()
+        await server.stop(drain_s)
+
+
+async def terminated() -> None:
+    """Return when the process is told to end (SIGTERM, SIGINT)."""
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.set)
+    await told.wait()
+    log.info("draining")

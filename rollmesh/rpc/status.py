@@ -1,0 +1,77 @@
+"""Domain errors to google.rpc.Status and back: the only module that knows both sides."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any, cast
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.rpc.code_pb2 import Code
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+from grpc_status import rpc_status
+
+from rollmesh.errors import BY_REASON, DeadlineExceeded, InternalError, MeshError, Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from google.protobuf.message import Message
+
+DOMAIN = "rollmesh"
+"""ErrorInfo.domain of every error of the mesh."""
+
+
+def to_status(error: MeshError) -> grpc.Status:
+    """`error` as a status with ErrorInfo, RetryInfo where a retry helps, BadRequest for a field."""
+    details: list[Message] = [ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.context)]
+    if error.retry_after_s:
+        retry = RetryInfo()
+        retry.retry_delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        details.append(retry)
+    if error.status == "INVALID_ARGUMENT" and "field" in error.context:
+        violation = BadRequest.FieldViolation(field=error.context["field"], description=str(error))
+        details.append(BadRequest(field_violations=[violation]))
+    code = Code.Value(error.status)
+    packed = [_packed(detail) for detail in details]
+    status = Status(code=code, message=str(error), details=packed)
+    return rpc_status.to_status(status)
+
+
+def to_error(call: grpc.aio.AioRpcError) -> MeshError:
+    """The error that the server raised; for a failure of the transport, the nearest of ours."""
+    # from_call asks only for what AioRpcError has too: code, details, trailing_metadata.
+    status = rpc_status.from_call(cast("Any", call))
+    info = ErrorInfo()
+    for detail in status.details if status else ():
+        if detail.Unpack(info) and info.domain == DOMAIN and info.reason in BY_REASON:
+            return BY_REASON[info.reason](status.message, **dict(info.metadata))
+    message = f"{call.code().name}: {call.details()}"
+    if call.code() is grpc.StatusCode.UNAVAILABLE:
+        return Unavailable(message)
+    if call.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded(message)
+    return InternalError(message)
+
+
+@contextlib.contextmanager
+def mesh_errors() -> Iterator[None]:
+    """Raise the MeshError behind every AioRpcError inside; a cancelled call is cancellation."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        if error.code() is grpc.StatusCode.CANCELLED:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise asyncio.CancelledError from error
+            # The server dropped the call, as it does when it is shut down under it.
+            raise Unavailable(f"CANCELLED: {error.details()}") from error
+        raise to_error(error) from error
+
+
+def _packed(message: Message) -> AnyMessage:
+    packed = AnyMessage()
+    packed.Pack(message)
+    return packed

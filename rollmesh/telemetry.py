@@ -1,0 +1,177 @@
+"""Traces, metrics and structured logs: one set-up for every service, off unless configured.
+
+Every name that the mesh emits is listed here. Without an OTLP endpoint OpenTelemetry's own no-op
+providers stay in place and cost next to nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import json
+import logging
+import sys
+import time
+from typing import TYPE_CHECKING, Literal
+
+from opentelemetry import metrics, trace
+from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from pydantic import PositiveFloat
+
+from rollmesh.config import Config
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from opentelemetry.util.types import AttributeValue
+
+SPANS = {
+    "job.step": "One optimizer step of a job, from its first sample to its live policy; the root.",
+    "job.group": "One group: sampling and scoring.",
+    "job.evaluate": "One evaluation on held-out tasks.",
+    "trainer.forward_backward": "Loss and gradients of one batch.",
+    "trainer.optim_step": "One AdamW step.",
+    "trainer.publish": "Making a version exportable.",
+    "sampler.pull": "Fetching a version from its trainer.",
+    "sampler.load": "Loading a version into the engine.",
+    "sampler.sample": "Drawing the completions of one request.",
+    "reward.score": "Scoring one batch.",
+}
+"""Spans of our own, besides one for each RPC on either side."""
+
+METRICS = {
+    "rollmesh.job.phase": ("s", "Time that a phase of a step took, by `phase`."),
+    "rollmesh.job.reward": ("1", "Mean reward of a step."),
+    "rollmesh.job.staleness": ("1", "Versions between sampling and training, largest of a step."),
+    "rollmesh.scheduler.queued": ("1", "Sample requests that wait in the coordinator."),
+    "rollmesh.trainer.op": ("s", "Time that a training op took, by `op`."),
+    "rollmesh.trainer.tokens": ("1", "Tokens trained."),
+    "rollmesh.sampler.tokens": ("1", "Tokens sampled."),
+    "rollmesh.sampler.load": ("s", "Time from asking for a version to its being live, by `part`."),
+    "rollmesh.reward.score": ("s", "Time that scoring a batch took, by `function`."),
+}
+"""Metrics: unit and meaning. Those in seconds are histograms, the others say what they count."""
+
+
+class TelemetryConfig(Config):
+    """Where telemetry goes."""
+
+    otlp_endpoint: str = ""
+    """host:port of an OTLP/gRPC collector for traces and metrics. Empty: none are made."""
+    metrics_interval_s: PositiveFloat = 10.0
+    """Seconds between two exports of metrics."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Least severe log record that is written to standard error, one JSON object a line."""
+
+
+@contextlib.contextmanager
+def telemetry(service: str, config: TelemetryConfig) -> Iterator[None]:
+    """Set up logs, and traces and metrics where configured, for the life of the process."""
+    _log_as_json(service, config.log_level)
+    if not config.otlp_endpoint:
+        yield
+        return
+    resource = Resource.create({"service.name": f"rollmesh-{service}"})
+    spans = TracerProvider(resource=resource)
+    exporter = OTLPSpanExporter(config.otlp_endpoint, insecure=True)
+    spans.add_span_processor(BatchSpanProcessor(exporter))
+    trace.set_tracer_provider(spans)
+    reader = PeriodicExportingMetricReader(
+        OTLPMetricExporter(config.otlp_endpoint, insecure=True),
+        export_interval_millis=config.metrics_interval_s * 1000,
+    )
+    meters = MeterProvider(resource=resource, metric_readers=[reader])
+    metrics.set_meter_provider(meters)
+    try:
+        yield
+    finally:
+        spans.shutdown()
+        meters.shutdown()
+
+
+@contextlib.contextmanager
+def span(name: str, **attributes: AttributeValue) -> Iterator[trace.Span]:
+    """A span of our own; `name` is one of SPANS."""
+    assert name in SPANS, name  # noqa: S101 - an unlisted name is our own mistake
+    tracer = trace.get_tracer("rollmesh")
+    named = {f"rollmesh.{key}": value for key, value in attributes.items()}
+    with tracer.start_as_current_span(name, attributes=named) as current:
+        yield current
+
+
+def record(name: str, value: float, **attributes: AttributeValue) -> None:
+    """Add one value to a metric; `name` is one of METRICS."""
+    unit, description = METRICS[name]
+    meter = metrics.get_meter("rollmesh")
+    # The SDK answers the instrument that it has when the same one is asked for again.
+    meter.create_histogram(name, unit=unit, description=description).record(value, attributes)
+
+
+@contextlib.contextmanager
+def timed(name: str, **attributes: AttributeValue) -> Iterator[None]:
+    """Record the seconds that the block takes; `name` is one of METRICS."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        record(name, time.perf_counter() - start, **attributes)
+
+
+_log_fields: contextvars.ContextVar[dict[str, object]] = contextvars.ContextVar(
+    "log_fields",
+    default={},  # noqa: B039 - never changed in place
+)
+
+
+@contextlib.contextmanager
+def log_fields(**fields: object) -> Iterator[None]:
+    """Put `fields` (job, adapter, policy_version, …) into every log record of the block."""
+    token = _log_fields.set({**_log_fields.get(), **fields})
+    try:
+        yield
+    finally:
+        _log_fields.reset(token)
+
+
+class _JsonFormatter(logging.Formatter):
+    def __init__(self, service: str) -> None:
+        super().__init__()
+        self._service = service
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "time": f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{int(record.msecs):03d}",
+            "level": record.levelname,
+            "service": self._service,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+class _ContextFilter(logging.Filter):
+    """Takes the context when the record is made: a handler may run in another context."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        fields = dict(_log_fields.get())
+        context = trace.get_current_span().get_span_context()
+        if context.is_valid:
+            fields["trace_id"] = f"{context.trace_id:032x}"
+        record.fields = fields
+        return True
+
+
+def _log_as_json(service: str, level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter(service))
+    handler.addFilter(_ContextFilter())
+    logging.basicConfig(level=level, handlers=[handler], force=True)

@@ -1,0 +1,299 @@
+"""The values that services exchange, as plain immutable Python: what cores and users work with.
+
+`rollmesh.convert` maps them to and from protobuf. Their meaning, units and defaults are those of
+the messages of the same name in protos/.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    FloatArray = NDArray[np.float32]
+    IntArray = NDArray[np.int32]
+
+LossName = Literal["cross_entropy", "importance_sampling"]
+StopReason = Literal["stop", "length"]
+MemberRole = Literal["trainer", "sampler", "reward"]
+
+BASE_VERSION = -1
+"""policy_version in a span of tokens that the base model produced without an adapter."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """Shape of a LoRA adapter. `alpha` None: 2 × rank. No target_modules: all but unembedding."""
+
+    rank: int
+    alpha: float | None = None
+    target_modules: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRef:
+    """A base model, and unless empty one version of one adapter on it (None: the newest)."""
+
+    base_model: str = ""
+    adapter: str = ""
+    policy_version: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSource:
+    """One published version of an adapter, its digest, and the trainer that has it."""
+
+    adapter: str
+    policy_version: int
+    digest: str
+    trainer_address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySpan:
+    """Which policy produced a run of `num_tokens` tokens. BASE_VERSION and "": the base model."""
+
+    num_tokens: int
+    policy_version: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to draw completions; None: the default that protos/ names."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionChunk:
+    """A piece of completion `index`: token_ids, as many logprobs, and spans over them."""
+
+    index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    spans: tuple[PolicySpan, ...]
+    stop_reason: StopReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One whole completion: chunks of the same index put together, adjacent equal spans merged."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    spans: tuple[PolicySpan, ...]
+    stop_reason: StopReason
+
+
+def join_chunks(chunks: Sequence[CompletionChunk]) -> Completion:
+    """The completion that `chunks` make up: of one index, in order, the last with a stop_reason."""
+    stop_reason = chunks[-1].stop_reason
+    assert stop_reason is not None  # noqa: S101 - a stream that ends without one is an error earlier
+    spans: list[PolicySpan] = []
+    for span in (span for chunk in chunks for span in chunk.spans):
+        if spans and (spans[-1].policy_version, spans[-1].digest) == (
+            span.policy_version,
+            span.digest,
+        ):
+            merged = spans[-1].num_tokens + span.num_tokens
+            spans[-1] = PolicySpan(merged, span.policy_version, span.digest)
+        else:
+            spans.append(span)
+    return Completion(
+        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+        logprobs=tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
+        spans=tuple(spans),
+        stop_reason=stop_reason,
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Datum:
+    """One training sequence of T positions; every array has shape [T].
+
+    token_ids, target_token_ids: int32. weights, sampling_logprobs, advantages: float32 or None.
+    """
+
+    token_ids: IntArray
+    target_token_ids: IntArray
+    weights: FloatArray | None = None
+    sampling_logprobs: FloatArray | None = None
+    advantages: FloatArray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LossConfig:
+    """What a ForwardBackward minimises. kl_coefficient None: no KL to the base is computed."""
+
+    loss: LossName
+    kl_coefficient: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdamConfig:
+    """One AdamW step over one adapter. max_grad_norm None: no clipping."""
+
+    learning_rate: float
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ForwardBackwardResult:
+    """Per datum the targets' logprobs, float32 [T], and metrics by name."""
+
+    logprobs: tuple[FloatArray, ...]
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class OptimStepResult:
+    """The adapter's version after the step, and metrics by name."""
+
+    policy_version: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedVersion:
+    """A version that can be exported and sampled."""
+
+    policy_version: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterExport:
+    """What a transfer of one adapter version holds, without its tensors."""
+
+    adapter: str
+    policy_version: int
+    base_model: str
+    adapter_config_json: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerAdapter:
+    """An adapter as its trainer holds it; `lora` has its defaults filled in."""
+
+    name: str
+    lora: LoraConfig
+    policy_version: int
+    next_sequence: int
+    has_pending_gradients: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerInfo:
+    """What a trainer serves and how full it is."""
+
+    base_model: str
+    vocab_size: int
+    max_length: int
+    max_rank: int
+    num_adapters: int
+    max_adapters: int
+    target_modules: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerInfo:
+    """What a sampler serves and how busy it is."""
+
+    base_model: str
+    vocab_size: int
+    max_length: int
+    backend: str
+    num_running: int
+    loaded: tuple[AdapterSource, ...]
+    max_rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadTimes:
+    """Seconds that making a version live took; 0 where nothing was to do."""
+
+    pull_s: float
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreItem:
+    """One completion to score."""
+
+    completion: str
+    reference: str = ""
+    prompt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardFunctionInfo:
+    """A reward function as ListFunctions tells it."""
+
+    name: str
+    description: str
+    parameters_schema_json: str
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A trainable policy as the coordinator knows it. `create_time`: Unix seconds."""
+
+    name: str
+    base_model: str
+    lora: LoraConfig
+    policy_version: int
+    published_version: int | None
+    published_digest: str
+    next_sequence: int
+    create_time: float
+    job: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One process of the mesh as the coordinator sees it. `update_time`: Unix seconds."""
+
+    role: MemberRole
+    address: str
+    serving: bool
+    base_model: str = ""
+    problem: str = ""
+    num_adapters: int = 0
+    num_running: int = 0
+    update_time: float = 0.0
+    backend: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """The coordinator's members, and the sample requests that wait in it."""
+
+    members: tuple[Member, ...] = field(default=())
+    num_queued_requests: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probability of each token of a sequence (the first: NaN), and the policy behind them."""
+
+    logprobs: tuple[float, ...]
+    span: PolicySpan
