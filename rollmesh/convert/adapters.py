@@ -1,0 +1,150 @@
+"""Adapters and their exports, trainers, samplers."""
+
+from __future__ import annotations
+
+from rollmesh import types
+from rollmesh.api.common.v1 import export_pb2
+from rollmesh.api.coordinator.v1 import adapter_pb2, adapter_service_pb2
+from rollmesh.api.sampler.v1 import sampler_service_pb2
+from rollmesh.api.trainer.v1 import trainer_service_pb2
+from rollmesh.convert.policies import lora_from_pb, lora_to_pb, source_from_pb, source_to_pb
+from rollmesh.convert.values import optional, time_from_pb, time_to_pb
+
+
+def export_header_to_pb(export: types.AdapterExport) -> export_pb2.AdapterExportHeader:
+    """AdapterExportHeader."""
+    return export_pb2.AdapterExportHeader(
+        adapter=export.adapter,
+        policy_version=export.policy_version,
+        base_model=export.base_model,
+        adapter_config_json=export.adapter_config_json,
+        num_bytes=export.num_bytes,
+    )
+
+
+def export_header_from_pb(message: export_pb2.AdapterExportHeader) -> types.AdapterExport:
+    """AdapterExportHeader."""
+    return types.AdapterExport(
+        message.adapter,
+        message.policy_version,
+        message.base_model,
+        message.adapter_config_json,
+        message.num_bytes,
+    )
+
+
+def export_part_from_pb(
+    message: trainer_service_pb2.ExportAdapterResponse | adapter_service_pb2.ExportAdapterResponse,
+) -> types.AdapterExport | bytes | str:
+    """One part of an export: the header, a chunk, or the digest of the trailer."""
+    match message.WhichOneof("part"):
+        case "header":
+            return export_header_from_pb(message.header)
+        case "chunk":
+            return message.chunk
+        case _:
+            return message.trailer.digest
+
+
+def trainer_adapter_to_pb(adapter: types.TrainerAdapter) -> trainer_service_pb2.TrainerAdapter:
+    """TrainerAdapter."""
+    return trainer_service_pb2.TrainerAdapter(
+        name=adapter.name,
+        lora=lora_to_pb(adapter.lora),
+        policy_version=adapter.policy_version,
+        next_sequence=adapter.next_sequence,
+        has_pending_gradients=adapter.has_pending_gradients,
+    )
+
+
+def trainer_adapter_from_pb(message: trainer_service_pb2.TrainerAdapter) -> types.TrainerAdapter:
+    """TrainerAdapter."""
+    return types.TrainerAdapter(
+        name=message.name,
+        lora=lora_from_pb(message.lora),
+        policy_version=message.policy_version,
+        next_sequence=message.next_sequence,
+        has_pending_gradients=message.has_pending_gradients,
+    )
+
+
+def trainer_info_to_pb(info: types.TrainerInfo) -> trainer_service_pb2.GetTrainerResponse:
+    """GetTrainerResponse."""
+    return trainer_service_pb2.GetTrainerResponse(
+        base_model=info.base_model,
+        vocab_size=info.vocab_size,
+        max_length=info.max_length,
+        max_rank=info.max_rank,
+        num_adapters=info.num_adapters,
+        max_adapters=info.max_adapters,
+        target_modules=info.target_modules,
+    )
+
+
+def trainer_info_from_pb(message: trainer_service_pb2.GetTrainerResponse) -> types.TrainerInfo:
+    """GetTrainerResponse."""
+    return types.TrainerInfo(
+        base_model=message.base_model,
+        vocab_size=message.vocab_size,
+        max_length=message.max_length,
+        max_rank=message.max_rank,
+        num_adapters=message.num_adapters,
+        max_adapters=message.max_adapters,
+        target_modules=tuple(message.target_modules),
+    )
+
+
+def sampler_info_to_pb(info: types.SamplerInfo) -> sampler_service_pb2.GetSamplerResponse:
+    """GetSamplerResponse."""
+    return sampler_service_pb2.GetSamplerResponse(
+        base_model=info.base_model,
+        vocab_size=info.vocab_size,
+        max_length=info.max_length,
+        backend=info.backend,
+        num_running=info.num_running,
+        loaded=[source_to_pb(source) for source in info.loaded],
+        max_rank=info.max_rank,
+    )
+
+
+def sampler_info_from_pb(message: sampler_service_pb2.GetSamplerResponse) -> types.SamplerInfo:
+    """GetSamplerResponse."""
+    return types.SamplerInfo(
+        base_model=message.base_model,
+        vocab_size=message.vocab_size,
+        max_length=message.max_length,
+        backend=message.backend,
+        num_running=message.num_running,
+        loaded=tuple(source_from_pb(source) for source in message.loaded),
+        max_rank=message.max_rank,
+    )
+
+
+def adapter_to_pb(adapter: types.Adapter) -> adapter_pb2.Adapter:
+    """Adapter."""
+    return adapter_pb2.Adapter(
+        name=adapter.name,
+        base_model=adapter.base_model,
+        lora=lora_to_pb(adapter.lora),
+        policy_version=adapter.policy_version,
+        published_version=adapter.published_version,
+        published_digest=adapter.published_digest,
+        next_sequence=adapter.next_sequence,
+        create_time=time_to_pb(adapter.create_time),
+        job=adapter.job,
+    )
+
+
+def adapter_from_pb(message: adapter_pb2.Adapter) -> types.Adapter:
+    """Adapter."""
+    return types.Adapter(
+        name=message.name,
+        base_model=message.base_model,
+        lora=lora_from_pb(message.lora),
+        policy_version=message.policy_version,
+        published_version=optional(message, "published_version"),
+        published_digest=message.published_digest,
+        next_sequence=message.next_sequence,
+        create_time=time_from_pb(message.create_time),
+        job=message.job,
+    )

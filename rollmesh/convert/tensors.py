@@ -1,0 +1,58 @@
+"""Tensors to numpy arrays and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rollmesh.api.common.v1 import tensor_pb2
+from rollmesh.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+
+_DTYPES: dict[tensor_pb2.DataType.ValueType, np.dtype[Any]] = {
+    tensor_pb2.DATA_TYPE_FLOAT32: np.dtype("<f4"),
+    tensor_pb2.DATA_TYPE_INT32: np.dtype("<i4"),
+    tensor_pb2.DATA_TYPE_INT64: np.dtype("<i8"),
+}
+
+
+def tensor_to_pb(values: NDArray[Any] | Sequence[float], dtype: str = "<f4") -> tensor_pb2.Tensor:
+    """`values` as a tensor of `dtype` ("<f4" or "<i4")."""
+    array = np.ascontiguousarray(values, dtype=np.dtype(dtype))
+    kind = next(kind for kind, known in _DTYPES.items() if known == array.dtype)
+    return tensor_pb2.Tensor(dtype=kind, shape=array.shape, data=array.tobytes())
+
+
+def tensor_from_pb(message: tensor_pb2.Tensor, *, field: str, dtype: str) -> NDArray[Any]:
+    """A one-dimensional array of `dtype`; `field` names it in errors."""
+    wanted = np.dtype(dtype)
+    if _DTYPES.get(message.dtype) != wanted:
+        raise InvalidRequest(
+            f"{field}.dtype: {tensor_pb2.DataType.Name(message.dtype)}, needed is {wanted.name}",
+            field=f"{field}.dtype",
+            value=tensor_pb2.DataType.Name(message.dtype),
+            allowed=wanted.name,
+        )
+    shape = tuple(message.shape)
+    if len(shape) != 1 or shape[0] < 0 or shape[0] * wanted.itemsize != len(message.data):
+        raise InvalidRequest(
+            f"{field}: shape {list(shape)} of {wanted.name} does not fit {len(message.data)} "
+            "bytes; "
+            "one dimension is needed",
+            field=field,
+            value=list(shape),
+        )
+    return np.frombuffer(message.data, dtype=wanted)
+
+
+def floats_from_pb(message: tensor_pb2.Tensor, *, field: str = "logprobs") -> tuple[float, ...]:
+    """The elements of a float32 vector."""
+    if not message.data:
+        return ()
+    return tuple(tensor_from_pb(message, field=field, dtype="<f4").tolist())
