@@ -35,6 +35,7 @@ check: setup ## Lint, types, protos (lint and breaking), import rules, drift of 
 	@bash scripts/check_breaking.sh
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/gen_protos.py --check
+	$(BIN)/python -m scripts.gen_docs --check
 
 .PHONY: format
 format: setup ## Format the code and the protos
@@ -43,9 +44,10 @@ format: setup ## Format the code and the protos
 	$(BIN)/buf format --write
 
 .PHONY: proto
-proto: setup ## Generate rollmesh/api from protos/
+proto: setup ## Generate rollmesh/api from protos/, docs/configuration.md from the models
 	$(BIN)/buf lint
 	$(BIN)/python scripts/gen_protos.py
+	$(BIN)/python -m scripts.gen_docs
 
 .PHONY: lock
 lock: ## Resolve the dependencies anew and pin them in requirements/cpu.txt

@@ -9,10 +9,10 @@ from __future__ import annotations
 import difflib
 import inspect
 import typing
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeGuard
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from rollmesh.errors import InvalidRequest
 
@@ -27,6 +27,23 @@ class Config(BaseModel):
     """Base of every config: immutable, closed, documented by the strings under its fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, values: object) -> object:
+        # YAML reads `yes` and `on` as booleans, and pydantic would take those for a 1. As text they
+        # are refused under the name of their key.
+        if not isinstance(values, dict):
+            return values
+        numeric = {
+            key
+            for key, field in cls.model_fields.items()
+            if not {int, float}.isdisjoint(_types_in(field.annotation))
+        }
+        return {
+            key: str(value) if isinstance(value, bool) and key in numeric else value
+            for key, value in values.items()
+        }
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -115,15 +132,20 @@ def _keys_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str]
         if isinstance(part, int):
             continue
         field = current.model_fields.get(part)
-        inner = next(_models_in(field.annotation), None) if field else None
+        inner = next(filter(_is_model, _types_in(field.annotation)), None) if field else None
         if inner is None:
             return []
         current = inner
     return list(current.model_fields)
 
 
-def _models_in(annotation: object) -> Iterator[type[BaseModel]]:
-    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+def _is_model(found: type) -> TypeGuard[type[BaseModel]]:
+    return issubclass(found, BaseModel)
+
+
+def _types_in(annotation: object) -> Iterator[type]:
+    """The classes that `annotation` is made of."""
+    if inspect.isclass(annotation):
         yield annotation
     for argument in typing.get_args(annotation):
-        yield from _models_in(argument)
+        yield from _types_in(argument)

@@ -44,10 +44,16 @@ def safetensors_digest(file: bytes | memoryview) -> str:
     if len(view) < 8 or 8 + size > len(view):
         raise ValueError(f"not a safetensors file: {len(view)} bytes, header of {size}")
     header = json.loads(bytes(view[8 : 8 + size]))
-    header.pop("__metadata__", None)
-    if max((entry["data_offsets"][1] for entry in header.values()), default=0) != len(body):
+    try:
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        tensors = [
+            (name, entry["dtype"], entry["shape"], body[slice(*entry["data_offsets"])])
+            for name, entry in header.items()
+        ]
+        digest = tensors_digest(tensors)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError("not a safetensors file: its header says something else") from error
+    if end != len(body):
         raise ValueError("not a whole safetensors file: the tensors do not end where the file does")
-    return tensors_digest(
-        (name, entry["dtype"], entry["shape"], body[slice(*entry["data_offsets"])])
-        for name, entry in header.items()
-    )
+    return digest

@@ -260,7 +260,8 @@ def read_jsonl(path: Path) -> list[Task]:
         InvalidRequest: unreadable, empty, or a line that is not an object of plain values.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON text may hold the other characters at which that would break it.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"{path}: {error}", field="dataset.jsonl", value=path) from None
     tasks = [_task(line, f"{path}:{n}") for n, line in enumerate(lines, start=1) if line.strip()]

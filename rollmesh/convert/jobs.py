@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from rollmesh import job as jobs
 from rollmesh.api.coordinator.v1 import job_pb2
 from rollmesh.config import explain
-from rollmesh.convert.values import time_from_pb, time_to_pb
+from rollmesh.convert.values import plain, time_from_pb, time_to_pb
+from rollmesh.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -20,10 +21,17 @@ _SPELLED = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def spec_to_pb(spec: jobs.JobSpec) -> job_pb2.JobSpec:
-    """JobSpec; only what was set is sent, so that defaults stay the server's."""
+    """JobSpec; only what was set is sent, so that defaults stay the server's.
+
+    Raises:
+        InvalidRequest: a number that does not fit its field.
+    """
     values = spec.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     message = job_pb2.JobSpec()
-    json_format.ParseDict(values, message)
+    try:
+        json_format.ParseDict(values, message)
+    except (json_format.ParseError, OverflowError) as error:
+        raise InvalidRequest(f"spec: {error}", field="spec") from None
     return message
 
 
@@ -33,7 +41,7 @@ def spec_from_pb(message: job_pb2.JobSpec) -> jobs.JobSpec:
     Raises:
         InvalidRequest: a value out of range or missing; the message names each key.
     """
-    values = json_format.MessageToDict(message, preserving_proto_field_name=True)
+    values = plain(message, field="spec")
     for section in ("adapter", "algorithm", "sampling", "stop"):
         if section in values:
             values[section] = _numbers(values[section])

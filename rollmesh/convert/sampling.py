@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rollmesh import types
 from rollmesh.api.common.v1 import sampling_pb2
 from rollmesh.api.sampler.v1 import sampler_service_pb2
 from rollmesh.convert.policies import span_from_pb, span_to_pb
 from rollmesh.convert.tensors import floats_from_pb, tensor_to_pb
 from rollmesh.convert.values import optional
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rollmesh.api.coordinator.v1 import sampling_service_pb2

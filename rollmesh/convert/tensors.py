@@ -33,10 +33,13 @@ def tensor_from_pb(message: tensor_pb2.Tensor, *, field: str, dtype: str) -> NDA
     """A one-dimensional array of `dtype`; `field` names it in errors."""
     wanted = np.dtype(dtype)
     if _DTYPES.get(message.dtype) != wanted:
+        # Not every number that arrives has a name.
+        names = {number: name for name, number in tensor_pb2.DataType.items()}
+        found = names.get(message.dtype, message.dtype)
         raise InvalidRequest(
-            f"{field}.dtype: {tensor_pb2.DataType.Name(message.dtype)}, needed is {wanted.name}",
+            f"{field}.dtype: {found}, needed is {wanted.name}",
             field=f"{field}.dtype",
-            value=tensor_pb2.DataType.Name(message.dtype),
+            value=found,
             allowed=wanted.name,
         )
     shape = tuple(message.shape)

@@ -9,6 +9,7 @@ from google.protobuf.struct_pb2 import Struct
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from rollmesh import job as jobs
+from rollmesh.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,20 +26,31 @@ def struct_to_pb(values: Mapping[str, Any]) -> Struct:
 
 def struct_from_pb(message: Struct) -> dict[str, Any]:
     """A mapping of plain values; whole numbers are ints again."""
-    values: dict[str, Any] = jobs.whole_numbers(json_format.MessageToDict(message))
+    values: dict[str, Any] = jobs.whole_numbers(plain(message, field="parameters"))
     return values
 
 
+def plain(message: Message, *, field: str) -> dict[str, Any]:
+    """`message` as plain values, by the names in protos/; `field` names it in errors."""
+    try:
+        return json_format.MessageToDict(message, preserving_proto_field_name=True)
+    except (ValueError, json_format.SerializeToJsonError):
+        # A Struct holds what JSON can say, and that is all it refuses to be.
+        raise InvalidRequest(
+            f"{field}: NaN or infinity among the parameters; numbers there are finite", field=field
+        ) from None
+
+
 def time_to_pb(seconds: float) -> Timestamp:
-    """Unix seconds as a Timestamp."""
+    """Unix seconds as a Timestamp, to the microsecond: a float holds no more of today's time."""
     message = Timestamp()
-    message.FromNanoseconds(int(seconds * 1e9))
+    message.FromMicroseconds(round(seconds * 1e6))
     return message
 
 
 def time_from_pb(message: Timestamp) -> float:
     """A Timestamp as Unix seconds."""
-    return message.ToNanoseconds() / 1e9
+    return message.ToMicroseconds() / 1e6
 
 
 def optional(message: Message, name: str) -> Any:

@@ -7,9 +7,13 @@ import json
 import grpc
 from opentelemetry.instrumentation.grpc import aio_client_interceptors
 
+from rollmesh.rpc.interceptors import CancelWithCaller
+
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Largest message either way. gRPC's own limit of 4 MiB is too small for a batch of long rollouts;
 weights are streamed in chunks of EXPORT_CHUNK_BYTES and never need this."""
+KEEPALIVE_S = 20
+"""Seconds between two pings of a channel that has calls; servers allow twice as many."""
 EXPORT_CHUNK_BYTES = 1024 * 1024
 """Largest chunk of an adapter's transfer."""
 
@@ -47,11 +51,11 @@ def channel(address: str) -> grpc.aio.Channel:
             *MESSAGE_OPTIONS,
             ("grpc.service_config", _SERVICE_CONFIG),
             # Without these a peer that lost its power is noticed after minutes.
-            ("grpc.keepalive_time_ms", 20_000),
+            ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),
             ("grpc.keepalive_timeout_ms", 5_000),
             # A restarted peer is tried again soon, not after gRPC's default of up to two minutes.
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 2_000),
         ],
-        interceptors=aio_client_interceptors(),
+        interceptors=[*aio_client_interceptors(), CancelWithCaller()],
     )

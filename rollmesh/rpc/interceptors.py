@@ -1,7 +1,13 @@
-"""Server side: a MeshError that leaves a handler becomes a status; anything else is a bug."""
+"""What is wrapped around every call.
+
+Server side: a MeshError that leaves a handler becomes a status; anything else is a bug.
+Client side: a caller that is cancelled cancels its call.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +72,12 @@ def _unary(handler: Any, method: str) -> Any:
 def _stream(handler: Any, method: str) -> Any:
     async def call(request: Any, context: Context) -> AsyncIterator[Any]:
         try:
-            async for response in handler(request, context):
+            answer = handler(request, context)
+            if inspect.isawaitable(answer):
+                # A handler in gRPC's other style, as the health service's is: it writes by itself.
+                await answer
+                return
+            async for response in answer:
                 yield response
         except MeshError as error:
             await context.abort_with_status(to_status(error))
@@ -81,3 +92,20 @@ def _stream(handler: Any, method: str) -> Any:
 def _bug(method: str, error: Exception) -> InternalError:
     log.error("bug in %s", method, exc_info=error)
     return InternalError("internal error; the server's log has the traceback", method=method)
+
+
+class CancelWithCaller(grpc.aio.UnaryUnaryClientInterceptor):
+    """Cancels a unary call when its caller is cancelled; the innermost interceptor.
+
+    OpenTelemetry's interceptor awaits the call's status, and cancelling that does not cancel the
+    call: the server would work on for nobody. Awaiting the call itself does.
+    """
+
+    async def intercept_unary_unary(
+        self, continuation: Any, client_call_details: grpc.aio.ClientCallDetails, request: Any
+    ) -> Any:
+        """The call, once it is over."""
+        call = await continuation(client_call_details, request)
+        with contextlib.suppress(grpc.aio.AioRpcError):  # Whoever awaits the call will see it.
+            await call
+        return call

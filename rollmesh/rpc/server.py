@@ -14,7 +14,7 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 from opentelemetry.instrumentation.grpc import aio_server_interceptor
 
-from rollmesh.rpc.channel import MESSAGE_OPTIONS
+from rollmesh.rpc.channel import KEEPALIVE_S, MESSAGE_OPTIONS
 from rollmesh.rpc.interceptors import ErrorInterceptor
 
 if TYPE_CHECKING:
@@ -63,7 +63,12 @@ async def serving(
         # Traces outermost, so that a span sees the status which the error interceptor makes.
         interceptors=[aio_server_interceptor(), ErrorInterceptor()],
         # Two servers must never share a port by accident: the kernel would split the calls.
-        options=[*MESSAGE_OPTIONS, ("grpc.so_reuseport", 0)],
+        options=[
+            *MESSAGE_OPTIONS,
+            ("grpc.so_reuseport", 0),
+            # Channels ping every KEEPALIVE_S; gRPC's own server hangs up on more than one in 5 min.
+            ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_S * 500),
+        ],
     )
     health = health_aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)

@@ -23,27 +23,39 @@ if TYPE_CHECKING:
 DOMAIN = "rollmesh"
 """ErrorInfo.domain of every error of the mesh."""
 
+# A gRPC client throws away an answer whose trailers exceed 8 KiB and reports that instead, so what
+# a caller sent must not come back whole. A message travels three times, once percent-encoded, which
+# makes it three times as long at worst: 5,000 bytes here, and the context's few values.
+_MAX_MESSAGE_BYTES = 1000
+_MAX_VALUE_BYTES = 300
+
 
 def to_status(error: MeshError) -> grpc.Status:
     """`error` as a status with ErrorInfo, RetryInfo where a retry helps, BadRequest for a field."""
-    details: list[Message] = [ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.context)]
+    text = _shortened(str(error), _MAX_MESSAGE_BYTES)
+    context = {key: _shortened(value, _MAX_VALUE_BYTES) for key, value in error.context.items()}
+    details: list[Message] = [ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=context)]
     if error.retry_after_s:
         retry = RetryInfo()
         retry.retry_delay.FromNanoseconds(int(error.retry_after_s * 1e9))
         details.append(retry)
-    if error.status == "INVALID_ARGUMENT" and "field" in error.context:
-        violation = BadRequest.FieldViolation(field=error.context["field"], description=str(error))
+    if error.status == "INVALID_ARGUMENT" and "field" in context:
+        violation = BadRequest.FieldViolation(field=context["field"], description=text)
         details.append(BadRequest(field_violations=[violation]))
     code = Code.Value(error.status)
     packed = [_packed(detail) for detail in details]
-    status = Status(code=code, message=str(error), details=packed)
+    status = Status(code=code, message=text, details=packed)
     return rpc_status.to_status(status)
 
 
 def to_error(call: grpc.aio.AioRpcError) -> MeshError:
     """The error that the server raised; for a failure of the transport, the nearest of ours."""
-    # from_call asks only for what AioRpcError has too: code, details, trailing_metadata.
-    status = rpc_status.from_call(cast("Any", call))
+    try:
+        # from_call asks only for what AioRpcError has too: code, details, trailing_metadata.
+        status = rpc_status.from_call(cast("Any", call))
+    except ValueError:
+        # The server answered with one code, and then the transport failed with another.
+        status = None
     info = ErrorInfo()
     for detail in status.details if status else ():
         if detail.Unpack(info) and info.domain == DOMAIN and info.reason in BY_REASON:
@@ -69,6 +81,14 @@ def mesh_errors() -> Iterator[None]:
             # The server dropped the call, as it does when it is shut down under it.
             raise Unavailable(f"CANCELLED: {error.details()}") from error
         raise to_error(error) from error
+
+
+def _shortened(text: str, limit: int) -> str:
+    """`text`, cut to `limit` bytes of UTF-8 where it is longer."""
+    encoded = text.encode(errors="replace")
+    if len(encoded) <= limit:
+        return encoded.decode()
+    return encoded[: limit - len("…".encode())].decode(errors="ignore") + "…"
 
 
 def _packed(message: Message) -> AnyMessage:

@@ -1,0 +1,1 @@
+"""The command line: `rollmesh`, another client of the mesh."""

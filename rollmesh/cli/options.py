@@ -1,0 +1,77 @@
+"""What the commands share: options, names given short or in full, and one call to the mesh."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from rollmesh import names
+from rollmesh.errors import Unavailable
+
+if TYPE_CHECKING:
+    from rollmesh.client import Client
+
+T = TypeVar("T")
+
+ADDRESS = "127.0.0.1:7400"
+PROJECT = "default"
+
+Address = Annotated[
+    str,
+    typer.Option(envvar="ROLLMESH_ADDRESS", metavar="HOST:PORT", help="Where the coordinator is."),
+]
+Project = Annotated[
+    str,
+    typer.Option(envvar="ROLLMESH_PROJECT", metavar="ID", help="Project of names given short."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="Id, or projects/P/jobs/J.")]
+AdapterName = Annotated[
+    str, typer.Argument(metavar="ADAPTER", help="Id, or projects/P/adapters/A.")
+]
+
+
+def ask(address: str, question: Callable[["Client"], Awaitable[T]]) -> T:
+    """The answer of the mesh at `address` to `question`."""
+    # Here, because grpc takes half a second to import and --help needs none of it.
+    from rollmesh.client import Client  # noqa: PLC0415
+
+    async def answer() -> T:
+        async with Client(address) as client:
+            return await question(client)
+
+    try:
+        return asyncio.run(answer())
+    except Unavailable as error:
+        raise Unavailable(
+            f"{error} (the coordinator asked is {address}; "
+            "--address or ROLLMESH_ADDRESS chooses another)",
+            **error.context,
+        ) from error
+
+
+async def collect(items: AsyncIterator[T]) -> list[T]:
+    """All of `items`."""
+    return [item async for item in items]
+
+
+def parent_name(project: str) -> str:
+    """The resource name of the project with this id."""
+    return names.project_name(names.check_id(project, field="project"))
+
+
+def job_name(name: str, project: str) -> str:
+    """The resource name of a job that is named by its id in `project`, or in full."""
+    if "/" in name:
+        return names.job_name(*names.parse_job(name, field="job"))
+    parent_name(project)
+    return names.job_name(project, names.check_id(name, field="job"))
+
+
+def adapter_name(name: str, project: str) -> str:
+    """The resource name of an adapter that is named by its id in `project`, or in full."""
+    if "/" in name:
+        return names.adapter_name(*names.parse_adapter(name, field="adapter"))
+    parent_name(project)
+    return names.adapter_name(project, names.check_id(name, field="adapter"))
