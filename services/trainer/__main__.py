@@ -1,0 +1,75 @@
+"""The trainer service: `python -m services.trainer --config FILE`."""
+
+# ruff: noqa: PLC0415 - a mistake in the configuration is told before anything heavy is imported
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+from pathlib import Path
+
+from rollmesh.errors import InvalidRequest
+from services.trainer.config import TrainerConfig
+
+log = logging.getLogger("services.trainer")
+
+
+def main() -> None:
+    """Read the configuration, then serve until told to end."""
+    parser = argparse.ArgumentParser("python -m services.trainer", description="Trains adapters.")
+    parser.add_argument("--config", type=Path, required=True, help="YAML file, see TrainerConfig")
+    try:
+        config = TrainerConfig.load(parser.parse_args().config)
+        asyncio.run(serve(config))
+    except InvalidRequest as error:
+        parser.exit(2, f"{error}\n")
+
+
+async def serve(config: TrainerConfig) -> None:
+    """Serve until the process is told to end.
+
+    Raises:
+        InvalidRequest: the base model cannot be loaded.
+    """
+    from rollmesh.api.trainer.v1 import trainer_service_pb2 as pb
+    from rollmesh.api.trainer.v1.trainer_service_pb2_grpc import (
+        add_TrainerServiceServicer_to_server,
+    )
+    from rollmesh.rpc.server import serving, terminated
+    from rollmesh.telemetry import log_fields, telemetry
+    from services.trainer.adapters import Adapters
+    from services.trainer.engine import Engine
+    from services.trainer.model import load
+    from services.trainer.servicer import TrainerServicer
+
+    with telemetry("trainer", config.telemetry), contextlib.ExitStack() as stack:
+        model = load(config)
+        adapters = Adapters(
+            model,
+            base_model=config.base_model.name,
+            max_rank=config.max_rank,
+            max_adapters=config.max_adapters,
+            kept_versions=config.kept_versions,
+        )
+        engine = Engine(max_queued_ops=config.max_queued_ops)
+        # Last of all: an op that outlived drain_s ends before its next pass.
+        stack.callback(engine.close)
+        stack.callback(model.stop)
+        async with serving(
+            lambda server: add_TrainerServiceServicer_to_server(
+                TrainerServicer(adapters, engine), server
+            ),
+            services=[pb.DESCRIPTOR.services_by_name["TrainerService"].full_name],
+            address=config.listen,
+            drain_s=config.drain_s,
+        ) as running:
+            await running.ready()
+            with log_fields(port=running.port):
+                log.info("serving")
+            await terminated()
+
+
+if __name__ == "__main__":
+    main()

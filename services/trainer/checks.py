@@ -1,0 +1,169 @@
+"""What the trainer refuses before anything changes; each error names the field at fault."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rollmesh.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rollmesh.types import AdamConfig, Datum, FloatArray, IntArray, LoraConfig, LossConfig
+
+_SAMPLED = ("sampling_logprobs", "advantages")
+# A log-probability of 0, made by a sampler in low precision, may come out a little above it.
+_MAX_LOGPROB = 1e-3
+# torch refuses scalars, and products of them, that overflow float32.
+_MAX_SETTING = 1e18
+
+
+def check_batch(
+    data: Sequence[Datum], config: LossConfig, *, vocab_size: int, max_length: int
+) -> None:
+    """Refuse a batch that `config`'s loss cannot be computed of."""
+    coefficient = config.kl_coefficient
+    if coefficient is not None:
+        _check_number("loss_config.kl_coefficient", coefficient, at_least=0)
+    check_tokens(data, vocab_size=vocab_size, max_length=max_length)
+    for index, datum in enumerate(data):
+        path = f"data[{index}]"
+        if datum.weights is not None:
+            _check_floats(f"{path}.weights", datum.weights, datum, low=0.0)
+        for name in _SAMPLED:
+            values: FloatArray | None = getattr(datum, name)
+            if (values is not None) != (config.loss == "importance_sampling"):
+                verb = "needs" if values is None else "takes no"
+                raise InvalidRequest(
+                    f"{path}.{name}: {config.loss} {verb} {name}", field=f"{path}.{name}"
+                )
+        if datum.sampling_logprobs is not None:
+            values = datum.sampling_logprobs
+            _check_floats(f"{path}.sampling_logprobs", values, datum, high=_MAX_LOGPROB)
+        if datum.advantages is not None:
+            _check_floats(f"{path}.advantages", datum.advantages, datum)
+
+
+def check_tokens(data: Sequence[Datum], *, vocab_size: int, max_length: int) -> None:
+    """Refuse an empty batch, and sequences that the base model cannot read."""
+    if not data:
+        raise InvalidRequest("data: empty, at least one datum is needed", field="data")
+    for index, datum in enumerate(data):
+        path = f"data[{index}]"
+        length = len(datum.token_ids)
+        if not 1 <= length <= max_length:
+            raise InvalidRequest(
+                f"{path}.token_ids: {length} tokens, must be 1 to {max_length}",
+                field=f"{path}.token_ids",
+                value=length,
+                allowed=f"1 to {max_length} tokens",
+            )
+        _check_length(f"{path}.target_token_ids", datum.target_token_ids, datum)
+        _check_vocabulary(f"{path}.token_ids", datum.token_ids, vocab_size)
+        _check_vocabulary(f"{path}.target_token_ids", datum.target_token_ids, vocab_size)
+
+
+def check_adam(config: AdamConfig) -> None:
+    """Refuse settings outside the ranges of AdamConfig."""
+    _check_number("adam.learning_rate", config.learning_rate, at_least=0, below=_MAX_SETTING)
+    _check_number("adam.beta1", config.beta1, at_least=0, below=1)
+    _check_number("adam.beta2", config.beta2, at_least=0, below=1)
+    _check_number("adam.epsilon", config.epsilon, above=0, below=_MAX_SETTING)
+    _check_number("adam.weight_decay", config.weight_decay, at_least=0, below=_MAX_SETTING)
+    if config.max_grad_norm is not None:
+        _check_number("adam.max_grad_norm", config.max_grad_norm, above=0)
+
+
+def resolve_lora(lora: LoraConfig, *, max_rank: int, target_modules: Sequence[str]) -> LoraConfig:
+    """`lora` with its defaults filled in, its targets in the order of `target_modules`."""
+    if not 1 <= lora.rank <= max_rank:
+        raise InvalidRequest(
+            f"lora.rank: {lora.rank}, must be 1 to {max_rank}",
+            field="lora.rank",
+            value=lora.rank,
+            allowed=f"1 to {max_rank}",
+        )
+    alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
+    _check_number("lora.alpha", alpha, above=0)
+    for name in lora.target_modules:
+        if name not in target_modules:
+            allowed = ", ".join(target_modules)
+            raise InvalidRequest(
+                f"lora.target_modules: no linear layer is called {name!r}; there are {allowed}",
+                field="lora.target_modules",
+                value=name,
+                allowed=allowed,
+            )
+    wanted = lora.target_modules or target_modules
+    return type(lora)(
+        rank=lora.rank,
+        alpha=alpha,
+        target_modules=tuple(name for name in target_modules if name in wanted),
+        seed=lora.seed,
+    )
+
+
+def _check_number(
+    field: str,
+    value: float,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> None:
+    if math.isfinite(value) and at_least <= value < below and value > above:
+        return
+    bounds = {"≥": at_least, ">": above, "<": below}
+    said = [f"{sign} {bound:g}" for sign, bound in bounds.items() if math.isfinite(bound)]
+    allowed = ", ".join(["finite", *said])
+    raise InvalidRequest(
+        f"{field}: {value}, must be {allowed}", field=field, value=value, allowed=allowed
+    )
+
+
+def _check_length(field: str, values: IntArray | FloatArray, datum: Datum) -> None:
+    if len(values) != len(datum.token_ids):
+        raise InvalidRequest(
+            f"{field}: {len(values)} values for {len(datum.token_ids)} token_ids",
+            field=field,
+            value=len(values),
+            allowed=len(datum.token_ids),
+        )
+
+
+def _check_vocabulary(field: str, token_ids: IntArray, vocab_size: int) -> None:
+    wrong = (token_ids < 0) | (token_ids >= vocab_size)
+    if wrong.any():
+        position = int(np.argmax(wrong))
+        raise InvalidRequest(
+            f"{field}[{position}]: {token_ids[position]} is outside the vocabulary, "
+            f"0 to {vocab_size - 1}",
+            field=field,
+            value=token_ids[position],
+            allowed=f"0 to {vocab_size - 1}",
+        )
+
+
+def _check_floats(
+    field: str,
+    values: FloatArray,
+    datum: Datum,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> None:
+    _check_length(field, values, datum)
+    wrong = ~(np.isfinite(values) & (values >= low) & (values <= high))
+    if wrong.any():
+        position = int(np.argmax(wrong))
+        allowed = "finite" if low == -math.inf else "finite, ≥ 0"
+        allowed = allowed if high == math.inf else "finite, ≤ 0"
+        raise InvalidRequest(
+            f"{field}[{position}]: {values[position]}, must be {allowed}",
+            field=field,
+            value=values[position],
+            allowed=allowed,
+        )

@@ -1,0 +1,50 @@
+"""Configuration of the trainer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveInt
+
+from rollmesh.config import Config
+from rollmesh.telemetry import TelemetryConfig
+
+
+class BaseModelConfig(Config):
+    """The frozen base model."""
+
+    name: str = Field(min_length=1)
+    """Name that the mesh knows the model by."""
+    path: str = ""
+    """Folder, where ~ is the home folder, or hub id to load it from. Empty: the name."""
+
+
+class TrainerConfig(Config):
+    """The trainer: one base model and LoRA adapters on it."""
+
+    listen: str = "127.0.0.1:7410"
+    """Address to serve at, host:port. Port 0: a free one."""
+    base_model: BaseModelConfig
+    """What is trained."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the model and its adapters live."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the frozen base model. Adapters and their optimizer state are always float32."""
+    max_rank: PositiveInt = 64
+    """Largest LoRA rank accepted. No larger than what the samplers can load."""
+    max_adapters: PositiveInt = 64
+    """Adapters held at once; one more is refused with CAPACITY_EXHAUSTED."""
+    kept_versions: PositiveInt = 4
+    """Published versions kept of each adapter, in main memory, the newest ones. At least 2: one is
+    sampled while the next is loaded."""
+    max_batch_tokens: PositiveInt = 8192
+    """Tokens of one pass, padding included: a larger batch is cut into several passes, a longer
+    sequence is refused. A pass needs about 12 bytes × vocabulary for each token."""
+    max_queued_ops: PositiveInt = 64
+    """Ops that may wait for the one that runs; one more is refused with OVERLOADED."""
+    num_threads: PositiveInt = 2
+    """Threads of torch on the CPU. Bits of results depend on it."""
+    drain_s: NonNegativeFloat = 20.0
+    """Seconds that ops under way get to finish when the service is told to end."""
+    telemetry: TelemetryConfig = TelemetryConfig()
+    """Traces, metrics and logs."""

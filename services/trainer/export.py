@@ -1,0 +1,66 @@
+"""A published version of an adapter: the two files of a PEFT folder, in memory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from peft import LoraConfig as PeftLoraConfig
+from safetensors.torch import save
+
+from rollmesh.digest import safetensors_digest
+from rollmesh.types import AdapterExport
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rollmesh.types import TrainerAdapter
+    from services.trainer.lora import LoraWeights
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdapterVersion:
+    """What ExportAdapter streams: header, the bytes of adapter_model.safetensors, their digest."""
+
+    header: AdapterExport
+    file: bytes
+    digest: str
+
+    def chunks(self, size: int) -> Iterator[bytes]:
+        """The file in pieces of at most `size` bytes."""
+        for start in range(0, len(self.file), size):
+            yield self.file[start : start + size]
+
+
+def make_version(adapter: TrainerAdapter, weights: LoraWeights, base_model: str) -> AdapterVersion:
+    """A copy of `weights` as `adapter`'s current version, in PEFT's names and format, float32."""
+    tensors = {}
+    for name, (a, b) in weights.factors.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.detach().cpu()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.detach().cpu()
+    file = save(tensors, metadata={"format": "pt"})
+    header = AdapterExport(
+        adapter=adapter.name,
+        policy_version=adapter.policy_version,
+        base_model=base_model,
+        adapter_config_json=_peft_config(adapter, base_model),
+        num_bytes=len(file),
+    )
+    return AdapterVersion(header, file, safetensors_digest(file))
+
+
+def _peft_config(adapter: TrainerAdapter, base_model: str) -> str:
+    lora = adapter.lora
+    config = PeftLoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_model,
+        inference_mode=True,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=list(lora.target_modules),
+    )
+    # PEFT keeps sets, which JSON does not know; sorted, so that a version has one text.
+    return json.dumps(config.to_dict(), default=sorted, indent=2, sort_keys=True)

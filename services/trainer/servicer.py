@@ -1,0 +1,108 @@
+"""TrainerService over the adapters and the engine that runs them: convert, one call, convert."""
+
+# ruff: noqa: N802, ARG002 - gRPC names the methods and says what they take
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rollmesh import convert
+from rollmesh.api.common.v1.export_pb2 import AdapterExportTrailer
+from rollmesh.api.trainer.v1 import trainer_service_pb2 as pb
+from rollmesh.api.trainer.v1.trainer_service_pb2_grpc import TrainerServiceServicer
+from rollmesh.rpc.channel import EXPORT_CHUNK_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    import grpc
+
+    from services.trainer.adapters import Adapters
+    from services.trainer.engine import Engine
+
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class TrainerServicer(TrainerServiceServicer):
+    """TrainerService."""
+
+    def __init__(self, adapters: Adapters, engine: Engine) -> None:
+        self._adapters = adapters
+        self._engine = engine
+
+    async def GetTrainer(
+        self, request: pb.GetTrainerRequest, context: Context
+    ) -> pb.GetTrainerResponse:
+        """What this trainer serves."""
+        return convert.trainer_info_to_pb(self._adapters.info())
+
+    async def CreateAdapter(
+        self, request: pb.CreateAdapterRequest, context: Context
+    ) -> pb.CreateAdapterResponse:
+        """Makes a fresh adapter."""
+        lora = convert.lora_from_pb(request.lora)
+        adapter = await self._engine.run(self._adapters.create, request.name, lora)
+        return pb.CreateAdapterResponse(adapter=convert.trainer_adapter_to_pb(adapter))
+
+    async def GetAdapter(
+        self, request: pb.GetAdapterRequest, context: Context
+    ) -> pb.GetAdapterResponse:
+        """One adapter."""
+        adapter = self._adapters.get(request.name)
+        return pb.GetAdapterResponse(adapter=convert.trainer_adapter_to_pb(adapter))
+
+    async def DeleteAdapter(
+        self, request: pb.DeleteAdapterRequest, context: Context
+    ) -> pb.DeleteAdapterResponse:
+        """Frees an adapter."""
+        await self._engine.run(self._adapters.delete, request.name)
+        return pb.DeleteAdapterResponse()
+
+    async def ForwardBackward(
+        self, request: pb.ForwardBackwardRequest, context: Context
+    ) -> pb.ForwardBackwardResponse:
+        """Loss and gradients of a batch."""
+        result = await self._engine.run(
+            self._adapters.forward_backward,
+            request.adapter,
+            request.sequence,
+            convert.data_from_pb(request.data),
+            convert.loss_from_pb(request.loss_config),
+        )
+        logprobs = convert.arrays_to_pb(result.logprobs)
+        return pb.ForwardBackwardResponse(logprobs=logprobs, metrics=result.metrics)
+
+    async def Forward(self, request: pb.ForwardRequest, context: Context) -> pb.ForwardResponse:
+        """Log-probabilities of a batch."""
+        data = convert.data_from_pb(request.data)
+        logprobs = await self._engine.run(self._adapters.forward, request.adapter, data)
+        return pb.ForwardResponse(logprobs=convert.arrays_to_pb(logprobs))
+
+    async def OptimStep(
+        self, request: pb.OptimStepRequest, context: Context
+    ) -> pb.OptimStepResponse:
+        """One AdamW step."""
+        adam = convert.adam_from_pb(request.adam)
+        result = await self._engine.run(
+            self._adapters.optim_step, request.adapter, request.sequence, adam
+        )
+        return pb.OptimStepResponse(policy_version=result.policy_version, metrics=result.metrics)
+
+    async def PublishAdapter(
+        self, request: pb.PublishAdapterRequest, context: Context
+    ) -> pb.PublishAdapterResponse:
+        """Makes the current weights an exportable version."""
+        published = await self._engine.run(self._adapters.publish, request.name)
+        return pb.PublishAdapterResponse(
+            policy_version=published.policy_version, digest=published.digest
+        )
+
+    async def ExportAdapter(
+        self, request: pb.ExportAdapterRequest, context: Context
+    ) -> AsyncIterator[pb.ExportAdapterResponse]:
+        """Streams a published version."""
+        version = self._adapters.version(request.name, request.policy_version)
+        yield pb.ExportAdapterResponse(header=convert.export_header_to_pb(version.header))
+        for chunk in version.chunks(EXPORT_CHUNK_BYTES):
+            yield pb.ExportAdapterResponse(chunk=chunk)
+        yield pb.ExportAdapterResponse(trailer=AdapterExportTrailer(digest=version.digest))

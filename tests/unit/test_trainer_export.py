@@ -1,0 +1,74 @@
+"""A published version is a PEFT folder that peft itself loads."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from rollmesh.digest import safetensors_digest
+from rollmesh.types import AdamConfig, LoraConfig, LossConfig
+from tests.fakes.tiny_qwen3 import batch, tiny_adapters, tiny_qwen3
+
+A = "projects/p/adapters/a"
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [LoraConfig(4), LoraConfig(3, alpha=4.5, target_modules=("v_proj", "up_proj"), seed=9)],
+    ids=["all layers", "two"],
+)
+def test_peft_loads_an_exported_version_and_gives_its_logprobs(tmp_path, lora):
+    adapters = tiny_adapters()
+    adapters.create(A, lora)
+    data = batch((9, 5))
+    for step in range(3):
+        adapters.forward_backward(A, 2 * step + 1, data, LossConfig("importance_sampling"))
+        adapters.optim_step(A, 2 * step + 2, AdamConfig(1e-2))
+    published = adapters.publish(A)
+    version = adapters.version(A, published.policy_version)
+    assert safetensors_digest(version.file) == version.digest == published.digest
+    assert version.header.num_bytes == len(version.file)
+    (tmp_path / "adapter_model.safetensors").write_bytes(version.file)
+    (tmp_path / "adapter_config.json").write_text(version.header.adapter_config_json)
+
+    assert {t.dtype for t in load_file(tmp_path / "adapter_model.safetensors").values()} == {
+        torch.float32
+    }
+    model = PeftModel.from_pretrained(tiny_qwen3(), tmp_path).eval()
+    for datum, expected in zip(data, adapters.forward(A, data), strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor(datum.token_ids[None].astype(np.int64))).logits[0]
+        rows = torch.arange(len(expected))
+        found = torch.log_softmax(logits, -1)[rows, torch.tensor(datum.target_token_ids).long()]
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_configuration_says_what_the_adapter_is():
+    adapters = tiny_adapters()
+    adapters.create(A, LoraConfig(4, target_modules=("v_proj", "q_proj")))
+    adapters.publish(A)
+    config = json.loads(adapters.version(A, 0).header.adapter_config_json)
+    assert {key: config[key] for key in ("peft_type", "task_type", "r", "lora_alpha")} == {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 4,
+        "lora_alpha": 8.0,
+    }
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+    assert (config["bias"], config["lora_dropout"]) == ("none", 0.0)
+    assert config["base_model_name_or_path"] == "tiny"
+
+
+def test_a_file_is_cut_into_chunks_that_make_it_up():
+    adapters = tiny_adapters()
+    adapters.create(A, LoraConfig(2))
+    adapters.publish(A)
+    version = adapters.version(A, 0)
+    chunks = list(version.chunks(1000))
+    assert b"".join(chunks) == version.file
+    assert max(map(len, chunks)) <= 1000
