@@ -1,0 +1,62 @@
+"""The reward service: `python -m services.reward --config FILE`."""
+
+# ruff: noqa: PLC0415 - a mistake in the configuration is told before anything heavy is imported
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+from pathlib import Path
+
+from rollmesh.errors import InvalidRequest
+from services.reward.config import RewardConfig
+
+log = logging.getLogger("services.reward")
+
+
+def main() -> None:
+    """Read the configuration, then serve until told to end."""
+    parser = argparse.ArgumentParser("python -m services.reward", description="Scores completions.")
+    parser.add_argument("--config", type=Path, required=True, help="YAML file, see RewardConfig")
+    try:
+        config = RewardConfig.load(parser.parse_args().config)
+    except InvalidRequest as error:
+        parser.exit(2, f"{error}\n")
+    asyncio.run(serve(config))
+
+
+async def serve(config: RewardConfig) -> None:
+    """Serve until the process is told to end."""
+    from rollmesh.api.reward.v1 import reward_service_pb2 as pb
+    from rollmesh.api.reward.v1.reward_service_pb2_grpc import (
+        add_RewardServiceServicer_to_server,
+    )
+    from rollmesh.rpc.server import serving, terminated
+    from rollmesh.telemetry import log_fields, telemetry
+    from services.reward.functions import FUNCTIONS
+    from services.reward.registry import Registry
+    from services.reward.servicer import RewardServicer
+    from services.reward.workers import Workers
+
+    with telemetry("reward", config.telemetry):
+        async with (
+            Workers(config.num_workers, config.item_timeout_s) as workers,
+            serving(
+                lambda server: add_RewardServiceServicer_to_server(
+                    RewardServicer(Registry(FUNCTIONS, workers, max_batches=config.max_batches)),
+                    server,
+                ),
+                services=[pb.DESCRIPTOR.services_by_name["RewardService"].full_name],
+                address=config.listen,
+                drain_s=config.drain_s,
+            ) as running,
+        ):
+            await running.ready()
+            with log_fields(port=running.port):
+                log.info("serving")
+            await terminated()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""RewardService over a Registry: convert, one call, convert."""
+
+# ruff: noqa: N802, ARG002 - gRPC names the methods and says what they take
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rollmesh import convert
+from rollmesh.api.reward.v1 import reward_service_pb2 as pb
+from rollmesh.api.reward.v1.reward_service_pb2_grpc import RewardServiceServicer
+
+if TYPE_CHECKING:
+    import grpc
+
+    from services.reward.registry import Registry
+
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class RewardServicer(RewardServiceServicer):
+    """RewardService."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
+        """Scores a batch."""
+        parameters = convert.struct_from_pb(request.parameters)
+        items = convert.score_items_from_pb(request.items)
+        return pb.ScoreResponse(
+            rewards=await self._registry.score(request.function, parameters, items)
+        )
+
+    async def ListFunctions(
+        self, request: pb.ListFunctionsRequest, context: Context
+    ) -> pb.ListFunctionsResponse:
+        """The functions that exist."""
+        functions = [pb.RewardFunction(**asdict(info)) for info in self._registry.list_functions()]
+        return pb.ListFunctionsResponse(functions=functions)

@@ -1,0 +1,58 @@
+"""A process that scores one item after another: a JSON line in, a JSON line out.
+
+The kernel ends it when an item takes too much processor time, whatever code is running then; that
+also holds when the service itself was killed and nobody is left to do it. Not wall time: rewards
+must not depend on how busy the machine is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+import traceback
+from typing import Any
+
+from rollmesh.errors import InvalidRequest
+from rollmesh.types import ScoreItem
+from services.reward.functions import FUNCTIONS
+
+MAX_MEMORY_BYTES = 1 << 30
+"""Memory of one process. The largest request is 64 MiB, and sympy itself takes about 100."""
+
+
+def main() -> None:
+    """Serve standard input to its end; the argument is the bound in seconds of processor time."""
+    limit_s = float(sys.argv[1])
+    resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    logging.disable()  # math-verify's remarks on each text that it cannot read
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w") as answers:
+        # A library that prints must not break the protocol.
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        for line in sys.stdin.buffer:
+            request = json.loads(line)
+            # Nobody handles the signal on purpose: its default is to end the process.
+            signal.setitimer(signal.ITIMER_PROF, limit_s)
+            answer = _answer(request)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            print(json.dumps(answer), file=answers, flush=True)
+
+
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    function = FUNCTIONS[request["function"]]
+    parameters = function.parameters.model_validate(request["parameters"])
+    try:
+        return {"reward": function.score(ScoreItem(**request["item"]), parameters)}
+    except InvalidRequest as error:
+        return {"invalid": str(error), "context": error.context}
+    except MemoryError:
+        return {"stuck": "it takes too much memory"}
+    except Exception:  # noqa: BLE001 - a bug must reach the service's log, and end nothing
+        return {"bug": traceback.format_exc()[-8000:]}
+
+
+if __name__ == "__main__":
+    main()
