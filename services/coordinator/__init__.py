@@ -1,0 +1,1 @@
+"""The coordinator: jobs, adapters, the scheduler and the fleet."""

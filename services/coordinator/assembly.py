@@ -1,0 +1,90 @@
+"""The coordinator's parts put together, whatever trainers, samplers and rewards they talk to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from typing import TYPE_CHECKING
+
+from rollmesh.rpc.server import serving
+from services.coordinator.adapters import Adapters
+from services.coordinator.base_models import BaseModels
+from services.coordinator.fleet.static import StaticFleet
+from services.coordinator.jobs import Jobs
+from services.coordinator.policies import Policies
+from services.coordinator.runner import Runner
+from services.coordinator.sampling import FleetSampling
+from services.coordinator.scheduler import Scheduler
+from services.coordinator.servicers import SERVICES, register
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping
+
+    from rollmesh.rpc.server import Serving
+    from services.coordinator.config import CoordinatorConfig
+    from services.coordinator.ports import RewardPort, SamplerPort, Sampling, TrainerPort, Training
+    from services.coordinator.runner import Play
+    from services.coordinator.store import Store
+
+
+@contextlib.asynccontextmanager
+async def coordinator(
+    config: CoordinatorConfig,
+    store: Store,
+    *,
+    trainers: Mapping[str, TrainerPort],
+    samplers: Mapping[str, SamplerPort],
+    reward: RewardPort,
+    play: Callable[[Training, Sampling], Play],
+) -> AsyncIterator[Serving]:
+    """A coordinator that serves and runs jobs until the block ends.
+
+    Then jobs stop where they are, for a successor to go on with; watchers are sent away, and other
+    calls get config.drain_s to finish. Ports are by address; `play` makes the loop of all jobs.
+    """
+    fleet = StaticFleet(trainers=trainers, samplers=samplers, rewards={config.reward: reward})
+    scheduler = Scheduler(
+        max_running_completions=config.max_running_completions,
+        max_queued_requests=config.max_queued_requests,
+    )
+    sampling = FleetSampling(fleet, scheduler)
+    base_models = BaseModels(fleet, [model.name for model in config.base_models])
+    adapters = Adapters(
+        store.adapters, fleet, trainers, sampling, base_models=base_models, clock=time.time
+    )
+    jobs = Jobs(
+        store.jobs,
+        fleet,
+        reward,
+        base_models=base_models,
+        max_pending=config.max_pending_jobs,
+        clock=time.time,
+        new_id=lambda: f"job-{secrets.token_hex(4)}",
+    )
+    runner = Runner(
+        store.jobs,
+        fleet,
+        adapters,
+        play(adapters, sampling),
+        max_running=config.max_running_jobs,
+        clock=time.time,
+    )
+    services = register(
+        jobs,
+        adapters,
+        Policies(adapters, sampling),
+        lambda: fleet.snapshot(sampling.num_queued_requests),
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        tasks = await stack.enter_async_context(asyncio.TaskGroup())
+        stack.callback(tasks.create_task(fleet.run()).cancel)
+        server = await stack.enter_async_context(
+            serving(services, services=SERVICES, address=config.listen, drain_s=config.drain_s)
+        )
+        stack.callback(store.jobs.changes.close)
+        stack.callback(tasks.create_task(runner.run()).cancel)
+        stack.push_async_callback(server.not_ready)
+        await server.ready()
+        yield server

@@ -1,0 +1,73 @@
+"""Configuration of the coordinator."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from rollmesh.config import Config
+from rollmesh.telemetry import TelemetryConfig
+
+
+def _check_database(url: str) -> str:
+    if url and not re.match(r"(?:sqlite:///.|postgresql://.)", url):
+        raise ValueError("needed is sqlite:///FILE or postgresql://USER@HOST/NAME")
+    return url
+
+
+class BaseModelConfig(Config):
+    """A base model that the mesh serves."""
+
+    name: str = Field(min_length=1)
+    """As trainers and samplers say it, and jobs ask for it."""
+    tokenizer: str = ""
+    """Local folder or hub id with the tokenizer. Empty: the name."""
+
+
+class CoordinatorConfig(Config):
+    """The coordinator: the door of the mesh. It knows no keys yet: any valid project is let in."""
+
+    listen: str = "127.0.0.1:7400"
+    """Address to serve at, host:port. Port 0: a free one."""
+    state_dir: Path = Path(".rollmesh")
+    """Folder of the SQLite file where no database is named. Made if missing."""
+    database: Annotated[str, AfterValidator(_check_database)] = ""
+    """sqlite:///FILE or postgresql://USER@HOST/NAME (the password in the environment variable
+    PGPASSWORD). One coordinator per database. Empty: coordinator.sqlite in state_dir."""
+    trainers: list[str] = Field(min_length=1)
+    """Addresses of the trainers, host:port."""
+    samplers: list[str] = Field(min_length=1)
+    """Addresses of the samplers, host:port."""
+    reward: str
+    """Address of the reward service, host:port."""
+    base_models: list[BaseModelConfig] = []
+    """Base models that are known also while nobody serves them, and tokenizers that lie elsewhere
+    than the model's name says."""
+    max_running_jobs: PositiveInt = 16
+    """Jobs that run at once; the others wait as PENDING, in the order of their creation."""
+    max_pending_jobs: PositiveInt = 1000
+    """Jobs that may wait; one more is refused with OVERLOADED."""
+    max_running_completions: PositiveInt = 256
+    """Completions that one sampler draws at once; further requests wait in the coordinator."""
+    max_queued_requests: PositiveInt = 4096
+    """Sample requests of one project for one base model that may wait; one more is refused with
+    OVERLOADED."""
+    request_retention_s: PositiveFloat = 30 * 86400.0
+    """How long a request_id is remembered; a repeat after that is a new request."""
+    drain_s: NonNegativeFloat = 10.0
+    """Seconds that calls under way get to finish when the coordinator is told to end."""
+    telemetry: TelemetryConfig = TelemetryConfig()
+    """Traces, metrics and logs."""
+
+    @property
+    def database_url(self) -> str:
+        """Where the store is."""
+        return self.database or f"sqlite:///{self.state_dir / 'coordinator.sqlite'}"
+
+    def tokenizer_of(self, base_model: str) -> str:
+        """Local folder or hub id of the tokenizer of `base_model`."""
+        named = {model.name: model.tokenizer for model in self.base_models}
+        return named.get(base_model, "") or base_model

@@ -1,0 +1,222 @@
+"""The fleet as a fixed list of members, each polled for what it serves and whether it answers.
+
+A member serves from its first good poll on. One that fails a call is out at once, and polled at
+once: where the call and not the member was at fault, it is back within a round trip.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from rollmesh import types
+from rollmesh.errors import MeshError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from services.coordinator.ports import RewardPort, SamplerPort, TrainerPort
+
+log = logging.getLogger(__name__)
+
+POLL_INTERVAL_S = 0.5
+POLL_TIMEOUT_S = 5.0
+"""A member that does not answer a poll within this time is out. A sampler that shares its processor
+with its engine may well take a second or two."""
+
+Port = TypeVar("Port")
+Info = TypeVar("Info")
+
+
+@dataclass(slots=True, eq=False)
+class FleetMember(Generic[Port, Info]):
+    """One process of the mesh. `info` is what its last good poll said."""
+
+    role: types.MemberRole
+    address: str
+    port: Port
+    poll: Callable[[], Awaitable[Info]]
+    serving: bool = False
+    problem: str = "not heard of yet"
+    info: Info | None = None
+    update_time: float = 0.0
+    suspected: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+Trainer = FleetMember["TrainerPort", types.TrainerInfo]
+Sampler = FleetMember["SamplerPort", types.SamplerInfo]
+Reward = FleetMember["RewardPort", "list[types.RewardFunctionInfo]"]
+
+
+class StaticFleet:
+    """Keeps up to date which of the configured members serve, and what; see `run`."""
+
+    def __init__(
+        self,
+        *,
+        trainers: Mapping[str, TrainerPort],
+        samplers: Mapping[str, SamplerPort],
+        rewards: Mapping[str, RewardPort],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Ports by address (host:port); `clock` gives Unix seconds."""
+        self._trainers: list[Trainer] = [
+            FleetMember("trainer", address, port, port.get_trainer)
+            for address, port in sorted(trainers.items())
+        ]
+        self._samplers: list[Sampler] = [
+            FleetMember("sampler", address, port, port.get_sampler)
+            for address, port in sorted(samplers.items())
+        ]
+        self._rewards: list[Reward] = [
+            FleetMember("reward", address, port, port.list_functions)
+            for address, port in sorted(rewards.items())
+        ]
+        self._clock = clock
+        self._listeners: list[Callable[[], None]] = []
+
+    async def run(self) -> None:
+        """Poll every member until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for trainer in self._trainers:
+                tasks.create_task(self._watch(trainer))
+            for sampler in self._samplers:
+                tasks.create_task(self._watch(sampler))
+            for reward in self._rewards:
+                tasks.create_task(self._watch(reward))
+
+    def trainers(self, base_model: str) -> list[Trainer]:
+        """The trainers of `base_model` that serve, by address."""
+        return [
+            member
+            for member in self._trainers
+            if member.serving and member.info and member.info.base_model == base_model
+        ]
+
+    def samplers(self, base_model: str) -> list[Sampler]:
+        """The samplers of `base_model` that serve, by address."""
+        return [
+            member
+            for member in self._samplers
+            if member.serving and member.info and member.info.base_model == base_model
+        ]
+
+    def rewards(self) -> list[Reward]:
+        """The reward services that serve, by address."""
+        return [member for member in self._rewards if member.serving]
+
+    def base_models(self) -> list[str]:
+        """Base models that some member has ever said to serve, sorted."""
+        trained = {member.info.base_model for member in self._trainers if member.info}
+        sampled = {member.info.base_model for member in self._samplers if member.info}
+        return sorted(trained | sampled)
+
+    def snapshot(self, num_queued_requests: int) -> types.Fleet:
+        """Every member as it is seen now, by role and address."""
+        return types.Fleet(
+            members=(
+                *(
+                    _told(
+                        member,
+                        base_model=member.info.base_model if member.info else "",
+                        num_adapters=member.info.num_adapters if member.info else 0,
+                    )
+                    for member in self._trainers
+                ),
+                *(
+                    _told(
+                        member,
+                        base_model=member.info.base_model if member.info else "",
+                        num_adapters=len(member.info.loaded) if member.info else 0,
+                        num_running=member.info.num_running if member.info else 0,
+                        backend=member.info.backend if member.info else "",
+                    )
+                    for member in self._samplers
+                ),
+                *(_told(member) for member in self._rewards),
+            ),
+            num_queued_requests=num_queued_requests,
+        )
+
+    def suspect(self, member: FleetMember[Port, Info], problem: str) -> None:
+        """A call to `member` failed: it is out until its next good poll, which comes at once."""
+        self._down(member, problem)
+        member.suspected.set()
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Call `listener` whenever a member comes, goes, or says something else than before."""
+        self._listeners.append(listener)
+
+    async def wait_for(self, ready: Callable[[], bool]) -> None:
+        """Return once `ready()`, which is asked now and after every change."""
+        changed = asyncio.Event()
+        self._listeners.append(changed.set)
+        try:
+            while not ready():
+                changed.clear()
+                await changed.wait()
+        finally:
+            self._listeners.remove(changed.set)
+
+    async def _watch(self, member: FleetMember[Port, Info]) -> None:
+        while True:
+            member.suspected.clear()
+            try:
+                async with asyncio.timeout(POLL_TIMEOUT_S):
+                    info = await member.poll()
+            except TimeoutError:
+                self._down(member, f"no answer within {POLL_TIMEOUT_S:g} s")
+            except MeshError as error:
+                self._down(member, str(error))
+            else:
+                self._up(member, info)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(POLL_INTERVAL_S):
+                    await member.suspected.wait()
+
+    def _up(self, member: FleetMember[Port, Info], info: Info) -> None:
+        changed = not member.serving or member.info != info
+        if not member.serving:
+            log.info("%s at %s serves", member.role, member.address)
+        member.serving, member.problem, member.info = True, "", info
+        member.update_time = self._clock()
+        if changed:
+            self._notify()
+
+    def _down(self, member: FleetMember[Port, Info], problem: str) -> None:
+        changed = member.serving
+        if changed:
+            log.warning("%s at %s is lost: %s", member.role, member.address, problem)
+        member.serving, member.problem = False, problem
+        member.update_time = self._clock()
+        if changed:
+            self._notify()
+
+    def _notify(self) -> None:
+        for listener in list(self._listeners):
+            listener()
+
+
+def _told(
+    member: FleetMember[Port, Info],
+    *,
+    base_model: str = "",
+    num_adapters: int = 0,
+    num_running: int = 0,
+    backend: str = "",
+) -> types.Member:
+    return types.Member(
+        role=member.role,
+        address=member.address,
+        serving=member.serving,
+        base_model=base_model,
+        problem=member.problem,
+        num_adapters=num_adapters,
+        num_running=num_running,
+        update_time=member.update_time,
+        backend=backend,
+    )

@@ -1,0 +1,212 @@
+"""Managed jobs as their users see them: the core of JobService.
+
+It writes to the store and nothing else; the runner sees there what is to run, pause or stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from rollmesh.errors import InvalidRequest, NotFound, Unavailable
+from rollmesh.job import FINAL_STATES, StateChanged
+from rollmesh.names import adapter_name, check_id, job_name, parse_job, parse_project
+from rollmesh.types import LoraConfig, ScoreItem
+from services.coordinator.paging import page_size_of
+from services.coordinator.prompts import check_templates, fill
+from services.coordinator.store import Request
+from services.coordinator.tasks import evaluation_tasks, training_tasks
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from rollmesh.job import AdapterSpec, Job, JobEvent, JobSpec
+    from services.coordinator.base_models import BaseModels
+    from services.coordinator.fleet.static import StaticFleet
+    from services.coordinator.lifecycle import Command
+    from services.coordinator.ports import RewardPort
+    from services.coordinator.store import JobStore
+
+
+class Jobs:
+    """Jobs of all projects.
+
+    Args:
+        store: where they are kept.
+        fleet: what is served.
+        reward: where reward functions are tried out.
+        base_models: those that the mesh knows.
+        max_pending: jobs that may wait at once, over all projects.
+        clock: Unix seconds.
+        new_id: makes up an id for a job that was given none.
+    """
+
+    def __init__(
+        self,
+        store: JobStore,
+        fleet: StaticFleet,
+        reward: RewardPort,
+        *,
+        base_models: BaseModels,
+        max_pending: int,
+        clock: Callable[[], float],
+        new_id: Callable[[], str],
+    ) -> None:
+        self._store = store
+        self._fleet = fleet
+        self._reward = reward
+        self._base_models = base_models
+        self._max_pending = max_pending
+        self._clock = clock
+        self._new_id = new_id
+
+    async def create(self, parent: str, job_id: str, spec: JobSpec, *, request_id: str) -> Job:
+        """Check and store a job.
+
+        Raises:
+            InvalidRequest: the key of the spec is the field.
+            NotFound: nobody serves the base model.
+            AlreadyExists: the id, the adapter's or the request_id is taken.
+            Overloaded: too many jobs wait.
+            Unavailable: the mesh is still starting, or the reward service is away.
+        """
+        project = parse_project(parent)
+        if job_id:
+            check_id(job_id, field="job_id")
+        request = await asyncio.to_thread(_request, project, request_id, job_id, spec)
+        made = await self._store.find_request(request)
+        if made is not None:
+            return await self._store.get(made)
+        job_id = job_id or self._new_id()
+        adapter_id = spec.adapter.id or job_id
+        named = spec.adapter.model_copy(update={"id": adapter_id})
+        spec = spec.model_copy(update={"adapter": named})
+        self._base_models.check(spec.base_model, field="base_model", refusal=NotFound)
+        self._check_adapter(spec)
+        await self._check_tasks(spec)
+        return await self._store.create(
+            job_name(project, job_id),
+            project,
+            spec,
+            adapter=adapter_name(project, adapter_id),
+            lora=lora_of(spec.adapter),
+            request=request,
+            max_pending=self._max_pending,
+            now=self._clock(),
+        )
+
+    async def get(self, name: str) -> Job:
+        """One job."""
+        parse_job(name)
+        return await self._store.get(name)
+
+    async def page(self, parent: str, page_size: int, page_token: str) -> tuple[list[Job], str]:
+        """Jobs of a project, newest first, and the token of the next page ("": none)."""
+        project = parse_project(parent)
+        size = page_size_of(page_size)
+        found = await self._store.page(project, limit=size + 1, after=page_token)
+        more = len(found) > size
+        return found[:size], parse_job(found[size - 1].name)[1] if more else ""
+
+    async def pause(self, name: str) -> Job:
+        """Stop a job after the step it is in."""
+        return await self._command(name, "pause")
+
+    async def resume(self, name: str) -> Job:
+        """Go on with a paused job."""
+        return await self._command(name, "resume")
+
+    async def cancel(self, name: str) -> Job:
+        """End a job now."""
+        return await self._command(name, "cancel")
+
+    async def watch(self, name: str, after_event: int) -> AsyncIterator[JobEvent]:
+        """The job's events behind number `after_event`, each once, up to the one that ends it.
+
+        Raises:
+            InvalidRequest: the job has no such event yet.
+            Unavailable: this coordinator is going away; its successor goes on from any event.
+        """
+        parse_job(name)
+        changes, seen = self._store.changes, after_event
+        while True:
+            changed = changes.next(name)
+            page = await self._store.events(name, after=seen)
+            if not 0 <= seen <= page.last_event:
+                raise InvalidRequest(
+                    f"after_event: {after_event} is not one of the events of {name}, which are "
+                    f"numbered from 1 to {page.last_event}",
+                    field="after_event",
+                    value=after_event,
+                )
+            for event in page.events:
+                yield event
+                seen = event.number
+                if isinstance(event.event, StateChanged) and event.event.to_state in FINAL_STATES:
+                    return
+            if page.ended and seen >= page.last_event:
+                return
+            if not page.events:
+                if changes.closed:
+                    raise Unavailable("the coordinator is going away", resource=name)
+                await changed.wait()
+
+    async def _command(self, name: str, command: Command) -> Job:
+        parse_job(name)
+        return await self._store.command(name, command, now=self._clock())
+
+    def _check_adapter(self, spec: JobSpec) -> None:
+        trainers = [trainer.info for trainer in self._fleet.trainers(spec.base_model)]
+        samplers = [sampler.info for sampler in self._fleet.samplers(spec.base_model)]
+        # Any trainer will do, and every sampler has to.
+        ranks = [max(info.max_rank for info in trainers if info)] if trainers else []
+        ranks += [info.max_rank for info in samplers if info]
+        if ranks and spec.adapter.rank > min(ranks):
+            raise InvalidRequest(
+                f"adapter.rank: {spec.adapter.rank} is more than the {min(ranks)} that the mesh "
+                f"takes for {spec.base_model!r}",
+                field="adapter.rank",
+                value=spec.adapter.rank,
+                allowed=f"1 to {min(ranks)}",
+            )
+        known = sorted({module for info in trainers if info for module in info.target_modules})
+        for module in spec.adapter.target_modules if trainers else ():
+            if module not in known:
+                raise InvalidRequest(
+                    f"adapter.target_modules: {spec.base_model!r} has no {module!r}; it has: "
+                    f"{', '.join(known)}",
+                    field="adapter.target_modules",
+                    value=module,
+                    allowed=", ".join(known),
+                )
+
+    async def _check_tasks(self, spec: JobSpec) -> None:
+        """Make the tasks, fill the templates, score an empty completion: the job would do the same.
+
+        What only fails later in the job fails the job; what can be seen now is the caller's error.
+        """
+        tasks = await asyncio.to_thread(training_tasks, spec)
+        held_out = await asyncio.to_thread(evaluation_tasks, spec)
+        await asyncio.to_thread(check_templates, spec, [*tasks, *held_out])
+        reference = fill(spec.reward.reference, tasks[0], field="reward.reference")
+        try:
+            await self._reward.score(
+                spec.reward.function, spec.reward.parameters, [ScoreItem("", reference)]
+            )
+        except InvalidRequest as error:
+            field = f"reward.{error.context.get('field', '')}".rstrip(".")
+            raise InvalidRequest(f"reward: {error}", **{**error.context, "field": field}) from None
+
+
+def _request(project: str, request_id: str, job_id: str, spec: JobSpec) -> Request:
+    return Request.of(project, request_id, "CreateJob", job_id, spec.model_dump(mode="json"))
+
+
+def lora_of(spec: AdapterSpec) -> LoraConfig:
+    """The adapter of a job."""
+    return LoraConfig(
+        rank=spec.rank,
+        alpha=spec.alpha,
+        target_modules=tuple(spec.target_modules),
+        seed=spec.seed,
+    )

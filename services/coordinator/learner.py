@@ -1,0 +1,129 @@
+"""The training side of one job: its ops in their sequence, and its versions on the samplers.
+
+Step s (from 0) takes policy_version s to s + 1 with sequences 2s + 1 (ForwardBackward) and 2s + 2
+(OptimStep). A job that was interrupted is found by these numbers, wherever it was.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from rollmesh import types
+from rollmesh.errors import FailedPrecondition, InternalError, NotFound, SequenceGap
+from services.coordinator.learning_rate import learning_rate
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+    from services.coordinator.metrics import Phases
+    from services.coordinator.ports import JobContext, Sampling, Training
+    from services.coordinator.retry import Patience
+
+Result = TypeVar("Result")
+Progress = Literal["clean", "gradients_pending", "stepped"]
+
+
+class Learner:
+    """Trains and publishes one job's adapter. Every method waits while the trainer is away."""
+
+    def __init__(
+        self, context: JobContext, *, training: Training, sampling: Sampling, patience: Patience
+    ) -> None:
+        self._job = context.name
+        self._adapter = context.adapter
+        self._spec = context.spec
+        self._training = training
+        self._sampling = sampling
+        self._patience = patience
+        # What may be on the samplers: after an interruption also versions from before it.
+        oldest = max(0, context.step - context.spec.algorithm.max_staleness - 1)
+        self._live = set(range(oldest, context.step))
+
+    async def progress(self, step: int) -> Progress:
+        """What the trainer has of step `step`, the first one that is not recorded as finished.
+
+        Raises:
+            FailedPrecondition: the adapter is neither before, in nor after that step.
+        """
+        try:
+            adapter = await self._patience.call(lambda: self._training.get_adapter(self._adapter))
+        except NotFound as error:
+            raise self._lost(error) from error
+        match adapter.policy_version - step, adapter.next_sequence - 2 * step:
+            case 0, 1:
+                return "clean"
+            case 0, 2:
+                return "gradients_pending"
+            case 1, 3:
+                return "stepped"
+        raise FailedPrecondition(
+            f"the trainer lost the state of {self._adapter}: after {step} steps it should be at "
+            f"version {step} with next sequence {2 * step + 1}, and is at version "
+            f"{adapter.policy_version} with next sequence {adapter.next_sequence}",
+            resource=self._adapter,
+        )
+
+    async def forward_backward(self, step: int, data: Sequence[types.Datum]) -> Mapping[str, float]:
+        """The gradients of step `step`; its metrics."""
+        coefficient = self._spec.algorithm.kl_coefficient
+        loss = types.LossConfig("importance_sampling", kl_coefficient=coefficient or None)
+        result = await self._op(
+            lambda: self._training.forward_backward(
+                self._adapter, 2 * step + 1, data, loss, job=self._job
+            )
+        )
+        return result.metrics
+
+    async def optim_step(self, step: int) -> Mapping[str, float]:
+        """The optimizer's part of step `step`; its metrics."""
+        algorithm = self._spec.algorithm
+        adam = types.AdamConfig(
+            learning_rate=learning_rate(
+                algorithm.learning_rate, step, max_steps=self._spec.stop.max_steps
+            ),
+            beta1=algorithm.beta1,
+            beta2=algorithm.beta2,
+            epsilon=algorithm.epsilon,
+            weight_decay=algorithm.weight_decay,
+            max_grad_norm=algorithm.max_grad_norm,
+        )
+        result = await self._op(
+            lambda: self._training.optim_step(self._adapter, 2 * step + 2, adam, job=self._job)
+        )
+        return {**result.metrics, "learning_rate": adam.learning_rate}
+
+    async def go_live(self, version: int, phases: Phases) -> types.AdapterSource:
+        """Publish the current weights, which are `version`, and load them on all samplers."""
+        with phases.phase("publish"):
+            published = await self._op(lambda: self._training.publish_adapter(self._adapter))
+            if published.policy_version != version:
+                raise InternalError(
+                    f"version {version} of {self._adapter} was to be published, the trainer "
+                    f"published {published.policy_version}",
+                    resource=self._adapter,
+                )
+            policy = types.PolicyRef(adapter=self._adapter, policy_version=version)
+            base_model, source = await self._op(lambda: self._training.resolve(policy))
+            assert source is not None  # noqa: S101 - the reference names an adapter
+        with phases.phase("load"):
+            await self._sampling.load(base_model, source)
+        self._live.add(version)
+        return source
+
+    async def retire(self, *, newest: int, in_use: Mapping[int, int]) -> None:
+        """Unload the versions before `newest` that nobody uses; `in_use`: users by version."""
+        idle = {version for version in self._live if version < newest and not in_use.get(version)}
+        self._live -= idle
+        for version in sorted(idle):
+            await self._sampling.unload(self._spec.base_model, self._adapter, version)
+
+    async def _op(self, attempt: Callable[[], Awaitable[Result]]) -> Result:
+        try:
+            return await self._patience.call(attempt)
+        except (NotFound, SequenceGap) as error:
+            raise self._lost(error) from error
+
+    def _lost(self, error: Exception) -> FailedPrecondition:
+        return FailedPrecondition(
+            f"the trainer lost the state of {self._adapter}: {error}", resource=self._adapter
+        )

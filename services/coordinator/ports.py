@@ -1,0 +1,223 @@
+"""What the coordinator's core asks of the outside, and its parts of each other, as protocols.
+
+The clients in `rollmesh.client` fulfil the first three; `__main__` plugs them in, tests plug in
+fakes that behave. No core module knows gRPC.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping, Sequence
+
+    from rollmesh import types
+    from rollmesh.job import Happening, JobSpec
+
+
+class TrainerPort(Protocol):
+    """A trainer, as `rollmesh.client.TrainerClient` is one. Every method raises MeshError."""
+
+    async def get_trainer(self) -> types.TrainerInfo: ...
+
+    async def create_adapter(self, name: str, lora: types.LoraConfig) -> types.TrainerAdapter: ...
+
+    async def get_adapter(self, name: str) -> types.TrainerAdapter: ...
+
+    async def delete_adapter(self, name: str) -> None: ...
+
+    async def forward_backward(
+        self,
+        adapter: str,
+        sequence: int,
+        data: Sequence[types.Datum],
+        loss_config: types.LossConfig,
+    ) -> types.ForwardBackwardResult: ...
+
+    async def forward(
+        self, adapter: str, data: Sequence[types.Datum]
+    ) -> tuple[types.FloatArray, ...]: ...
+
+    async def optim_step(
+        self, adapter: str, sequence: int, adam: types.AdamConfig
+    ) -> types.OptimStepResult: ...
+
+    async def publish_adapter(self, name: str) -> types.PublishedVersion: ...
+
+    def export_adapter(
+        self, name: str, policy_version: int
+    ) -> AsyncIterator[types.AdapterExport | bytes | str]:
+        """A header, then chunks of the safetensors file, then the digest."""
+        ...
+
+
+class SamplerPort(Protocol):
+    """A sampler, as `rollmesh.client.SamplerClient` is one. Every method raises MeshError."""
+
+    async def get_sampler(self) -> types.SamplerInfo: ...
+
+    async def load_adapter(self, source: types.AdapterSource) -> types.LoadTimes: ...
+
+    async def unload_adapter(self, adapter: str, policy_version: int | None = None) -> None: ...
+
+    def sample(
+        self,
+        source: types.AdapterSource | None,
+        prompt_token_ids: Sequence[int],
+        num_completions: int,
+        params: types.SamplingParams,
+    ) -> AsyncIterator[types.CompletionChunk]:
+        """The chunks of all completions, each completion's in order, its last with stop_reason."""
+        ...
+
+    async def compute_logprobs(
+        self, source: types.AdapterSource | None, token_ids: Sequence[int]
+    ) -> types.Logprobs: ...
+
+
+class RewardPort(Protocol):
+    """A reward service, as `rollmesh.client.RewardClient` is one. Every method raises MeshError."""
+
+    async def score(
+        self, function: str, parameters: Mapping[str, Any], items: Sequence[types.ScoreItem]
+    ) -> list[float]: ...
+
+    async def list_functions(self) -> list[types.RewardFunctionInfo]: ...
+
+
+class Training(Protocol):
+    """Training ops on the adapters that this coordinator knows, wherever their trainer is.
+
+    `services/coordinator/adapters.py` is one. `job` is the job that asks, or "" for an interactive
+    client: an adapter that a job owns is trained by that job alone.
+    """
+
+    async def create_adapter(
+        self, name: str, base_model: str, lora: types.LoraConfig, *, job: str, request_id: str
+    ) -> types.Adapter: ...
+
+    async def get_adapter(self, name: str) -> types.Adapter:
+        """As its trainer has it now: policy_version and next_sequence are the trainer's."""
+        ...
+
+    async def forward_backward(
+        self,
+        adapter: str,
+        sequence: int,
+        data: Sequence[types.Datum],
+        loss_config: types.LossConfig,
+        *,
+        job: str,
+    ) -> types.ForwardBackwardResult: ...
+
+    async def optim_step(
+        self, adapter: str, sequence: int, adam: types.AdamConfig, *, job: str
+    ) -> types.OptimStepResult: ...
+
+    async def publish_adapter(self, name: str) -> types.PublishedVersion: ...
+
+    async def resolve(self, policy: types.PolicyRef) -> tuple[str, types.AdapterSource | None]:
+        """Base model, and the published version with its digest and trainer; None: no adapter."""
+        ...
+
+
+class Sampling(Protocol):
+    """The shared sampler fleet behind its scheduler: `services/coordinator/sampling.py` is one."""
+
+    def stream(
+        self,
+        project: str,
+        base_model: str,
+        source: types.AdapterSource | None,
+        prompt_token_ids: Sequence[int],
+        num_completions: int,
+        params: types.SamplingParams,
+    ) -> AsyncIterator[types.CompletionChunk]:
+        """Chunks as they come. `project` is an id, not a name."""
+        ...
+
+    async def sample(
+        self,
+        project: str,
+        base_model: str,
+        source: types.AdapterSource | None,
+        prompt_token_ids: Sequence[int],
+        num_completions: int,
+        params: types.SamplingParams,
+    ) -> list[types.Completion]:
+        """Whole completions, by index; a lost sampler costs time, never an error."""
+        ...
+
+    async def compute_logprobs(
+        self,
+        project: str,
+        base_model: str,
+        source: types.AdapterSource | None,
+        token_ids: Sequence[int],
+    ) -> types.Logprobs:
+        """Log-probability of each token given those before it; the first is NaN."""
+        ...
+
+    async def load(self, base_model: str, source: types.AdapterSource) -> None:
+        """Return once the version is live on every sampler of the base model that is serving."""
+        ...
+
+    async def unload(self, base_model: str, adapter: str, policy_version: int | None) -> None:
+        """Let go of a version (None: all) everywhere; best effort."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back, for one base model: `services/coordinator/tokenizer.py`."""
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """A chat with its generation prompt, by the model's chat template."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Plain text, with the special tokens that the tokenizer adds to a text's start."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text, without special tokens."""
+        ...
+
+
+class Recorder(Protocol):
+    """Where a running job writes what happens to it: one event, one transaction."""
+
+    async def record(self, happening: Happening) -> None:
+        """Store the next event and what follows from it for the job (step, metrics, evaluations)."""
+        ...
+
+
+class JobContext(Protocol):
+    """What the loop knows of the job that it runs."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def spec(self) -> JobSpec: ...
+
+    @property
+    def adapter(self) -> str:
+        """Resource name of the adapter, which exists."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps recorded as finished when the loop is started."""
+        ...
+
+    @property
+    def num_evaluations(self) -> int:
+        """Evaluations recorded when the loop is started; the newest one's step is below."""
+        ...
+
+    @property
+    def last_evaluation_step(self) -> int | None: ...
+
+    def pause_requested(self) -> bool:
+        """Whether to return at the next border between two steps."""
+        ...

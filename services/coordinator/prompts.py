@@ -1,0 +1,103 @@
+"""Tasks to prompts: {name} in a template is a task's field, {{ and }} are braces."""
+
+from __future__ import annotations
+
+import string
+from typing import TYPE_CHECKING
+
+from rollmesh.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from rollmesh.job import JobSpec, PromptSpec
+    from services.coordinator.datasets import Task
+    from services.coordinator.ports import Tokenizer
+
+
+def check_templates(spec: JobSpec, tasks: Iterable[Task]) -> None:
+    """Refuse a spec whose prompt or reference asks for what one of `tasks` does not have.
+
+    Raises:
+        InvalidRequest: a malformed template, or a missing field, with the task and those it has.
+    """
+    templates = [*_prompt_templates(spec.prompt), ("reward.reference", spec.reward.reference)]
+    needed = [(field, name) for field, text in templates for _, name in _parts(text, field) if name]
+    for task in tasks:
+        for field, name in needed:
+            _value(task.fields, name, task_id=task.id, field=field)
+
+
+def fill(template: str, task: Task, *, field: str) -> str:
+    """`template` with the fields of `task`; `field` is the template's path in the job's spec.
+
+    Raises:
+        InvalidRequest: as check_templates.
+    """
+    return "".join(
+        literal + (_value(task.fields, name, task_id=task.id, field=field) if name else "")
+        for literal, name in _parts(template, field)
+    )
+
+
+def prompt_token_ids(prompt: PromptSpec, task: Task, tokenizer: Tokenizer) -> list[int]:
+    """The prompt of `task`: a chat by the model's template, or plain text as it is.
+
+    Raises:
+        InvalidRequest: as check_templates; or nothing is left of the prompt.
+    """
+    texts = [fill(template, task, field=field) for field, template in _prompt_templates(prompt)]
+    if prompt.messages:
+        roles = [message.role for message in prompt.messages]
+        chat = [{"role": r, "content": text} for r, text in zip(roles, texts, strict=True)]
+        token_ids = tokenizer.render(chat)
+    else:
+        token_ids = tokenizer.encode(texts[0])
+    if not token_ids:
+        raise InvalidRequest(
+            f"prompt: task {task.id!r} makes an empty one", field="prompt", value=task.id
+        )
+    return token_ids
+
+
+def _prompt_templates(prompt: PromptSpec) -> list[tuple[str, str]]:
+    """Path in the spec and text of each template of a prompt."""
+    if prompt.messages:
+        return [
+            (f"prompt.messages[{index}].content", message.content)
+            for index, message in enumerate(prompt.messages)
+        ]
+    return [("prompt.text", prompt.text)]
+
+
+def _parts(template: str, field: str) -> Iterator[tuple[str, str | None]]:
+    """Pieces of literal text, each with the name of the field that follows it (None: none)."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise _malformed(template, field, str(error)) from None
+    for literal, name, form, conversion in parts:
+        if name is not None and (not name or form or conversion):
+            raise _malformed(template, field, "a field is {name} and nothing more")
+        yield literal, name
+
+
+def _malformed(template: str, field: str, problem: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"{field}: {problem}; braces that are text are written {{{{ and }}}}",
+        field=field,
+        value=template[:200],
+    )
+
+
+def _value(fields: Mapping[str, str], name: str, *, task_id: str, field: str) -> str:
+    try:
+        return fields[name]
+    except KeyError:
+        known = ", ".join(sorted(fields))
+        raise InvalidRequest(
+            f"{field}: task {task_id!r} has no field {name!r}; it has: {known}",
+            field=field,
+            value=name,
+            allowed=known,
+        ) from None

@@ -1,0 +1,68 @@
+"""Patience with peers that are away for a moment."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, TypeVar
+
+from rollmesh.errors import DeadlineExceeded, Overloaded, Unavailable
+from rollmesh.job import Warned
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+Result = TypeVar("Result")
+
+RETRY_FOR_S = 120.0
+"""How long a job puts up with a trainer or a reward service that is away: a restart with a large
+model fits in; a job that waits longer should say so by failing."""
+
+
+def backoff() -> Iterator[float]:
+    """Seconds to wait before each next attempt, without end: 0.1, 0.2, … up to 2."""
+    delay_s = 0.1
+    while True:
+        yield delay_s
+        delay_s = min(2 * delay_s, 2.0)
+
+
+class Patience:
+    """Repeats calls to one peer while it is away, and says so once for each time that it is."""
+
+    def __init__(self, peer: str, warn: Callable[[Warned], Awaitable[None]]) -> None:
+        self._peer = peer
+        self._warn = warn
+        self._away = False
+
+    async def call(self, attempt: Callable[[], Awaitable[Result]]) -> Result:
+        """What `attempt` answers, which must be safe to repeat.
+
+        Raises:
+            Unavailable: the peer was away for RETRY_FOR_S.
+            MeshError: any other that `attempt` raises, at once.
+        """
+        loop = asyncio.get_running_loop()
+        give_up_at = loop.time() + RETRY_FOR_S
+        for delay_s in backoff():
+            try:
+                result = await attempt()
+            except (Unavailable, Overloaded, DeadlineExceeded) as error:
+                if loop.time() + delay_s > give_up_at:
+                    raise Unavailable(
+                        f"the {self._peer} has been away for {RETRY_FOR_S:g} s: {error}",
+                        **error.context,
+                    ) from error
+                await self._say_away(str(error))
+                await asyncio.sleep(delay_s)
+            else:
+                self._away = False
+                return result
+        raise AssertionError("backoff never ends")
+
+    async def _say_away(self, problem: str) -> None:
+        if self._away:
+            return
+        self._away = True
+        reason = f"{self._peer.upper()}_UNAVAILABLE"
+        message = f"the {self._peer} does not answer and is tried again: {problem}"
+        await self._warn(Warned(reason=reason, message=message))

@@ -1,0 +1,210 @@
+"""Groups of rollouts: a task's prompt, its completions from one version of the policy, its rewards.
+
+Everything random is a function of the job's seed and the group's number, so a job that is started
+again goes on with the tasks and seeds that it would have had.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from rollmesh import telemetry, types
+from rollmesh.errors import InternalError, InvalidRequest
+from services.coordinator.prompts import fill, prompt_token_ids
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rollmesh.job import JobSpec
+    from services.coordinator.datasets import Task
+    from services.coordinator.ports import RewardPort, Sampling, Tokenizer
+    from services.coordinator.retry import Patience
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Completions of one task's prompt."""
+
+    task: Task
+    prompt_token_ids: Sequence[int]
+    completions: Sequence[types.Completion]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What one training step needs of one prompt. `rewards` are in the order of the completions."""
+
+    number: int
+    policy_version: int
+    drawn: Drawn
+    rewards: Sequence[float]
+    sample_s: float
+    reward_s: float
+
+
+class Rollouts:
+    """Draws and scores completions for one job."""
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        project: str,
+        tasks: Sequence[Task],
+        *,
+        sampling: Sampling,
+        reward: RewardPort,
+        reward_patience: Patience,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self._spec = spec
+        self._project = project
+        self._order = TaskOrder(tasks, spec.seed)
+        self._sampling = sampling
+        self._reward = reward
+        self._reward_patience = reward_patience
+        self._tokenizer = tokenizer
+
+    async def group(self, number: int, source: types.AdapterSource) -> Group:
+        """The group of that number, sampled from `source` and scored."""
+        clock = asyncio.get_running_loop().time
+        spec = self._spec
+        task = self._order.task(number)
+        with telemetry.span("job.group", number=number, policy_version=source.policy_version):
+            start = clock()
+            drawn = await self.draw(
+                task,
+                source,
+                spec.algorithm.group_size,
+                types.SamplingParams(
+                    max_tokens=spec.sampling.max_tokens,
+                    temperature=spec.sampling.temperature,
+                    top_k=spec.sampling.top_k,
+                    top_p=spec.sampling.top_p,
+                    stop=tuple(spec.sampling.stop),
+                    seed=derived_seed(spec.seed, "group", number, task.id),
+                ),
+            )
+            sampled = clock()
+            rewards = await self.score([drawn])
+            return Group(
+                number=number,
+                policy_version=source.policy_version,
+                drawn=drawn,
+                rewards=rewards,
+                sample_s=sampled - start,
+                reward_s=clock() - sampled,
+            )
+
+    async def draw(
+        self,
+        task: Task,
+        source: types.AdapterSource,
+        num_completions: int,
+        params: types.SamplingParams,
+    ) -> Drawn:
+        """Completions of `task`, every token of which `source` produced.
+
+        Raises:
+            InvalidRequest: the task makes no prompt, or one that the sampler refuses.
+            InternalError: another policy than `source` was sampled.
+        """
+        prompt = prompt_token_ids(self._spec.prompt, task, self._tokenizer)
+        try:
+            completions = await self._sampling.sample(
+                self._project, self._spec.base_model, source, prompt, num_completions, params
+            )
+        except InvalidRequest as error:
+            raise InvalidRequest(
+                f"task {task.id!r}, whose prompt has {len(prompt)} tokens: {error}",
+                **error.context,
+            ) from error
+        check_identity(completions, source, num_completions)
+        return Drawn(task, prompt, completions)
+
+    async def score(self, all_drawn: Sequence[Drawn]) -> list[float]:
+        """The rewards of all completions, in order.
+
+        Raises:
+            InvalidRequest: the reward function refuses its parameters or a completion.
+        """
+        reference = self._spec.reward.reference
+        items = [
+            types.ScoreItem(
+                completion=self._tokenizer.decode(completion.token_ids),
+                reference=fill(reference, drawn.task, field="reward.reference"),
+                prompt=self._tokenizer.decode(drawn.prompt_token_ids),
+            )
+            for drawn in all_drawn
+            for completion in drawn.completions
+        ]
+        rewards = await self._reward_patience.call(
+            lambda: self._reward.score(
+                self._spec.reward.function, self._spec.reward.parameters, items
+            )
+        )
+        if len(rewards) != len(items):
+            raise InternalError(f"the reward service scored {len(rewards)} of {len(items)} items")
+        return rewards
+
+
+def check_identity(
+    completions: Sequence[types.Completion], source: types.AdapterSource, num_completions: int
+) -> None:
+    """Refuse completions that are not, token for token, of the version that was asked for.
+
+    Training on another policy's tokens goes wrong silently, weeks before anyone looks here.
+
+    Raises:
+        InternalError: names what came.
+    """
+    if len(completions) != num_completions:
+        raise InternalError(
+            f"{num_completions} completions were asked for, {len(completions)} came"
+        )
+    for index, completion in enumerate(completions):
+        num_tokens = sum(span.num_tokens for span in completion.spans)
+        if not 0 < num_tokens == len(completion.token_ids) == len(completion.logprobs):
+            raise InternalError(
+                f"completion {index} has {len(completion.token_ids)} tokens, "
+                f"{len(completion.logprobs)} logprobs and spans over {num_tokens} tokens"
+            )
+        for span in completion.spans:
+            if (span.policy_version, span.digest) != (source.policy_version, source.digest):
+                raise InternalError(
+                    f"version {source.policy_version} of {source.adapter} (digest "
+                    f"{source.digest!r}) was asked for; {span.num_tokens} tokens of completion "
+                    f"{index} came from version {span.policy_version} (digest {span.digest!r})",
+                    adapter=source.adapter,
+                )
+
+
+class TaskOrder:
+    """Which task each group has: every epoch goes through all of them, in an order of its own."""
+
+    def __init__(self, tasks: Sequence[Task], seed: int) -> None:
+        self._tasks = tasks
+        self._seed = seed
+        # Groups are asked for in the order of their numbers: at most two epochs are under way.
+        self._order_of = lru_cache(maxsize=2)(self._order)
+
+    def task(self, number: int) -> Task:
+        """The task of the group of that number."""
+        epoch, place = divmod(number, len(self._tasks))
+        return self._tasks[self._order_of(epoch)[place]]
+
+    def _order(self, epoch: int) -> Sequence[int]:
+        order = list(range(len(self._tasks)))
+        seed = derived_seed(self._seed, "epoch", epoch)
+        random.Random(seed).shuffle(order)  # noqa: S311 - guards nothing
+        return order
+
+
+def derived_seed(seed: int, *path: int | str) -> int:
+    """A seed in [0, 2**48) for one use: small enough for every engine, and for JSON's numbers."""
+    text = "/".join(str(part) for part in (seed, *path))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])

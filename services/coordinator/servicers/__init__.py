@@ -1,0 +1,67 @@
+"""The coordinator's gRPC services: convert, one call of a core, convert."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rollmesh.api.coordinator.v1 import (
+    adapter_service_pb2,
+    fleet_service_pb2,
+    job_service_pb2,
+    sampling_service_pb2,
+    training_service_pb2,
+)
+from rollmesh.api.coordinator.v1.adapter_service_pb2_grpc import (
+    add_AdapterServiceServicer_to_server,
+)
+from rollmesh.api.coordinator.v1.fleet_service_pb2_grpc import add_FleetServiceServicer_to_server
+from rollmesh.api.coordinator.v1.job_service_pb2_grpc import add_JobServiceServicer_to_server
+from rollmesh.api.coordinator.v1.sampling_service_pb2_grpc import (
+    add_SamplingServiceServicer_to_server,
+)
+from rollmesh.api.coordinator.v1.training_service_pb2_grpc import (
+    add_TrainingServiceServicer_to_server,
+)
+from services.coordinator.servicers.adapters import AdapterServicer
+from services.coordinator.servicers.fleet import FleetServicer
+from services.coordinator.servicers.jobs import JobServicer
+from services.coordinator.servicers.sampling import SamplingServicer
+from services.coordinator.servicers.training import TrainingServicer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import grpc
+
+    from rollmesh import types
+    from services.coordinator.adapters import Adapters
+    from services.coordinator.jobs import Jobs
+    from services.coordinator.policies import Policies
+
+SERVICES = tuple(
+    service.full_name
+    for module in (
+        adapter_service_pb2,
+        fleet_service_pb2,
+        job_service_pb2,
+        sampling_service_pb2,
+        training_service_pb2,
+    )
+    for service in module.DESCRIPTOR.services_by_name.values()
+)
+"""Full names of all five."""
+
+
+def register(
+    jobs: Jobs, adapters: Adapters, policies: Policies, snapshot: Callable[[], types.Fleet]
+) -> Callable[[grpc.aio.Server], None]:
+    """What adds the five services over these cores to a server."""
+
+    def add(server: grpc.aio.Server) -> None:
+        add_JobServiceServicer_to_server(JobServicer(jobs), server)
+        add_AdapterServiceServicer_to_server(AdapterServicer(adapters), server)
+        add_TrainingServiceServicer_to_server(TrainingServicer(adapters), server)
+        add_SamplingServiceServicer_to_server(SamplingServicer(policies), server)
+        add_FleetServiceServicer_to_server(FleetServicer(snapshot), server)
+
+    return add

@@ -1,0 +1,31 @@
+"""FleetService over the fleet."""
+
+# ruff: noqa: N802, ARG002 - gRPC names the methods and says what they take
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rollmesh import convert
+from rollmesh.api.coordinator.v1.fleet_service_pb2_grpc import FleetServiceServicer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import grpc
+
+    from rollmesh import types
+    from rollmesh.api.coordinator.v1 import fleet_service_pb2 as pb
+
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class FleetServicer(FleetServiceServicer):
+    """FleetService."""
+
+    def __init__(self, snapshot: Callable[[], types.Fleet]) -> None:
+        self._snapshot = snapshot
+
+    async def GetFleet(self, request: pb.GetFleetRequest, context: Context) -> pb.GetFleetResponse:
+        """What runs."""
+        return convert.fleet_to_pb(self._snapshot())

@@ -1,0 +1,52 @@
+"""SamplingService over Policies."""
+
+# ruff: noqa: N802, ARG002 - gRPC names the methods and says what they take
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rollmesh import convert
+from rollmesh.api.coordinator.v1 import sampling_service_pb2 as pb
+from rollmesh.api.coordinator.v1.sampling_service_pb2_grpc import SamplingServiceServicer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    import grpc
+
+    from services.coordinator.policies import Policies
+
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class SamplingServicer(SamplingServiceServicer):
+    """SamplingService."""
+
+    def __init__(self, policies: Policies) -> None:
+        self._policies = policies
+
+    async def Sample(
+        self, request: pb.SampleRequest, context: Context
+    ) -> AsyncIterator[pb.SampleResponse]:
+        """Draws completions and streams their tokens."""
+        chunks = self._policies.sample(
+            request.project,
+            convert.policy_from_pb(request.policy),
+            tuple(request.prompt_token_ids),
+            request.num_completions,
+            convert.params_from_pb(request.params),
+        )
+        async for chunk in chunks:
+            yield pb.SampleResponse(chunk=convert.chunk_to_pb(chunk))
+
+    async def ComputeLogprobs(
+        self, request: pb.ComputeLogprobsRequest, context: Context
+    ) -> pb.ComputeLogprobsResponse:
+        """Log-probabilities of given tokens."""
+        result = await self._policies.compute_logprobs(
+            request.project, convert.policy_from_pb(request.policy), tuple(request.token_ids)
+        )
+        return pb.ComputeLogprobsResponse(
+            logprobs=convert.tensor_to_pb(result.logprobs), span=convert.span_to_pb(result.span)
+        )

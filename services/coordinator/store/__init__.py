@@ -1,0 +1,59 @@
+"""What the coordinator must not forget: jobs with their events, adapters, versions, request ids.
+
+Every method is one small transaction. SQLite in a file by default, PostgreSQL by its URL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from services.coordinator.store.adapters import AdapterStore, StoredAdapter, check_free
+from services.coordinator.store.changes import Changes
+from services.coordinator.store.database import Database, StoreUnavailable, check_url
+from services.coordinator.store.jobs import QUEUE, EventPage, JobStore, QueuedJob, StoredJob
+from services.coordinator.store.migrate import migrate
+from services.coordinator.store.requests import Request
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+__all__ = [
+    "QUEUE",
+    "AdapterStore",
+    "Changes",
+    "EventPage",
+    "JobStore",
+    "QueuedJob",
+    "Request",
+    "Store",
+    "StoreUnavailable",
+    "StoredAdapter",
+    "StoredJob",
+    "check_free",
+    "check_url",
+    "open_store",
+]
+
+
+@dataclass(frozen=True)
+class Store:
+    """An open store, migrated to this build's schema."""
+
+    jobs: JobStore
+    adapters: AdapterStore
+
+
+@contextlib.asynccontextmanager
+async def open_store(url: str, *, request_retention_s: float) -> AsyncIterator[Store]:
+    """The store at `url`, for the length of the block."""
+    database = Database(url)
+    try:
+        await database.transact(migrate)
+        yield Store(
+            JobStore(database, Changes(), request_retention_s),
+            AdapterStore(database, request_retention_s),
+        )
+    finally:
+        await database.close()

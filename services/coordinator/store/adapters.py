@@ -1,0 +1,356 @@
+"""Adapters, which trainer has each, and their published versions.
+
+An adapter's row comes before the adapter itself: first the name is reserved, then a trainer is
+chosen and written down, then asked, and only when it has the adapter is the row ready. Whatever
+dies in between, the row says where a copy may lie.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import delete, insert, select, update
+
+from rollmesh import types
+from rollmesh.errors import AlreadyExists, DigestMismatch, FailedPrecondition, NotFound
+from rollmesh.job import FINAL_STATES
+from rollmesh.names import adapter_name, parse_adapter
+from services.coordinator.store import requests
+from services.coordinator.store.tables import adapters, jobs, versions
+
+if TYPE_CHECKING:
+    from sqlalchemy import Row
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from services.coordinator.store.database import Database
+    from services.coordinator.store.requests import Request
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAdapter:
+    """An adapter as it was last seen; `owned` by a job that has not ended."""
+
+    adapter: types.Adapter
+    trainer: str
+    ready: bool
+    owned: bool
+
+
+class AdapterStore:
+    """The tables `adapters` and `versions`."""
+
+    def __init__(self, database: Database, request_retention_s: float) -> None:
+        self._database = database
+        self._request_retention_s = request_retention_s
+
+    async def reserve(
+        self,
+        name: str,
+        base_model: str,
+        lora: types.LoraConfig,
+        *,
+        job: str,
+        request: Request | None,
+        now: float,
+    ) -> StoredAdapter:
+        """The row of a new adapter, or that which `request` or `job` made before.
+
+        Raises:
+            AlreadyExists: the name or the request_id is taken.
+        """
+
+        async def work(connection: AsyncConnection) -> StoredAdapter:
+            if request is not None:
+                made = await requests.find(connection, request)
+                if made is not None:
+                    return _stored(await _row(connection, made))
+            await reserve(connection, name, base_model, lora, job=job, now=now)
+            if request is not None:
+                await requests.remember(
+                    connection, request, name, now=now, retention_s=self._request_retention_s
+                )
+            return _stored(await _row(connection, name))
+
+        return await self._database.transact(work)
+
+    async def place(self, name: str, trainer: str) -> None:
+        """Write down which trainer will be asked for the adapter; "": none."""
+
+        async def work(connection: AsyncConnection) -> None:
+            await connection.execute(
+                update(adapters)
+                .where(adapters.c.name == name, adapters.c.ready.is_(False))
+                .values(trainer=trainer)
+            )
+
+        await self._database.transact(work)
+
+    async def confirm(self, name: str, *, job: str, made: types.TrainerAdapter) -> StoredAdapter:
+        """The trainer has the adapter: from now on it exists.
+
+        Raises:
+            AlreadyExists: the name went to somebody else meanwhile.
+        """
+
+        async def work(connection: AsyncConnection) -> StoredAdapter:
+            row = await _row(connection, name, lock=True)
+            if (row.job or "") != job:
+                raise _taken(name)
+            await connection.execute(
+                update(adapters)
+                .where(adapters.c.name == name)
+                .values(
+                    ready=True,
+                    lora=_lora_to_json(made.lora),
+                    policy_version=made.policy_version,
+                    next_sequence=made.next_sequence,
+                )
+            )
+            await connection.execute(update(jobs).where(jobs.c.name == job).values(adapter=name))
+            return _stored(await _row(connection, name))
+
+        return await self._database.transact(work)
+
+    async def release(self, name: str) -> None:
+        """Give up an adapter that no trainer took. A job keeps its reservation."""
+
+        async def work(connection: AsyncConnection) -> None:
+            row = await _row(connection, name, lock=True)
+            if row.job is not None:
+                await connection.execute(
+                    update(adapters).where(adapters.c.name == name).values(trainer="")
+                )
+                return
+            await requests.forget(connection, name)
+            await connection.execute(delete(adapters).where(adapters.c.name == name))
+
+        await self._database.transact(work)
+
+    async def get(self, name: str) -> StoredAdapter:
+        """One adapter, ready or not. NotFound: no such adapter."""
+        async with self._database.read() as connection:
+            return _stored(await _row(connection, name))
+
+    async def page(self, project: str, *, limit: int, after: str) -> list[types.Adapter]:
+        """Adapters of a project by name, from the one behind the id `after` ("": all)."""
+        query = (
+            _SELECT.where(adapters.c.project == project, adapters.c.ready.is_(True))
+            .where(adapters.c.name > adapter_name(project, after))
+            .order_by(adapters.c.name)
+            .limit(limit)
+        )
+        async with self._database.read() as connection:
+            return [_stored(row).adapter for row in await connection.execute(query)]
+
+    async def seen(
+        self, name: str, *, next_sequence: int, policy_version: int | None = None
+    ) -> None:
+        """Note how far an adapter has come; a late note of an earlier op changes nothing."""
+
+        async def work(connection: AsyncConnection) -> None:
+            row = await _row(connection, name, lock=True)
+            version = row.policy_version if policy_version is None else policy_version
+            await connection.execute(
+                update(adapters)
+                .where(adapters.c.name == name)
+                .values(
+                    next_sequence=max(row.next_sequence, next_sequence),
+                    policy_version=max(row.policy_version, version),
+                )
+            )
+
+        await self._database.transact(work)
+
+    async def publish(self, name: str, version: types.PublishedVersion, *, now: float) -> None:
+        """Note a published version; again, if it was.
+
+        Raises:
+            DigestMismatch: it was published with another digest. Versions never change.
+        """
+
+        async def work(connection: AsyncConnection) -> None:
+            row = await _row(connection, name, lock=True)
+            known = await _version(connection, name, version.policy_version)
+            if known is not None:
+                if known.digest != version.digest:
+                    raise DigestMismatch(
+                        f"version {version.policy_version} of {name} was published as "
+                        f"{known.digest} and its trainer now has {version.digest}",
+                        resource=name,
+                    )
+                return
+            await connection.execute(
+                insert(versions).values(
+                    adapter=name,
+                    policy_version=version.policy_version,
+                    digest=version.digest,
+                    create_time=now,
+                )
+            )
+            if row.published_version is None or row.published_version < version.policy_version:
+                await connection.execute(
+                    update(adapters)
+                    .where(adapters.c.name == name)
+                    .values(
+                        published_version=version.policy_version, published_digest=version.digest
+                    )
+                )
+
+        await self._database.transact(work)
+
+    async def version(self, name: str, policy_version: int | None) -> types.PublishedVersion:
+        """A published version; None: the newest. NotFound: no such adapter or version."""
+        async with self._database.read() as connection:
+            row = await _row(connection, name)
+            if not row.ready:
+                raise _missing(name)
+            if policy_version is None:
+                policy_version = row.published_version
+            if policy_version is None:
+                raise NotFound(f"no version of {name} was published yet", resource=name)
+            known = await _version(connection, name, policy_version)
+        if known is None:
+            newest = row.published_version
+            raise NotFound(
+                f"version {policy_version} of {name} was not published; the newest is {newest}",
+                resource=name,
+                value=policy_version,
+            )
+        return types.PublishedVersion(known.policy_version, known.digest)
+
+    async def delete(self, name: str, request: Request, *, now: float) -> None:
+        """Forget an adapter and its versions.
+
+        Raises:
+            FailedPrecondition: a job that has not ended trains it.
+        """
+
+        async def work(connection: AsyncConnection) -> None:
+            stored = _stored(await _row(connection, name, lock=True))
+            check_free(stored)
+            await connection.execute(delete(adapters).where(adapters.c.name == name))
+            await requests.remember(
+                connection, request, "", now=now, retention_s=self._request_retention_s
+            )
+
+        await self._database.transact(work)
+
+    async def repeated(self, request: Request) -> bool:
+        """Whether `request` was carried out before."""
+        async with self._database.read() as connection:
+            return await requests.find(connection, request) is not None
+
+
+async def reserve(
+    connection: AsyncConnection,
+    name: str,
+    base_model: str,
+    lora: types.LoraConfig,
+    *,
+    job: str,
+    now: float,
+) -> None:
+    """Take the name of an adapter, for `job` or ("") an interactive client.
+
+    A name whose adapter never came to be is free again once the job that wanted it has ended. What
+    an interactive client left half made is for interactive clients alone: it may still be at it.
+    """
+    found = await connection.execute(_SELECT.where(adapters.c.name == name))
+    row = found.one_or_none()
+    values = {
+        "base_model": base_model,
+        "lora": _lora_to_json(lora),
+        "job": job or None,
+        "create_time": now,
+    }
+    if row is None:
+        await connection.execute(
+            insert(adapters).values(
+                name=name,
+                project=parse_adapter(name)[0],
+                trainer="",
+                ready=False,
+                policy_version=0,
+                next_sequence=1,
+                published_digest="",
+                **values,
+            )
+        )
+        return
+    stored = _stored(row)
+    if job and stored.adapter.job == job:
+        return
+    if stored.ready or stored.owned or (job and not stored.adapter.job):
+        raise _taken(name)
+    await requests.forget(connection, name)
+    await connection.execute(update(adapters).where(adapters.c.name == name).values(**values))
+
+
+def check_free(stored: StoredAdapter) -> None:
+    """Raise FailedPrecondition where a job that has not ended owns the adapter."""
+    if stored.owned:
+        raise FailedPrecondition(
+            f"{stored.adapter.name} belongs to {stored.adapter.job}, which has not ended",
+            resource=stored.adapter.name,
+            job=stored.adapter.job,
+        )
+
+
+_SELECT = select(adapters, jobs.c.phase).join_from(
+    adapters, jobs, adapters.c.job == jobs.c.name, isouter=True
+)
+
+
+async def _row(connection: AsyncConnection, name: str, *, lock: bool = False) -> Row[Any]:
+    query = _SELECT.where(adapters.c.name == name)
+    if lock:
+        query = query.with_for_update(of=adapters)
+    row = (await connection.execute(query)).one_or_none()
+    if row is None:
+        raise _missing(name)
+    return row
+
+
+async def _version(connection: AsyncConnection, name: str, policy_version: int) -> Row[Any] | None:
+    found = await connection.execute(
+        select(versions).where(
+            versions.c.adapter == name, versions.c.policy_version == policy_version
+        )
+    )
+    return found.one_or_none()
+
+
+def _stored(row: Row[Any]) -> StoredAdapter:
+    lora = json.loads(row.lora)
+    lora["target_modules"] = tuple(lora["target_modules"])
+    return StoredAdapter(
+        adapter=types.Adapter(
+            name=row.name,
+            base_model=row.base_model,
+            lora=types.LoraConfig(**lora),
+            policy_version=row.policy_version,
+            published_version=row.published_version,
+            published_digest=row.published_digest,
+            next_sequence=row.next_sequence,
+            create_time=row.create_time,
+            job=row.job or "",
+        ),
+        trainer=row.trainer,
+        ready=row.ready,
+        owned=row.phase is not None and row.phase not in FINAL_STATES,
+    )
+
+
+def _lora_to_json(lora: types.LoraConfig) -> str:
+    return json.dumps(dataclasses.asdict(lora))
+
+
+def _missing(name: str) -> NotFound:
+    return NotFound(f"there is no {name}", resource=name)
+
+
+def _taken(name: str) -> AlreadyExists:
+    return AlreadyExists(f"there is a {name} already", resource=name)

@@ -1,0 +1,125 @@
+"""One database behind one engine: transactions, and what each dialect needs to keep its promises.
+
+No other module of the store knows which database it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sqlalchemy import event, make_url
+from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from rollmesh.errors import InvalidRequest, Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+    from sqlalchemy import URL, Connection
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+Result = TypeVar("Result")
+
+_DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg"}
+_BUSY_TIMEOUT_MS = 10_000
+
+
+class StoreUnavailable(Unavailable):
+    """The database is away, locked for too long, or full: nothing was changed."""
+
+
+def check_url(text: str) -> URL:
+    """The URL of a database that the store can use, with the driver it uses.
+
+    Raises:
+        InvalidRequest: not a URL, or of another database.
+    """
+    try:
+        url = make_url(text)
+    except ArgumentError:
+        url = None
+    if url is None or url.get_backend_name() not in _DRIVERS:
+        raise InvalidRequest(
+            f"database: not a URL of the form sqlite:///FILE or postgresql://USER@HOST/NAME: "
+            f"{text!r}",
+            field="database",
+            value=text,
+        )
+    return url.set(drivername=_DRIVERS[url.get_backend_name()])
+
+
+class Database:
+    """Transactions on the database at `url`."""
+
+    def __init__(self, url: str) -> None:
+        checked = check_url(url)
+        self._engine = create_async_engine(checked, pool_pre_ping=True)
+        self._reader = self._engine.execution_options(read_only=True)
+        self._turn: contextlib.AbstractAsyncContextManager[object] = contextlib.nullcontext()
+        if checked.get_backend_name() == "sqlite":
+            Path(checked.database or "").parent.mkdir(parents=True, exist_ok=True)
+            # It lets in one writer at a time and has the others sleep and try again. Here they
+            # queue up instead.
+            self._turn = asyncio.Lock()
+            event.listen(self._engine.sync_engine, "connect", _prepare_sqlite)
+            event.listen(self._engine.sync_engine, "begin", _begin_sqlite)
+
+    @contextlib.asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        """A connection for reading alone."""
+        with _errors():
+            async with self._reader.connect() as connection:
+                yield connection
+
+    async def transact(self, work: Callable[[AsyncConnection], Awaitable[Result]]) -> Result:
+        """What `work` answers, once all that it wrote is durable; if it raises, nothing is.
+
+        It runs once more where another writer took the same key between its look and its insert:
+        the second look sees that.
+        """
+        with _errors():
+            async with self._turn:
+                return await self._transact(work)
+
+    async def _transact(self, work: Callable[[AsyncConnection], Awaitable[Result]]) -> Result:
+        try:
+            async with self._engine.begin() as connection:
+                return await work(connection)
+        except IntegrityError:
+            async with self._engine.begin() as connection:
+                return await work(connection)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._engine.dispose()
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except (OperationalError, PoolTimeoutError) as error:
+        cause = getattr(error, "orig", None) or error
+        raise StoreUnavailable(f"the coordinator's database does not answer: {cause}") from error
+
+
+def _prepare_sqlite(connection: Any, _record: object) -> None:
+    # The driver would begin transactions at the first write only: `_begin_sqlite` does it instead.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # A writer takes the lock before its first look. One that looked first could find the database
+    # changed since, and SQLite then refuses at once, whatever the time-out.
+    read_only = connection.get_execution_options().get("read_only", False)
+    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")

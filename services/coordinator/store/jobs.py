@@ -1,0 +1,373 @@
+"""Jobs and their events. Every change of a job and the event that tells it are one transaction."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter
+from sqlalchemy import func, insert, select, update
+
+from rollmesh.errors import AlreadyExists, FailedPrecondition, InvalidRequest, NotFound, Overloaded
+from rollmesh.job import (
+    FINAL_STATES,
+    DatasetSpec,
+    EvaluationCompleted,
+    Happening,
+    Job,
+    JobEvent,
+    JobSpec,
+    StateChanged,
+    StepCompleted,
+)
+from rollmesh.names import job_name
+from services.coordinator.lifecycle import move, state_of
+from services.coordinator.store import requests
+from services.coordinator.store.adapters import reserve
+from services.coordinator.store.tables import job_events, jobs
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from sqlalchemy import Column, Row
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from rollmesh import types
+    from services.coordinator.lifecycle import Command, Phase
+    from services.coordinator.store.changes import Changes
+    from services.coordinator.store.database import Database
+    from services.coordinator.store.requests import Request
+
+QUEUE = "queue"
+"""Topic of changes in which jobs run, may run or should stop; a job's own topic is its name."""
+_EVENTS_A_READ = 256
+_HAPPENING: TypeAdapter[Happening] = TypeAdapter(Happening)
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedJob:
+    """A job that has not ended and is not paused."""
+
+    name: str
+    base_model: str
+    phase: Phase
+    state_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredJob:
+    """All that running a job takes: `spec` has every task."""
+
+    job: Job
+    spec: JobSpec
+    num_evaluations: int
+
+
+@dataclass(frozen=True, slots=True)
+class EventPage:
+    """Some events of a job; its last event and whether it had ended when they were read."""
+
+    events: list[JobEvent]
+    last_event: int
+    ended: bool
+
+
+class JobStore:
+    """The tables `jobs` and `job_events`. `changes` wakes who waits for a job or the queue."""
+
+    def __init__(self, database: Database, changes: Changes, request_retention_s: float) -> None:
+        self._database = database
+        self._request_retention_s = request_retention_s
+        self.changes = changes
+
+    async def find_request(self, request: Request) -> str | None:
+        """Name of the job that `request` made before; None: it is new."""
+        async with self._database.read() as connection:
+            return await requests.find(connection, request)
+
+    async def create(
+        self,
+        name: str,
+        project: str,
+        spec: JobSpec,
+        *,
+        adapter: str,
+        lora: types.LoraConfig,
+        request: Request,
+        max_pending: int,
+        now: float,
+    ) -> Job:
+        """A new PENDING job, or the one that `request` made before; `adapter` is reserved for it.
+
+        Raises:
+            AlreadyExists: the name, the adapter's or the request_id is taken.
+            Overloaded: `max_pending` jobs wait already.
+        """
+        full = await asyncio.to_thread(spec.model_dump_json)
+        brief = brief_spec(spec).model_dump_json()
+
+        async def work(connection: AsyncConnection) -> Job:
+            made = await requests.find(connection, request)
+            if made is not None:
+                return _job(await _row(connection, made))
+            if await _exists(connection, name):
+                raise AlreadyExists(f"there is a {name} already", field="job_id", resource=name)
+            waiting = await connection.execute(
+                select(func.count()).select_from(jobs).where(jobs.c.phase == "PENDING")
+            )
+            if waiting.scalar_one() >= max_pending:
+                raise Overloaded(
+                    f"{max_pending} jobs wait already, which is max_pending_jobs",
+                    limit=max_pending,
+                )
+            await connection.execute(
+                insert(jobs).values(
+                    name=name,
+                    project=project,
+                    phase="PENDING",
+                    state_reason="",
+                    base_model=spec.base_model,
+                    spec=full,
+                    brief_spec=brief,
+                    create_time=now,
+                    update_time=now,
+                    adapter="",
+                    step=0,
+                    metrics="{}",
+                    num_evaluations=0,
+                    last_event=0,
+                )
+            )
+            await reserve(connection, adapter, spec.base_model, lora, job=name, now=now)
+            await requests.remember(
+                connection, request, name, now=now, retention_s=self._request_retention_s
+            )
+            row = await _row(connection, name)
+            changed = StateChanged(from_state=None, to_state="PENDING")
+            await _append(connection, row, changed, now=now)
+            return _job(await _row(connection, name))
+
+        return await self._change(name, work)
+
+    async def get(self, name: str) -> Job:
+        """One job, its spec with the first task of each dataset only."""
+        async with self._database.read() as connection:
+            return _job(await _row(connection, name))
+
+    async def load(self, name: str) -> StoredJob:
+        """One job with all its tasks."""
+        async with self._database.read() as connection:
+            row = await _row(connection, name)
+            found = await connection.execute(select(jobs.c.spec).where(jobs.c.name == name))
+        # Megabytes of tasks would hold up everybody else.
+        spec = await asyncio.to_thread(JobSpec.model_validate_json, found.scalar_one())
+        return StoredJob(_job(row), spec, row.num_evaluations)
+
+    async def page(self, project: str, *, limit: int, after: str) -> list[Job]:
+        """Jobs of a project, newest first, from the one behind the job with id `after` ("": all).
+
+        Raises:
+            InvalidRequest: there is no job `after`.
+        """
+        query = select(*_SHOWN).where(jobs.c.project == project)
+        async with self._database.read() as connection:
+            if after:
+                last = await connection.execute(
+                    select(jobs.c.id).where(jobs.c.name == job_name(project, after))
+                )
+                last_id = last.scalar_one_or_none()
+                if last_id is None:
+                    raise InvalidRequest(
+                        f"page_token: {after!r} was not answered by ListJobs",
+                        field="page_token",
+                        value=after,
+                    )
+                query = query.where(jobs.c.id < last_id)
+            rows = await connection.execute(query.order_by(jobs.c.id.desc()).limit(limit))
+            return [_job(row) for row in rows]
+
+    async def queue(self) -> list[QueuedJob]:
+        """Jobs that run or wait to: those that were running first, then in the order of creation.
+
+        As many as max_pending_jobs and max_running_jobs allow.
+        """
+        query = (
+            select(jobs.c.name, jobs.c.base_model, jobs.c.phase, jobs.c.state_reason)
+            .where(jobs.c.phase.in_(("PENDING", "RUNNING", "PAUSING")))
+            .order_by((jobs.c.phase == "PENDING"), jobs.c.id)
+        )
+        async with self._database.read() as connection:
+            return [QueuedJob(*row) for row in await connection.execute(query)]
+
+    async def command(self, name: str, command: Command, *, now: float, reason: str = "") -> Job:
+        """Move the job as `lifecycle` says; the job after it.
+
+        Raises:
+            NotFound: no such job.
+            FailedPrecondition: its phase does not allow that.
+        """
+
+        async def work(connection: AsyncConnection) -> Job:
+            row = await _row(connection, name, lock=True)
+            moved = move(name, command, row.phase)
+            if moved is None:
+                return _job(row)
+            why = reason or moved.reason
+            await connection.execute(
+                update(jobs)
+                .where(jobs.c.id == row.id)
+                .values(phase=moved.to, state_reason=why, update_time=now)
+            )
+            from_state, to_state = state_of(row.phase), state_of(moved.to)
+            if from_state != to_state:
+                changed = StateChanged(from_state=from_state, to_state=to_state, reason=why)
+                await _append(connection, row, changed, now=now)
+            return _job(await _row(connection, name))
+
+        return await self._change(name, work)
+
+    async def explain(self, name: str, reason: str, *, now: float) -> None:
+        """Say what a job waits for, without an event."""
+
+        async def work(connection: AsyncConnection) -> None:
+            await connection.execute(
+                update(jobs)
+                .where(jobs.c.name == name, jobs.c.phase.in_(("PENDING", "RUNNING")))
+                .values(state_reason=reason, update_time=now)
+            )
+
+        await self._database.transact(work)
+
+    async def record(self, name: str, happening: Happening, *, now: float) -> None:
+        """The next event of a running job, and what follows from it.
+
+        Raises:
+            FailedPrecondition: the job does not run (any more): its last event stays its last.
+        """
+
+        async def work(connection: AsyncConnection) -> None:
+            row = await _row(connection, name, lock=True)
+            if state_of(row.phase) != "RUNNING":
+                raise FailedPrecondition(
+                    f"{name} does not run, its state is {row.phase}", resource=name, state=row.phase
+                )
+            values = {"update_time": now, **_consequences(happening, row)}
+            await connection.execute(update(jobs).where(jobs.c.id == row.id).values(**values))
+            await _append(connection, row, happening, now=now)
+
+        try:
+            await self._database.transact(work)
+        finally:
+            self.changes.wake(name)
+
+    async def events(self, name: str, *, after: int) -> EventPage:
+        """The events behind number `after`, a few hundred at most."""
+        async with self._database.read() as connection:
+            # The job first: where it has ended, its last event is there to be read.
+            row = await _row(connection, name, jobs.c.id, jobs.c.phase, jobs.c.last_event)
+            found = await connection.execute(
+                select(job_events)
+                .where(job_events.c.job_id == row.id, job_events.c.number > after)
+                .order_by(job_events.c.number)
+                .limit(_EVENTS_A_READ)
+            )
+            events = [
+                JobEvent(
+                    number=event.number,
+                    time=event.time,
+                    event=_HAPPENING.validate_python(json.loads(event.event)),
+                )
+                for event in found
+            ]
+        return EventPage(events, row.last_event, ended=row.phase in FINAL_STATES)
+
+    async def _change(self, name: str, work: Callable[[AsyncConnection], Awaitable[Job]]) -> Job:
+        try:
+            return await self._database.transact(work)
+        finally:
+            # Also when cancelled: the commit may have come first.
+            self.changes.wake(name, QUEUE)
+
+
+def brief_spec(spec: JobSpec) -> JobSpec:
+    """`spec` with only the first task of each dataset."""
+    updates: dict[str, Any] = {"dataset": _first_task(spec.dataset)}
+    if spec.evaluation is not None:
+        held_out = _first_task(spec.evaluation.dataset)
+        updates["evaluation"] = spec.evaluation.model_copy(update={"dataset": held_out})
+    return spec.model_copy(update=updates)
+
+
+def _first_task(dataset: DatasetSpec) -> DatasetSpec:
+    return dataset.model_copy(update={"tasks": dataset.tasks[:1]})
+
+
+_SHOWN = [column for column in jobs.columns if column.name != "spec"]
+
+
+async def _row(
+    connection: AsyncConnection, name: str, *columns: Column[Any], lock: bool = False
+) -> Row[Any]:
+    """Columns of the job's row; without any, all but the spec with all its tasks."""
+    query = select(*(columns or _SHOWN)).where(jobs.c.name == name)
+    row = (await connection.execute(query.with_for_update() if lock else query)).one_or_none()
+    if row is None:
+        raise NotFound(f"there is no {name}", resource=name)
+    return row
+
+
+async def _exists(connection: AsyncConnection, name: str) -> bool:
+    found = await connection.execute(select(jobs.c.id).where(jobs.c.name == name))
+    return found.first() is not None
+
+
+async def _append(
+    connection: AsyncConnection, row: Row[Any], happening: Happening, *, now: float
+) -> None:
+    """The next event of the job whose row is held: numbers have no gaps."""
+    number = row.last_event + 1
+    text = json.dumps(happening.model_dump(mode="json"))
+    await connection.execute(
+        insert(job_events).values(job_id=row.id, number=number, time=now, event=text)
+    )
+    await connection.execute(update(jobs).where(jobs.c.id == row.id).values(last_event=number))
+
+
+def _consequences(happening: Happening, row: Row[Any]) -> dict[str, Any]:
+    """What an event changes in its job, by column."""
+    match happening:
+        case StepCompleted():
+            return {"step": happening.step, "metrics": json.dumps(happening.metrics)}
+        case EvaluationCompleted():
+            text = json.dumps(happening.model_dump(mode="json"))
+            return {
+                "first_evaluation": row.first_evaluation or text,
+                "last_evaluation": text,
+                "num_evaluations": row.num_evaluations + 1,
+            }
+        case _:
+            return {}
+
+
+def _job(row: Row[Any]) -> Job:
+    spec = JobSpec.model_validate_json(row.brief_spec)
+    return Job(
+        name=row.name,
+        spec=spec,
+        state=state_of(row.phase),
+        state_reason=row.state_reason,
+        create_time=row.create_time,
+        update_time=row.update_time,
+        adapter=row.adapter,
+        step=row.step,
+        metrics=json.loads(row.metrics),
+        first_evaluation=_evaluation(row.first_evaluation),
+        last_evaluation=_evaluation(row.last_evaluation),
+        last_event=row.last_event,
+    )
+
+
+def _evaluation(text: str | None) -> EvaluationCompleted | None:
+    return None if text is None else EvaluationCompleted.model_validate(json.loads(text))

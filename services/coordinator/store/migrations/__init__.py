@@ -1,0 +1,1 @@
+"""Migrations, applied at start in the order of their `down_revision`."""

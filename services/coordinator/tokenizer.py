@@ -1,0 +1,208 @@
+"""Text to token ids and back, as the base model's own files say, without transformers.
+
+Equal to what transformers.AutoTokenizer does with the same files: tokenizer.json,
+tokenizer_config.json and the chat template, which is in chat_template.jinja or in that config.
+Which tokens go around a plain text tokenizer.json alone decides: like transformers, this ignores
+add_bos_token and add_eos_token in the config.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken, Tokenizer
+
+from rollmesh.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from jinja2 import Template
+    from jinja2.parser import Parser
+
+_TOKENIZER, _CONFIG, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+_NAMED = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
+
+class ModelTokenizer:
+    """The tokenizer of one base model. Safe to use from several threads."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, template: Template | None, named: dict[str, str]
+    ) -> None:
+        """`template` renders chats; `named` are the special tokens by name, for the template."""
+        self._tokenizer = tokenizer
+        self._template = template
+        self._named = named
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """A chat with its generation prompt, by the model's chat template.
+
+        Raises:
+            InvalidRequest: the model has no chat template, or it refuses these messages.
+        """
+        if self._template is None:
+            raise InvalidRequest(
+                "the base model has no chat template; use prompt.text", field="prompt.messages"
+            )
+        try:
+            text = self._template.render(
+                messages=list(messages),
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **self._named,
+            )
+        except TemplateError as error:
+            raise InvalidRequest(
+                f"the base model's chat template refuses the messages: {error}",
+                field="prompt.messages",
+            ) from error
+        # The template has put the special tokens where they belong.
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode(self, text: str) -> list[int]:
+        """Plain text, with the special tokens that the tokenizer adds to a text's start."""
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text, without special tokens."""
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return text
+
+
+def load_tokenizer(base_model: str) -> ModelTokenizer:
+    """The tokenizer of `base_model`: a local folder, or else a hub id, which is fetched. Blocks.
+
+    Raises:
+        InvalidRequest: neither of both, or there is no tokenizer.json in it.
+    """
+    folder = Path(base_model)
+    if not folder.is_dir():
+        folder = _fetched(base_model)
+    if not (folder / _TOKENIZER).is_file():
+        raise InvalidRequest(
+            f"base model {base_model!r}: {folder} has no {_TOKENIZER}",
+            field="base_model",
+            value=base_model,
+        )
+    config = _read_json(folder / _CONFIG)
+    named = {name: _text(config[name]) for name in _NAMED if config.get(name) is not None}
+    tokenizer = Tokenizer.from_file(str(folder / _TOKENIZER))
+    # A file may say to cut or to fill up every text: right for a classifier, never for a prompt.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=True)
+            for token in [*named.values(), *_extra(config)]
+            if token not in added
+        ]
+    )
+    source = _template_source(folder, config)
+    template = _environment().from_string(source) if source is not None else None
+    return ModelTokenizer(tokenizer, template, named)
+
+
+def _fetched(base_model: str) -> Path:
+    try:
+        return Path(snapshot_download(base_model, allow_patterns=[_TOKENIZER, _CONFIG, _TEMPLATE]))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise InvalidRequest(
+            f"base model {base_model!r} is neither a folder nor a hub id that can be fetched: "
+            f"{error}",
+            field="base_model",
+            value=base_model,
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return values
+
+
+def _text(token: str | dict[str, Any]) -> str:
+    """A token is written as text, or as an object with it and how it matches."""
+    return token if isinstance(token, str) else str(token["content"])
+
+
+def _extra(config: Mapping[str, Any]) -> list[str]:
+    """Special tokens without a name of their own; the second key is the older one."""
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    return [_text(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
+
+
+def _template_source(folder: Path, config: Mapping[str, Any]) -> str | None:
+    file = folder / _TEMPLATE
+    if file.is_file():
+        return file.read_text("utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name: the one for chats without tools
+        return next((str(t["template"]) for t in template if t["name"] == "default"), None)
+    return template
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """What chat templates are written for: the names and settings that transformers gives them."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = _now
+    return environment
+
+
+class _Generation(Extension):
+    """{% generation %} marks what the assistant says in some templates; it changes no text."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """The block's body, in a scope of its own."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+def _to_json(  # jinja2's own escapes HTML
+    value: object,
+    ensure_ascii: bool = False,  # noqa: FBT001, FBT002 - as templates call it
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,  # noqa: FBT001, FBT002 - the same
+) -> str:
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _refuse(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _now(form: str) -> str:
+    return dt.datetime.now().astimezone().strftime(form)

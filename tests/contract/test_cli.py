@@ -1,0 +1,641 @@
+"""The command line against a coordinator that behaves, over real gRPC."""
+# ruff: noqa: N802, ARG002 - gRPC says what a servicer's methods are called and take
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import io
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save
+
+from rollmesh import convert, types
+from rollmesh.api.coordinator.v1 import adapter_service_pb2, job_service_pb2
+from rollmesh.api.coordinator.v1.adapter_service_pb2_grpc import (
+    AdapterServiceServicer,
+    add_AdapterServiceServicer_to_server,
+)
+from rollmesh.api.coordinator.v1.fleet_service_pb2_grpc import (
+    FleetServiceServicer,
+    add_FleetServiceServicer_to_server,
+)
+from rollmesh.api.coordinator.v1.job_service_pb2_grpc import (
+    JobServiceServicer,
+    add_JobServiceServicer_to_server,
+)
+from rollmesh.cli.__main__ import main
+from rollmesh.digest import safetensors_digest
+from rollmesh.errors import FailedPrecondition, NotFound
+from rollmesh.job import (
+    FINAL_STATES,
+    EvaluationCompleted,
+    Job,
+    JobEvent,
+    StateChanged,
+    StepCompleted,
+    Warned,
+)
+from rollmesh.rpc.server import serving
+
+ROOT = Path(__file__).resolve().parents[2]
+JOB_FILE = """\
+base_model: arith
+dataset: {generator: {name: arithmetic, parameters: {count: 64, split: train}}}
+prompt: {messages: [{role: user, content: "{question}"}]}
+reward: {function: exact_match, reference: "{answer}"}
+stop: {max_steps: 3}
+"""
+PAGE = 2
+WEIGHTS = save({"base_model.model.q_proj.lora_A.weight": np.arange(6, dtype=np.float32)})
+STEP = StepCompleted(
+    step=1,
+    policy_version=1,
+    metrics={
+        "reward_mean": 0.25,
+        "loss": -0.5,
+        "kl_sampler": 1e-4,
+        "staleness_mean": 0.0,
+        "tokens_per_s": 1234.5,
+    },
+    phases={
+        "sample": 0.4,
+        "reward": 0.01,
+        "wait": 0.5,
+        "forward_backward": 0.3,
+        "optim_step": 0.1,
+        "publish": 0.02,
+        "load": 0.08,
+        "step": 1.0,
+    },
+)
+EVALUATION = EvaluationCompleted(step=0, reward_mean=0.35, num_tasks=100, duration_s=1.5)
+WARNING = Warned(reason="SAMPLER_LOST", message="sampler 127.0.0.1:1 is away;\nothers go on")
+RUNNING = StateChanged(from_state="PENDING", to_state="RUNNING")
+SUCCEEDED = StateChanged(from_state="RUNNING", to_state="SUCCEEDED", reason="stop.max_steps")
+
+
+class FakeCoordinator(JobServiceServicer, AdapterServiceServicer, FleetServiceServicer):
+    """Keeps jobs and their events; events are told by the test, states follow from them."""
+
+    def __init__(self):
+        self.jobs = {}
+        self.events = {}
+        self.adapters = {}
+        self.fleet = types.Fleet()
+        self.weights = WEIGHTS
+        self.digest = safetensors_digest(WEIGHTS)
+        self.watched_after = []
+        self._told = asyncio.Condition()
+
+    async def tell(self, name, *happenings):
+        for happening in happenings:
+            events = self.events[name]
+            events.append(
+                JobEvent(number=len(events) + 1, time=1000.0 + len(events), event=happening)
+            )
+            if isinstance(happening, StateChanged):
+                update = {"state": happening.to_state, "state_reason": happening.reason}
+                self.jobs[name] = self.jobs[name].model_copy(update=update)
+        async with self._told:
+            self._told.notify_all()
+
+    def _job(self, name):
+        if name not in self.jobs:
+            raise NotFound(f"there is no job {name}", resource=name)
+        return self.jobs[name]
+
+    async def _move(self, name, state):
+        job = self._job(name)
+        if job.state in FINAL_STATES:
+            raise FailedPrecondition(f"{name} has ended: {job.state}", resource=name)
+        await self.tell(name, StateChanged(from_state=job.state, to_state=state))
+        return convert.job_to_pb(self.jobs[name])
+
+    async def CreateJob(self, request, context):
+        name = f"{request.parent}/jobs/{request.job_id or 'made-up'}"
+        self.jobs[name] = Job(
+            name=name,
+            spec=convert.spec_from_pb(request.spec),
+            state="PENDING",
+            create_time=1000.0,
+            update_time=1000.0,
+        )
+        self.events[name] = []
+        await self.tell(name, StateChanged(from_state=None, to_state="PENDING"))
+        return job_service_pb2.CreateJobResponse(job=convert.job_to_pb(self.jobs[name]))
+
+    async def GetJob(self, request, context):
+        return job_service_pb2.GetJobResponse(job=convert.job_to_pb(self._job(request.name)))
+
+    async def ListJobs(self, request, context):
+        jobs = [job for name, job in self.jobs.items() if name.startswith(request.parent + "/")]
+        page, token = page_of(jobs, request.page_token)
+        return job_service_pb2.ListJobsResponse(
+            jobs=map(convert.job_to_pb, page), next_page_token=token
+        )
+
+    async def PauseJob(self, request, context):
+        return job_service_pb2.PauseJobResponse(job=await self._move(request.name, "PAUSED"))
+
+    async def ResumeJob(self, request, context):
+        return job_service_pb2.ResumeJobResponse(job=await self._move(request.name, "RUNNING"))
+
+    async def CancelJob(self, request, context):
+        return job_service_pb2.CancelJobResponse(job=await self._move(request.name, "CANCELLED"))
+
+    async def WatchJob(self, request, context):
+        self._job(request.name)
+        self.watched_after.append(request.after_event)
+        sent = request.after_event
+        while True:
+            for event in self.events[request.name][sent:]:
+                yield job_service_pb2.WatchJobResponse(event=convert.event_to_pb(event))
+                sent = event.number
+            async with self._told:
+                if len(self.events[request.name]) == sent:
+                    if self.jobs[request.name].state in FINAL_STATES:
+                        return
+                    await self._told.wait()
+
+    async def ListAdapters(self, request, context):
+        page, token = page_of(list(self.adapters.values()), request.page_token)
+        return adapter_service_pb2.ListAdaptersResponse(
+            adapters=map(convert.adapter_to_pb, page), next_page_token=token
+        )
+
+    async def ExportAdapter(self, request, context):
+        if request.name not in self.adapters:
+            raise NotFound(f"there is no adapter {request.name}", resource=request.name)
+        version = request.policy_version if request.HasField("policy_version") else 7
+        header = types.AdapterExport(
+            request.name, version, "arith", '{"peft_type": "LORA"}', len(WEIGHTS)
+        )
+        for part in (header, self.weights[:10], self.weights[10:], self.digest):
+            if part:
+                yield export_part(part)
+
+    async def GetFleet(self, request, context):
+        return convert.fleet_to_pb(self.fleet)
+
+    async def CreateAdapter(self, request, context):
+        raise NotImplementedError
+
+    GetAdapter = DeleteAdapter = PublishAdapter = CreateAdapter
+
+
+def page_of(items, token):
+    start = int(token or 0)
+    rest = str(start + PAGE) if len(items) > start + PAGE else ""
+    return items[start : start + PAGE], rest
+
+
+def export_part(part):
+    match part:
+        case types.AdapterExport():
+            return adapter_service_pb2.ExportAdapterResponse(
+                header=convert.export_header_to_pb(part)
+            )
+        case bytes():
+            return adapter_service_pb2.ExportAdapterResponse(chunk=part)
+        case str():
+            return adapter_service_pb2.ExportAdapterResponse(trailer={"digest": part})
+
+
+def adapter(name):
+    return types.Adapter(
+        name=f"projects/default/adapters/{name}",
+        base_model="arith",
+        lora=types.LoraConfig(rank=16, alpha=32.0),
+        policy_version=7,
+        published_version=7,
+        published_digest="ab" * 32,
+        next_sequence=15,
+        create_time=1000.0,
+    )
+
+
+@contextlib.asynccontextmanager
+async def served(coordinator, address="127.0.0.1:0"):
+    def register(server):
+        add_JobServiceServicer_to_server(coordinator, server)
+        add_AdapterServiceServicer_to_server(coordinator, server)
+        add_FleetServiceServicer_to_server(coordinator, server)
+
+    async with serving(register, services=[], address=address) as running:
+        yield f"127.0.0.1:{running.port}"
+
+
+@pytest.fixture
+async def coordinator(monkeypatch):
+    """A coordinator that serves where the command line looks for one."""
+    coordinator = FakeCoordinator()
+    async with served(coordinator) as address:
+        monkeypatch.setenv("ROLLMESH_ADDRESS", address)
+        yield coordinator
+
+
+@pytest.fixture
+def job_file(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text(JOB_FILE)
+    return str(path)
+
+
+class Ended:
+    """How a run of the command line ended, and what it has printed so far."""
+
+    def __init__(self):
+        self.out = io.StringIO()
+        self.err = io.StringIO()
+        self.status = None
+
+    @property
+    def stdout(self):
+        return self.out.getvalue()
+
+    @property
+    def stderr(self):
+        return self.err.getvalue()
+
+    @property
+    def json(self):
+        return json.loads(self.stdout)
+
+    @property
+    def lines(self):
+        return self.stdout.splitlines()
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """Run the command line in a thread, as its own process would, without paying for a process."""
+
+    async def start(ended, *arguments):
+        def call():
+            with (
+                contextlib.redirect_stdout(ended.out),
+                contextlib.redirect_stderr(ended.err),
+                pytest.raises(SystemExit) as exited,
+            ):
+                main()
+            ended.status = exited.value.code or 0
+
+        monkeypatch.setattr(sys, "argv", ["rollmesh", *arguments])
+        await asyncio.to_thread(call)
+
+    return start
+
+
+@pytest.fixture
+def rollmesh(start):
+    async def rollmesh(*arguments):
+        ended = Ended()
+        await start(ended, *arguments)
+        return ended
+
+    return rollmesh
+
+
+async def until(condition):
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 - output of another thread has no event
+            await asyncio.sleep(0.01)
+
+
+async def test_a_job_file_becomes_a_job(coordinator, rollmesh, job_file):
+    ended = await rollmesh("job", "create", job_file, "--id", "sums")
+    assert ended.status == 0
+    assert "projects/default/jobs/sums" in ended.stdout
+    job = coordinator.jobs["projects/default/jobs/sums"]
+    assert job.spec.stop.max_steps == 3
+    assert job.spec.reward.reference == "{answer}"
+
+
+async def test_options_go_before_the_environment(rollmesh, job_file, monkeypatch):
+    async with served(FakeCoordinator()) as address:
+        monkeypatch.setenv("ROLLMESH_ADDRESS", "127.0.0.1:1")
+        options = ("--address", address, "--project", "team")
+        ended = await rollmesh("job", "create", job_file, "--json", *options)
+        assert ended.json["name"] == "projects/team/jobs/made-up"
+        assert (await rollmesh("job", "get", "made-up", *options)).status == 0
+        assert (await rollmesh("job", "get", "made-up", "--address", address)).status == 1
+
+
+@pytest.mark.parametrize("name", ["sums", "projects/default/jobs/sums"])
+@pytest.mark.parametrize(
+    ("command", "state"),
+    [("get", "RUNNING"), ("pause", "PAUSED"), ("resume", "RUNNING"), ("cancel", "CANCELLED")],
+)
+async def test_a_job_named_short_or_in_full_is_answered_as_one_json_object(
+    coordinator, rollmesh, job_file, name, command, state
+):
+    await rollmesh("job", "create", job_file, "--id", "sums")
+    await coordinator.tell("projects/default/jobs/sums", RUNNING)
+    ended = await rollmesh("job", command, name, "--json")
+    assert ended.status == 0
+    assert ended.json == {**ended.json, "name": "projects/default/jobs/sums", "state": state}
+    assert ended.json["spec"]["dataset"]["generator"]["name"] == "arithmetic"
+    assert state in (await rollmesh("job", "get", name)).stdout
+
+
+async def test_jobs_and_adapters_of_all_pages_are_listed(coordinator, rollmesh, job_file):
+    names = [f"job-{number}" for number in range(2 * PAGE + 1)]
+    for name in names:
+        await rollmesh("job", "create", job_file, "--id", name)
+        coordinator.adapters[name] = adapter(name)
+    jobs = (await rollmesh("job", "list", "--json")).json["jobs"]
+    assert [job["name"] for job in jobs] == [f"projects/default/jobs/{name}" for name in names]
+    shown = (await rollmesh("job", "list")).stdout
+    assert all(name in shown for name in names)
+    adapters = (await rollmesh("adapter", "list", "--json")).json["adapters"]
+    assert [adapter["name"] for adapter in adapters] == [
+        f"projects/default/adapters/{name}" for name in names
+    ]
+    assert adapters[0]["lora"]["rank"] == 16
+    shown = (await rollmesh("adapter", "list")).stdout
+    assert all(name in shown for name in names)
+
+
+async def test_the_fleet_is_shown_with_what_is_wrong(coordinator, rollmesh):
+    coordinator.fleet = types.Fleet(
+        members=(
+            types.Member(
+                "trainer", "127.0.0.1:1", serving=True, base_model="arith", num_adapters=2
+            ),
+            types.Member("sampler", "127.0.0.1:2", serving=False, problem="connection refused"),
+        ),
+        num_queued_requests=5,
+    )
+    fleet = (await rollmesh("fleet", "--json")).json
+    assert [member["role"] for member in fleet["members"]] == ["trainer", "sampler"]
+    assert fleet["members"][1]["problem"] == "connection refused"
+    assert fleet["num_queued_requests"] == 5
+    shown = (await rollmesh("fleet")).stdout
+    assert "127.0.0.1:1" in shown
+    assert "connection refused" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        pytest.param(("job", "get", "Bad_Id"), 2, "job: 'Bad_Id' is not an id", id="no id"),
+        pytest.param(("job", "get", "a/b"), 2, "projects/{project}/jobs/{id}", id="no name"),
+        pytest.param(("job", "get", "x", "--project", "P"), 2, "project: 'P'", id="no project"),
+        pytest.param(("job", "get", "nobody"), 1, "there is no job", id="no such job"),
+        pytest.param(("job", "watch", "nobody"), 1, "there is no job", id="nothing to watch"),
+        pytest.param(("job", "create", "gone.yaml"), 2, "gone.yaml: No such file", id="no file"),
+        pytest.param(
+            ("adapter", "export", "nobody", "--output", "out"), 1, "no adapter", id="no adapter"
+        ),
+    ],
+)
+@pytest.mark.usefixtures("coordinator")
+async def test_an_error_is_one_line_on_stderr(
+    rollmesh, tmp_path, monkeypatch, arguments, status, said
+):
+    monkeypatch.chdir(tmp_path)
+    ended = await rollmesh(*arguments)
+    assert ended.status == status
+    assert ended.stdout == ""
+    assert ended.stderr.startswith("error: ")
+    assert said in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+async def test_a_misspelt_key_of_a_job_file_is_named_with_the_nearest_one(rollmesh, tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text(JOB_FILE.replace("max_steps", "max_stepz"))
+    ended = await rollmesh("job", "create", str(path))
+    assert ended.status == 2
+    assert "stop.max_stepz: unknown key; did you mean 'max_steps'?" in ended.stderr
+
+
+@pytest.mark.parametrize("arguments", [("job", "get"), ("job", "dance"), ("fleet", "--colour")])
+async def test_a_wrong_command_line_is_status_2(rollmesh, arguments):
+    ended = await rollmesh(*arguments)
+    assert ended.status == 2
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("command", [("job", "list"), ("job", "watch", "x"), ("fleet",)])
+async def test_a_refused_connection_says_which_address_and_how_to_choose_another(rollmesh, command):
+    ended = await rollmesh(*command, "--address", "127.0.0.1:1")
+    assert ended.status == 1
+    assert ended.stderr.startswith("error: ")
+    for said in ("127.0.0.1:1", "--address", "ROLLMESH_ADDRESS"):
+        assert said in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("final", "status"), [("SUCCEEDED", 0), ("FAILED", 1), ("CANCELLED", 1)])
+async def test_watch_prints_a_line_an_event_and_ends_with_the_status_of_the_job(
+    coordinator, rollmesh, job_file, final, status
+):
+    await rollmesh("job", "create", job_file, "--id", "sums")
+    end = StateChanged(from_state="RUNNING", to_state=final, reason="because")
+    await coordinator.tell("projects/default/jobs/sums", RUNNING, EVALUATION, STEP, WARNING, end)
+    ended = await rollmesh("job", "watch", "sums")
+    assert ended.status == status
+    assert [line.split(" ", 1)[1] for line in ended.lines] == [
+        "state PENDING",
+        "state PENDING -> RUNNING",
+        "evaluation after step 0: reward 0.350 (100 tasks, 1.5 s)",
+        (
+            "step 1/3  reward 0.250  loss -0.5  kl 1.00e-04  staleness 0  tokens/s 1,234  1.00 s "
+            "(wait 0.50, forward_backward 0.30, optim_step 0.10, publish 0.02, load 0.08)"
+        ),
+        "warning SAMPLER_LOST: sampler 127.0.0.1:1 is away; others go on",
+        f"state RUNNING -> {final}: because",
+    ]
+
+
+async def test_watch_as_json_is_an_object_an_event_and_nan_is_null(coordinator, rollmesh, job_file):
+    await rollmesh("job", "create", job_file, "--id", "sums")
+    step = STEP.model_copy(update={"metrics": {"loss": float("nan")}})
+    await coordinator.tell("projects/default/jobs/sums", RUNNING, step, SUCCEEDED)
+    ended = await rollmesh("job", "watch", "sums", "--json")
+    events = [json.loads(line) for line in ended.lines]
+    assert [event["number"] for event in events] == [1, 2, 3, 4]
+    assert [event["event"]["kind"] for event in events] == [
+        "state_changed",
+        "state_changed",
+        "step_completed",
+        "state_changed",
+    ]
+    assert events[2]["event"]["metrics"] == {"loss": None}
+    assert events[3]["event"]["to_state"] == "SUCCEEDED"
+
+
+async def test_create_with_watch_goes_on_to_the_end_of_the_job(coordinator, start, job_file):
+    ended = Ended()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(start(ended, "job", "create", job_file, "--watch", "--json"))
+        await until(lambda: coordinator.watched_after)
+        await coordinator.tell("projects/default/jobs/made-up", RUNNING, STEP, SUCCEEDED)
+    first, *events = map(json.loads, ended.lines)
+    assert ended.status == 0
+    assert first["name"] == "projects/default/jobs/made-up"
+    assert [event["number"] for event in events] == [1, 2, 3, 4]
+
+
+async def test_watch_goes_on_where_it_was_when_the_coordinator_comes_back(
+    coordinator, start, job_file, rollmesh, monkeypatch
+):
+    async with served(coordinator) as address:
+        monkeypatch.setenv("ROLLMESH_ADDRESS", address)
+        await rollmesh("job", "create", job_file, "--id", "sums")
+        name = "projects/default/jobs/sums"
+        ended = Ended()
+        watching = asyncio.create_task(start(ended, "job", "watch", "sums"))
+        await coordinator.tell(name, RUNNING, STEP)
+        await until(lambda: "step 1/3" in ended.stdout)
+    await until(lambda: "connection lost" in ended.stderr)
+    async with served(coordinator, address):
+        await coordinator.tell(name, STEP.model_copy(update={"step": 2}), SUCCEEDED)
+        await watching
+    assert ended.status == 0
+    assert [line.split(" ", 2)[1] for line in ended.lines] == [
+        "state",
+        "state",
+        "step",
+        "step",
+        "state",
+    ]
+    assert coordinator.watched_after[0] == 0
+    assert set(coordinator.watched_after[1:]) == {3}
+    assert "trying again in 0.5 s" in ended.stderr
+
+
+async def test_export_writes_a_peft_folder(coordinator, rollmesh, tmp_path):
+    coordinator.adapters["projects/default/adapters/sums"] = adapter("sums")
+    folder = tmp_path / "new" / "sums"
+    ended = await rollmesh("adapter", "export", "sums", "--output", str(folder), "--json")
+    assert ended.status == 0
+    assert ended.json == {
+        "folder": str(folder),
+        "adapter": "projects/default/adapters/sums",
+        "policy_version": 7,
+        "base_model": "arith",
+        "digest": coordinator.digest,
+    }
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    assert json.loads((folder / "adapter_config.json").read_text()) == {"peft_type": "LORA"}
+    (tensor,) = load_file(folder / "adapter_model.safetensors").values()
+    assert tensor.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+async def test_export_takes_the_version_that_is_asked_for(coordinator, rollmesh, tmp_path):
+    coordinator.adapters["projects/p/adapters/sums"] = adapter("sums")
+    ended = await rollmesh(
+        *("adapter", "export", "projects/p/adapters/sums", "--version", "0"),
+        *("--output", str(tmp_path / "sums"), "--json"),
+    )
+    assert ended.json["policy_version"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        pytest.param({"weights": WEIGHTS[:-1] + b"\xff"}, "digest", id="a bit flipped"),
+        pytest.param({"weights": WEIGHTS[:-4]}, "bytes came", id="too few bytes"),
+        pytest.param({"weights": b"x" * len(WEIGHTS)}, "digest", id="not a safetensors file"),
+        pytest.param({"digest": "ab" * 32}, "digest", id="another version's digest"),
+        pytest.param({"digest": ""}, "ended before its last part", id="torn"),
+    ],
+)
+async def test_an_export_that_is_not_what_was_announced_leaves_nothing_behind(
+    coordinator, rollmesh, tmp_path, change, said
+):
+    coordinator.adapters["projects/default/adapters/sums"] = adapter("sums")
+    for name, value in change.items():
+        setattr(coordinator, name, value)
+    ended = await rollmesh("adapter", "export", "sums", "--output", str(tmp_path / "sums"))
+    assert ended.status == 1
+    assert said in ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_export_never_writes_over_anything(coordinator, rollmesh, tmp_path):
+    coordinator.adapters["projects/default/adapters/sums"] = adapter("sums")
+    (tmp_path / "notes.txt").write_text("mine")
+    ended = await rollmesh("adapter", "export", "sums", "--output", str(tmp_path))
+    assert ended.status == 1
+    assert "exists already" in ended.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+async def test_watch_on_a_terminal_draws_a_live_view(coordinator, rollmesh, job_file):
+    await rollmesh("job", "create", job_file, "--id", "sums")
+    steps = [STEP.model_copy(update={"step": number}) for number in (1, 2, 3)]
+    await coordinator.tell(
+        "projects/default/jobs/sums", RUNNING, EVALUATION, *steps, WARNING, SUCCEEDED
+    )
+    screen, status = await on_a_terminal("job", "watch", "sums")
+    assert status == 0
+    for said in (
+        "projects/default/jobs/sums",
+        "SUCCEEDED",
+        "step 3/3",
+        "tokens/s",
+        "forward_backward",
+        "evaluation after step 0: reward 0.350",
+        "warning SAMPLER_LOST",
+    ):
+        assert said in screen
+
+
+async def test_help_imports_no_grpc():
+    code = (
+        "import sys; sys.argv = ['rollmesh', 'job', 'create', '--help']\n"
+        "from rollmesh.cli.__main__ import main\n"
+        "try: main()\n"
+        "except SystemExit as ended: assert not ended.code\n"
+        "assert 'grpc' not in sys.modules\n"
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    assert await process.wait() == 0
+
+
+async def on_a_terminal(*arguments):
+    """What the command line, as a process of its own, writes to a terminal; and its status."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "rollmesh.cli", *arguments),
+        cwd=ROOT,
+        env={**os.environ, "TERM": "xterm-256color"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    screen = await asyncio.to_thread(read_all, ours)
+    os.close(ours)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.decode())
+    return text, await process.wait()
+
+
+def read_all(descriptor):
+    data = b""
+    # Linux says EIO once nobody holds the other end any more.
+    with contextlib.suppress(OSError):
+        while chunk := os.read(descriptor, 65536):
+            data += chunk
+    return data

@@ -1,0 +1,1 @@
+"""Stand-ins that behave: each keeps the promises of what it stands for."""

@@ -1,0 +1,314 @@
+"""Everything that a job's loop talks to, as one small world with random latencies.
+
+The trainer keeps its sequences as protos/ says, each sampled token is unique and is remembered with
+the version that it was drawn from, so a test sees what was trained on what, whatever the loop says.
+"""
+
+# ruff: noqa: ARG002 - a fake takes what its port says, and needs less
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from rollmesh import types
+from rollmesh.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    SequenceGap,
+)
+from rollmesh.job import EvaluationCompleted, JobSpec, StepCompleted, Warned
+from services.coordinator import loop
+from services.coordinator.datasets import Task
+
+JOB, ADAPTER = "projects/p/jobs/j", "projects/p/adapters/j"
+TASKS = [Task(id=f"t{n}", fields={"question": f"q{n}", "answer": str(n)}) for n in range(7)]
+HELD_OUT = [Task(id=f"h{n}", fields={"question": f"h{n}", "answer": str(n)}) for n in range(5)]
+
+
+def spec(*, algorithm: dict[str, Any] | None = None, **values: Any) -> JobSpec:
+    defaults = {
+        "base_model": "tiny",
+        "dataset": {"tasks": [{"fields": task.fields} for task in TASKS]},
+        "prompt": {"text": "{question}="},
+        "reward": {"function": "exact", "reference": "{answer}"},
+        "stop": {"max_steps": 6},
+        "seed": 11,
+    }
+    sizes = {"group_size": 2, "groups_per_step": 3, "max_staleness": 0}
+    return JobSpec.model_validate(
+        {**defaults, "algorithm": {**sizes, **(algorithm or {})}, **values}
+    )
+
+
+def held_out(**values: Any) -> dict[str, Any]:
+    return {"dataset": {"tasks": [{"fields": task.fields} for task in HELD_OUT]}, **values}
+
+
+@dataclass
+class Context:
+    """What the store would tell a new loop: it follows from the events recorded so far."""
+
+    spec: JobSpec
+    events: list[Any] = field(default_factory=list)
+    name: str = JOB
+    adapter: str = ADAPTER
+    pause_after: int | None = None
+
+    @property
+    def step(self) -> int:
+        return sum(isinstance(event, StepCompleted) for event in self.events)
+
+    @property
+    def num_evaluations(self) -> int:
+        return len(self.evaluated_at)
+
+    @property
+    def last_evaluation_step(self) -> int | None:
+        return self.evaluated_at[-1] if self.evaluated_at else None
+
+    @property
+    def evaluated_at(self) -> list[int]:
+        return [event.step for event in self.events if isinstance(event, EvaluationCompleted)]
+
+    @property
+    def steps(self) -> list[StepCompleted]:
+        return [event for event in self.events if isinstance(event, StepCompleted)]
+
+    @property
+    def warnings(self) -> list[str]:
+        return [event.reason for event in self.events if isinstance(event, Warned)]
+
+    def pause_requested(self) -> bool:
+        return self.pause_after is not None and self.step >= self.pause_after
+
+
+class Letters:
+    """A token for each character; tokens of completions are beyond them and read as numbers."""
+
+    def render(self, messages):
+        return self.encode("".join(message["content"] for message in messages))
+
+    def encode(self, text):
+        return [ord(character) for character in text]
+
+    def decode(self, token_ids):
+        return "".join(chr(token) if token < FIRST_TOKEN else f"<{token}>" for token in token_ids)
+
+
+FIRST_TOKEN = 1000
+
+
+class JobMesh:
+    """Training, Sampling, RewardPort and Recorder of one job; `faults` by the name of the call."""
+
+    def __init__(self, context: Context, *, seed: int = 0, latency_s: float = 1.0) -> None:
+        self.context = context
+        self.rng = random.Random(seed)
+        self.latency_s = latency_s
+        self.version = 0
+        self.next_sequence = 1
+        self.pending = False
+        self.answers: dict[int, tuple[Any, Any]] = {}
+        self.published: dict[int, str] = {}
+        self.live: set[int] = set()
+        self.sampled_from: dict[int, int] = {}
+        self.prompt_of: dict[int, str] = {}
+        self.trained_at: dict[int, int] = {}
+        self.data: list[list[types.Datum]] = []
+        self.loss_configs: list[types.LossConfig] = []
+        self.adams: list[types.AdamConfig] = []
+        self.evaluation_prompts: list[tuple[int, str]] = []
+        self.seeds: list[int] = []
+        self.faults: dict[str, list[Exception]] = {}
+        self.under_way: list[str] = []
+        self.overlapped = False
+        self.same_rewards = False
+        self.spans = lambda source, num_tokens: (
+            types.PolicySpan(num_tokens, source.policy_version, source.digest),
+        )
+        self.length = lambda: self.rng.randint(1, 4)
+        self.evaluation_rewards: dict[int, float] = {}
+        self.last_event_at = 0.0
+        self._next_token = FIRST_TOKEN
+
+    async def run(self, tokenizer=None) -> loop.Outcome:
+        return await loop.run(
+            self.context,
+            training=self,
+            sampling=self,
+            reward=self,
+            tokenizer=tokenizer or Letters(),
+            recorder=self,
+            tasks=TASKS,
+            evaluation_tasks=HELD_OUT,
+        )
+
+    @contextlib.asynccontextmanager
+    async def _call(self, name: str):
+        """A call takes its time on the way there and back, and may fail on either."""
+        self.under_way.append(name)
+        try:
+            await asyncio.sleep(self.rng.expovariate(1.0) * self.latency_s)
+            fault = self.faults.get(name) and self.faults[name].pop(0)
+            if fault and self.rng.random() < 0.5:
+                raise fault
+            yield
+            if fault:
+                raise fault
+            await asyncio.sleep(self.rng.expovariate(1.0) * self.latency_s)
+        finally:
+            self.under_way.remove(name)
+
+    # The trainer
+
+    async def get_adapter(self, name):
+        async with self._call("get_adapter"):
+            return types.Adapter(
+                name=name,
+                base_model="tiny",
+                lora=types.LoraConfig(rank=4),
+                policy_version=self.version,
+                published_version=None,
+                published_digest="",
+                next_sequence=self.next_sequence,
+                create_time=0.0,
+                job=JOB,
+            )
+
+    async def forward_backward(self, adapter, sequence, data, loss_config, *, job):
+        assert (adapter, job) == (ADAPTER, JOB)
+        async with self._call("forward_backward"):
+            self.overlapped |= "sample" in self.under_way
+            body = [datum.token_ids.tobytes() for datum in data]
+            return self._once(sequence, body, lambda: self._train(data, loss_config))
+
+    def _train(self, data, loss_config):
+        for datum in data:
+            for token in datum.target_token_ids[datum.target_token_ids >= FIRST_TOKEN].tolist():
+                assert token not in self.trained_at, "a rollout was trained twice"
+                self.trained_at[token] = self.version
+        self.pending = True
+        self.data.append(list(data))
+        self.loss_configs.append(loss_config)
+        metrics = {"loss": 1.0, "kl_sampler": 0.0, "num_tokens": 1.0, "ratio_max": 1.0}
+        if loss_config.kl_coefficient is not None:
+            metrics["kl_base"] = 0.1
+        return types.ForwardBackwardResult((), metrics)
+
+    async def optim_step(self, adapter, sequence, adam, *, job):
+        assert (adapter, job) == (ADAPTER, JOB)
+        async with self._call("optim_step"):
+            return self._once(sequence, adam, lambda: self._optimize(adam))
+
+    def _optimize(self, adam):
+        if not self.pending:
+            raise FailedPrecondition("no gradients are pending")
+        self.pending = False
+        self.version += 1
+        self.adams.append(adam)
+        return types.OptimStepResult(self.version, {"grad_norm": 2.0, "learning_rate": 9.0})
+
+    def _once(self, sequence, body, op):
+        if sequence == self.next_sequence - 1:
+            stored, answer = self.answers[sequence]
+            if stored != body:
+                raise AlreadyExists(f"sequence {sequence} had another body")
+            return answer
+        if sequence != self.next_sequence:
+            raise SequenceGap("gap", expected_sequence=self.next_sequence)
+        answer = op()
+        self.answers[sequence] = body, answer
+        self.next_sequence += 1
+        return answer
+
+    async def publish_adapter(self, name):
+        async with self._call("publish"):
+            if self.pending:
+                raise FailedPrecondition("gradients are pending")
+            self.published[self.version] = f"digest-{self.version}"
+            return types.PublishedVersion(self.version, self.published[self.version])
+
+    async def resolve(self, policy):
+        digest = self.published[policy.policy_version]
+        return "tiny", types.AdapterSource(policy.adapter, policy.policy_version, digest, "trainer")
+
+    # The samplers
+
+    async def load(self, base_model, source):
+        async with self._call("load"):
+            assert source.policy_version in self.published
+            self.live.add(source.policy_version)
+
+    async def unload(self, base_model, adapter, policy_version):
+        assert policy_version not in self.versions_in_use, "unloaded under a request"
+        self.live.discard(policy_version)
+
+    @property
+    def versions_in_use(self):
+        return {int(name.split()[1]) for name in self.under_way if name.startswith("version ")}
+
+    async def sample(self, project, base_model, source, prompt_token_ids, num_completions, params):
+        assert (project, base_model) == ("p", "tiny")
+        assert source.policy_version in self.live, "sampled before the version was live"
+        prompt = Letters().decode(prompt_token_ids)
+        in_use = f"version {source.policy_version}"
+        self.under_way.append(in_use)
+        try:
+            async with self._call("sample"):
+                if params.temperature == 0:
+                    self.evaluation_prompts.append((source.policy_version, prompt))
+                else:
+                    self.seeds.append(params.seed)
+                return [
+                    self._completion(source, prompt, training=params.temperature != 0)
+                    for _ in range(num_completions)
+                ]
+        finally:
+            self.under_way.remove(in_use)
+
+    def _completion(self, source, prompt, *, training):
+        tokens = tuple(range(self._next_token, self._next_token + self.length()))
+        self._next_token += len(tokens)
+        if training:
+            for token in tokens:
+                self.sampled_from[token] = source.policy_version
+                self.prompt_of[token] = prompt
+        return types.Completion(
+            token_ids=tokens,
+            logprobs=tuple(-0.5 for _ in tokens),
+            spans=self.spans(source, len(tokens)),
+            stop_reason="length" if len(tokens) == 4 else "stop",
+        )
+
+    # The reward service
+
+    async def score(self, function, parameters, items):
+        async with self._call("score"):
+            if any(item.prompt.startswith("h") for item in items):
+                return [self.evaluation_rewards.get(self.version, 0.5) for _ in items]
+            if self.same_rewards:
+                return [1.0 for _ in items]
+            return [float(index) for index, _ in enumerate(items)]
+
+    async def list_functions(self):
+        return []
+
+    # The store
+
+    async def record(self, happening):
+        assert "record" not in self.under_way, "two events at once"
+        self.under_way.append("record")
+        try:
+            await asyncio.sleep(self.rng.expovariate(1.0) * self.latency_s * 0.1)
+            self.context.events.append(happening)
+            self.last_event_at = asyncio.get_running_loop().time()
+        finally:
+            self.under_way.remove("record")
+
+    @property
+    def staleness(self) -> list[int]:
+        return [self.trained_at[token] - self.sampled_from[token] for token in self.trained_at]

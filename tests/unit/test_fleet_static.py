@@ -1,0 +1,160 @@
+"""Membership by polling, in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from rollmesh.types import Fleet, TrainerInfo
+from services.coordinator.fleet.static import POLL_INTERVAL_S, POLL_TIMEOUT_S, StaticFleet
+from tests.fakes.samplers import FakeSampler
+from tests.fakes.virtual_time import simulate
+
+
+class FakeTrainer:
+    hangs = False
+
+    async def get_trainer(self):
+        if self.hangs:
+            await asyncio.Event().wait()
+        return TrainerInfo("tiny", 100, 512, 64, 3, 8, ("q_proj",))
+
+
+class FakeReward:
+    async def list_functions(self):
+        return []
+
+
+def fleet_of(trainer=None, sampler=None):
+    return StaticFleet(
+        trainers={"t": trainer or FakeTrainer()},
+        samplers={"s": sampler or FakeSampler()},
+        rewards={"r": FakeReward()},
+        clock=lambda: 17.0,
+    )
+
+
+def in_running_fleet(fleet, scenario):
+    async def run():
+        async with asyncio.TaskGroup() as tasks:
+            polling = tasks.create_task(fleet.run())
+            await scenario()
+            polling.cancel()
+
+    simulate(run())
+
+
+def test_a_member_serves_from_its_first_good_poll_on():
+    fleet = fleet_of()
+    assert (fleet.trainers("tiny"), fleet.samplers("tiny"), fleet.base_models()) == ([], [], [])
+    assert {member.problem for member in fleet.snapshot(0).members} == {"not heard of yet"}
+
+    async def scenario():
+        await fleet.wait_for(lambda: bool(fleet.trainers("tiny") and fleet.rewards()))
+        assert [member.address for member in fleet.samplers("tiny")] == ["s"]
+        assert fleet.samplers("other") == []
+        assert fleet.base_models() == ["tiny"]
+
+    in_running_fleet(fleet, scenario)
+
+
+def test_a_snapshot_lists_every_member_by_role_and_address():
+    fleet = fleet_of()
+
+    async def scenario():
+        await asyncio.sleep(1)
+        snapshot = fleet.snapshot(4)
+        assert isinstance(snapshot, Fleet)
+        assert snapshot.num_queued_requests == 4
+        trainer, sampler, reward = snapshot.members
+        assert (trainer.role, sampler.role, reward.role) == ("trainer", "sampler", "reward")
+        assert (trainer.num_adapters, trainer.base_model) == (3, "tiny")
+        assert (sampler.backend, sampler.base_model) == ("fake", "tiny")
+        assert all(member.serving and member.update_time == 17.0 for member in snapshot.members)
+
+    in_running_fleet(fleet, scenario)
+
+
+def test_a_suspected_member_is_out_at_once_and_back_with_its_next_good_poll():
+    sampler = FakeSampler()
+    fleet = fleet_of(sampler=sampler)
+
+    async def scenario():
+        await fleet.wait_for(lambda: bool(fleet.samplers("tiny")))
+        sampler.die()
+        fleet.suspect(fleet.samplers("tiny")[0], "reset by peer")
+        assert fleet.samplers("tiny") == []
+        assert fleet.snapshot(0).members[1].problem == "reset by peer"
+        assert fleet.base_models() == ["tiny"], "known, though nobody serves it now"
+        await asyncio.sleep(10)
+        assert fleet.samplers("tiny") == []
+        assert fleet.snapshot(0).members[1].problem == "connection refused"
+        sampler.revive()
+        revived = asyncio.get_running_loop().time()
+        await fleet.wait_for(lambda: bool(fleet.samplers("tiny")))
+        assert asyncio.get_running_loop().time() - revived <= POLL_INTERVAL_S
+
+    in_running_fleet(fleet, scenario)
+
+
+def test_a_member_that_was_suspected_wrongly_is_back_without_waiting_for_the_next_interval():
+    fleet = fleet_of()
+
+    async def scenario():
+        await fleet.wait_for(lambda: bool(fleet.samplers("tiny")))
+        now = asyncio.get_running_loop().time()
+        fleet.suspect(fleet.samplers("tiny")[0], "its trainer is away")
+        await fleet.wait_for(lambda: bool(fleet.samplers("tiny")))
+        assert asyncio.get_running_loop().time() == now
+
+    in_running_fleet(fleet, scenario)
+
+
+def test_a_member_that_hangs_is_out_and_does_not_hold_up_the_others():
+    trainer = FakeTrainer()
+    fleet = fleet_of(trainer)
+
+    async def scenario():
+        await fleet.wait_for(lambda: bool(fleet.trainers("tiny")))
+        trainer.hangs = True
+        await asyncio.sleep(POLL_TIMEOUT_S + 2 * POLL_INTERVAL_S)
+        assert fleet.trainers("tiny") == []
+        assert "no answer" in fleet.snapshot(0).members[0].problem
+        assert fleet.samplers("tiny")
+        trainer.hangs = False
+        await fleet.wait_for(lambda: bool(fleet.trainers("tiny")))
+
+    in_running_fleet(fleet, scenario)
+
+
+def test_listeners_hear_of_changes_and_of_nothing_else():
+    sampler = FakeSampler()
+    fleet = fleet_of(sampler=sampler)
+    heard = []
+    fleet.on_change(lambda: heard.append(len(fleet.samplers("tiny"))))
+
+    async def scenario():
+        await asyncio.sleep(5)
+        assert len(heard) == 3, "each of three members has come once"
+        sampler.loaded.add(("projects/p/adapters/a", 0))
+        await asyncio.sleep(1)
+        assert len(heard) == 4
+        sampler.die()
+        await asyncio.sleep(5)
+        assert heard[4:] == [0]
+
+    in_running_fleet(fleet, scenario)
+
+
+def test_an_error_that_is_no_failure_of_the_member_ends_the_fleet():
+    class Broken(FakeTrainer):
+        async def get_trainer(self):
+            raise ZeroDivisionError
+
+    async def scenario():
+        with pytest.RaisesGroup(ZeroDivisionError):
+            async with asyncio.timeout(10):
+                await fleet_of(Broken()).run()
+
+    simulate(scenario())

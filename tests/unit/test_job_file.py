@@ -1,0 +1,258 @@
+"""Job files: the same keys as the protos, closed, and refused by key or by line."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import typing
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from rollmesh.api.coordinator.v1 import job_pb2
+from rollmesh.errors import InvalidRequest
+from rollmesh.job import JobSpec, Task, load_job_file, read_jsonl, whole_numbers
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "jobs").glob("*.yaml"))
+MINIMAL = {
+    "base_model": "arith",
+    "dataset": {"generator": {"name": "arithmetic"}},
+    "prompt": {"text": "{question}="},
+    "reward": {"function": "exact_match"},
+    "stop": {"max_steps": 1},
+}
+
+
+def parse(**changes: object) -> JobSpec:
+    return JobSpec.parse(MINIMAL | changes, source="job.yaml")
+
+
+def models_in(annotation: object) -> list[type[BaseModel]]:
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in typing.get_args(annotation) for model in models_in(inner)]
+
+
+def pairs(model: type[BaseModel], message) -> list[tuple[type[BaseModel], object]]:
+    """The model and its message, and those of every key, recursively."""
+    found = [(model, message)]
+    for name, field in model.model_fields.items():
+        if name in message.fields_by_name:
+            for inner in models_in(field.annotation):
+                found += pairs(inner, message.fields_by_name[name].message_type)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model", "message"), [pytest.param(*pair, id=pair[1].name) for pair in pairs(
+        JobSpec, job_pb2.JobSpec.DESCRIPTOR)]
+)  # fmt: skip
+def test_a_job_file_has_the_keys_of_the_protos(model, message):
+    # The client reads a jsonl file and sends its tasks.
+    assert set(model.model_fields) - {"jsonl"} == set(message.fields_by_name)
+
+
+def test_every_message_of_a_job_spec_is_compared():
+    compared = {message.name for _, message in pairs(JobSpec, job_pb2.JobSpec.DESCRIPTOR)}
+    assert compared == {
+        *("JobSpec", "AdapterSpec", "DatasetSpec", "Task", "GeneratorSpec", "PromptSpec"),
+        *("ChatMessage", "RewardSpec", "AlgorithmSpec", "LearningRateSpec", "SamplingSpec"),
+        *("StopSpec", "EvaluationSpec"),
+    }
+
+
+def test_every_key_is_documented():
+    for model, _ in pairs(JobSpec, job_pb2.JobSpec.DESCRIPTOR):
+        for name, field in model.model_fields.items():
+            assert field.description, f"{model.__name__}.{name}"
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in EXAMPLES])
+def test_every_example_is_a_job(path):
+    assert load_job_file(path).base_model
+
+
+def test_the_least_job_has_the_defaults_of_the_protos():
+    spec = parse()
+    assert spec.adapter.rank == 16
+    assert spec.adapter.alpha is None
+    assert spec.algorithm.advantage == "grpo"
+    assert (spec.algorithm.group_size, spec.algorithm.groups_per_step) == (8, 32)
+    assert (spec.algorithm.max_staleness, spec.algorithm.kl_coefficient) == (0, 0.0)
+    assert (spec.algorithm.beta1, spec.algorithm.beta2) == (0.9, 0.95)
+    assert (spec.algorithm.epsilon, spec.algorithm.weight_decay) == (1e-8, 0.0)
+    assert spec.algorithm.max_grad_norm is None
+    assert spec.algorithm.learning_rate.peak == 1e-4
+    assert spec.algorithm.learning_rate.schedule == "constant"
+    assert spec.sampling.temperature == 1.0
+    assert spec.seed == 0
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "says"),
+    [
+        ({"base_model": ""}, "base_model", "at least 1 character"),
+        ({"adapter": {"rank": 0}}, "adapter.rank", "greater than 0"),
+        ({"adapter": {"rank": "big"}}, "adapter.rank", "valid integer"),
+        ({"adapter": {"rank": True}}, "adapter.rank", "valid integer"),
+        ({"adapter": {"alpha": 0}}, "adapter.alpha", "greater than 0"),
+        ({"adapter": {"alpha": INFINITY}}, "adapter.alpha", "finite"),
+        ({"adapter": {"id": "../x"}}, "adapter.id", "match pattern"),
+        ({"adapter": {"id": "a\n"}}, "adapter.id", "match pattern"),
+        ({"algorithm": {"learning_rate": {"peak": NAN}}}, "algorithm.learning_rate.peak", "finite"),
+        ({"algorithm": {"learning_rate": {"peak": 0}}}, "algorithm.learning_rate.peak", "than 0"),
+        ({"algorithm": {"learning_rate": {"peek": 1}}}, "algorithm.learning_rate.peek", "'peak'"),
+        ({"algorithm": {"learning_rate": {"schedule": "step"}}},
+         "algorithm.learning_rate.schedule", "'constant', 'linear' or 'cosine'"),
+        ({"algorithm": {"group_size": 1}}, "algorithm.group_size", "than or equal to 2"),
+        ({"algorithm": {"group_size": 1025}}, "algorithm.group_size", "than or equal to 1024"),
+        ({"algorithm": {"groups_per_step": 0}}, "algorithm.groups_per_step", "greater than 0"),
+        ({"algorithm": {"max_staleness": -1}}, "algorithm.max_staleness", "equal to 0"),
+        ({"algorithm": {"kl_coefficient": -0.1}}, "algorithm.kl_coefficient", "equal to 0"),
+        ({"algorithm": {"kl_coefficient": NAN}}, "algorithm.kl_coefficient", "finite"),
+        ({"algorithm": {"beta2": 1}}, "algorithm.beta2", "less than 1"),
+        ({"algorithm": {"epsilon": 0}}, "algorithm.epsilon", "greater than 0"),
+        ({"algorithm": {"advantage": "ppo"}}, "algorithm.advantage", "'grpo', 'dr_grpo' or 'rloo'"),
+        ({"sampling": {"temperature": 0}}, "sampling.temperature", "greater than 0"),
+        ({"sampling": {"top_p": 1.1}}, "sampling.top_p", "less than or equal to 1"),
+        ({"sampling": {"max_tokens": 0}}, "sampling.max_tokens", "greater than 0"),
+        ({"sampling": {"stop": [""]}}, "sampling.stop[0]", "at least 1 character"),
+        ({"sampling": {"stop": ["a"] * 17}}, "sampling.stop", "at most 16"),
+        ({"stop": {"max_steps": 0}}, "stop.max_steps", "greater than 0"),
+        ({"stop": {}}, "stop.max_steps", "required, but absent"),
+        ({"stop": {"max_steps": 1, "evaluation_reward": NAN}}, "stop.evaluation_reward", "finite"),
+        ({"prompt": {"messages": [{"role": "robot", "content": ""}]}},
+         "prompt.messages[0].role", "'system', 'user' or 'assistant'"),
+        ({"dataset": {"tasks": [{"fields": {"a": 1}}]}}, "dataset.tasks[0].fields.a", "string"),
+        ({"algoritm": {}}, "algoritm", "did you mean 'algorithm'?"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_refused_by_its_key(changes, field, says):
+    with pytest.raises(InvalidRequest) as caught:
+        parse(**changes)
+    assert caught.value.context["field"] == field
+    assert f"{field}: " in str(caught.value)
+    assert says in str(caught.value)
+
+
+TASKS = [{"fields": {"question": "1+1"}}]
+GENERATOR = {"name": "arithmetic"}
+MESSAGES = [{"role": "user", "content": "{question}"}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        pytest.param({"dataset": {}}, "dataset", id="no source"),
+        pytest.param({"dataset": {"tasks": []}}, "dataset", id="no tasks"),
+        pytest.param({"dataset": {"tasks": TASKS, "generator": GENERATOR}}, "dataset", id="two"),
+        pytest.param({"dataset": {"tasks": TASKS, "jsonl": "a.jsonl"}}, "dataset", id="two others"),
+        pytest.param({"evaluation": {"dataset": {}}}, "evaluation.dataset", id="nothing held out"),
+        pytest.param({"prompt": {}}, "prompt", id="no prompt"),
+        pytest.param({"prompt": {"text": ""}}, "prompt", id="empty prompt"),
+        pytest.param({"prompt": {"text": "a", "messages": MESSAGES}}, "prompt", id="two prompts"),
+    ],
+)
+def test_of_several_forms_exactly_one_is_given(changes, field):
+    with pytest.raises(InvalidRequest, match=f"{field}: exactly one of") as caught:
+        parse(**changes)
+    assert caught.value.context["field"] == field
+
+
+@pytest.mark.parametrize("dataset", [{"tasks": TASKS}, {"generator": GENERATOR}])
+@pytest.mark.parametrize("prompt", [{"text": "a"}, {"messages": MESSAGES}])
+def test_each_form_is_enough(dataset, prompt):
+    assert parse(dataset=dataset, prompt=prompt)
+
+
+def test_a_stop_by_evaluation_needs_an_evaluation():
+    stop = {"max_steps": 1, "evaluation_reward": 0.9}
+    with pytest.raises(InvalidRequest, match=r"stop\.evaluation_reward needs evaluation"):
+        parse(stop=stop)
+    assert parse(stop=stop, evaluation={"dataset": {"tasks": TASKS}}).evaluation is not None
+
+
+def test_a_job_file_takes_its_tasks_from_the_files_beside_it(tmp_path):
+    folder = tmp_path / "jobs"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"question": "1+1", "answer": 2}\n\n{"question": "2"}\n')
+    (folder / "test.jsonl").write_text('{"question": "ü", "easy": true, "share": 0.5}\n')
+    (folder / "job.yaml").write_text(
+        json.dumps(
+            MINIMAL
+            | {
+                "dataset": {"jsonl": "train.jsonl"},
+                "evaluation": {"dataset": {"jsonl": "test.jsonl"}, "max_tasks": 3},
+            }
+        )
+    )
+    spec = load_job_file(folder / "job.yaml")
+    assert spec.dataset.jsonl is None
+    assert spec.dataset.tasks == [
+        Task(fields={"question": "1+1", "answer": "2"}),
+        Task(fields={"question": "2"}),
+    ]
+    assert spec.evaluation.dataset.tasks == [
+        Task(fields={"question": "ü", "easy": "true", "share": "0.5"})
+    ]
+    assert spec.evaluation.max_tasks == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        pytest.param(
+            '{"a": "1"}\n{"a": }\n', ":2: not JSON: Expecting value at column 7", id="bad"
+        ),
+        pytest.param('\n\n{"a"\n', ":3: not JSON", id="blank lines count"),
+        pytest.param("[1]\n", ":1: a JSON object is needed, found list", id="list"),
+        pytest.param('{"a": [1]}\n', ":1: 'a' must be text, a number or a boolean", id="nested"),
+        pytest.param('{"a": null}\n', ":1: 'a' must be text, a number or a boolean", id="null"),
+        pytest.param("", ": no tasks in it", id="empty"),
+        pytest.param("\n \n", ": no tasks in it", id="blank"),
+    ],
+)
+def test_a_bad_line_is_named_by_its_number(tmp_path, text, says):
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(text)
+    with pytest.raises(InvalidRequest) as caught:
+        read_jsonl(path)
+    assert str(caught.value).startswith(f"{path}{says}")
+    assert caught.value.context["field"] == "dataset.jsonl"
+
+
+def test_a_line_is_what_ends_with_a_newline_and_nothing_else(tmp_path):
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(json.dumps({"a": "x\u2028y\x85z"}, ensure_ascii=False) + "\n")
+    assert read_jsonl(path) == [Task(fields={"a": "x\u2028y\x85z"})]
+
+
+def test_an_absent_or_unreadable_dataset_is_refused_by_its_name(tmp_path):
+    binary = tmp_path / "binary.jsonl"
+    binary.write_bytes(b"\xff\n")
+    for path in (tmp_path / "absent.jsonl", binary):
+        with pytest.raises(InvalidRequest) as caught:
+            read_jsonl(path)
+        assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (3.0, 3),
+        (3.5, 3.5),
+        ("3.0", "3.0"),
+        (True, True),
+        (None, None),
+        (1e300, int(1e300)),
+        ({"a": [1.0, {"b": 2.0}]}, {"a": [1, {"b": 2}]}),
+    ],
+)
+def test_whole_numbers_are_integers_again(value, expected):
+    found = whole_numbers(value)
+    assert found == expected
+    assert type(found) is type(expected)

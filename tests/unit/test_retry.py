@@ -1,0 +1,66 @@
+"""Patience with a peer that is away, in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import islice
+
+import pytest
+
+from rollmesh.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
+from services.coordinator.retry import RETRY_FOR_S, Patience, backoff
+from tests.fakes.virtual_time import simulate
+
+
+class Peer:
+    def __init__(self, *answers):
+        self.answers = list(answers)
+        self.warnings = []
+        self.patience = Patience("reward", self.warn)
+
+    async def warn(self, warned):
+        self.warnings.append((warned.reason, warned.message))
+
+    async def ask(self):
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def call(self):
+        return self.patience.call(self.ask)
+
+
+def test_backoff_doubles_up_to_two_seconds():
+    assert list(islice(backoff(), 7)) == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 2, 2])
+
+
+@pytest.mark.parametrize("error", [Unavailable("a"), Overloaded("a"), DeadlineExceeded("a")])
+def test_a_call_is_repeated_until_the_peer_is_back_and_each_absence_is_told_once(error):
+    async def scenario():
+        peer = Peer(error, error, 1, 2, error, 3)
+        assert [await peer.call(), await peer.call(), await peer.call()] == [1, 2, 3]
+        assert [reason for reason, _ in peer.warnings] == ["REWARD_UNAVAILABLE"] * 2
+        assert peer.warnings[0][1].endswith(": a")
+
+    simulate(scenario())
+
+
+def test_what_a_repetition_cannot_mend_is_raised_at_once():
+    async def scenario():
+        peer = Peer(InvalidRequest("no"), 1)
+        with pytest.raises(InvalidRequest):
+            await peer.call()
+        assert peer.warnings == []
+
+    simulate(scenario())
+
+
+def test_patience_ends():
+    async def scenario():
+        peer = Peer(*[Unavailable("gone")] * 1000)
+        with pytest.raises(Unavailable, match="the reward has been away for 120 s: gone"):
+            await peer.call()
+        assert asyncio.get_running_loop().time() <= RETRY_FOR_S
+
+    simulate(scenario())
