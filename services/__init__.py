@@ -1,0 +1,1 @@
+"""The services of the mesh: applications, never packaged, never imported by rollmesh."""

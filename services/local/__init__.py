@@ -1,0 +1,1 @@
+"""The whole mesh on one machine: every service as a process of its own, from one file."""

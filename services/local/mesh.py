@@ -1,0 +1,236 @@
+"""A whole mesh as processes of this machine, for the life of a block.
+
+Every service keeps its address for as long as the mesh runs, however often it is started again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import yaml
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from rollmesh.errors import FailedPrecondition, Unavailable
+from rollmesh.rpc.channel import channel
+from services.local.config import complete
+from services.local.processes import Processes, processes
+from services.local.supervisor import Program, Supervised
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+
+    from services.local.config import LocalConfig, ServiceConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+"""Services are not installed: their processes are told where they lie."""
+PROBE_INTERVAL_S = 0.2
+PROBE_TIMEOUT_S = 5.0
+STOP_MARGIN_S = 5.0
+"""What a service gets beyond its drain_s before it is killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One service of a mesh. `address`: host:port, for as long as the mesh runs."""
+
+    address: str
+    supervised: Supervised
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that runs now; None: the last has died and the next was not started."""
+        return self.supervised.pid
+
+    @property
+    def log(self) -> Path:
+        """Where its output goes."""
+        return self.supervised.program.log
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """A mesh that runs: `members` are coordinator, trainer-0, …, sampler-0, … and reward."""
+
+    members: Mapping[str, Member]
+
+    @property
+    def address(self) -> str:
+        """Of the coordinator."""
+        return self.members["coordinator"].address
+
+    def kill(self, name: str) -> None:
+        """Kill the process of a member, as a crash would; it is started again."""
+        self.members[name].supervised.kill()
+
+    async def serving(self) -> None:
+        """Return once every member is SERVING; after `kill`, once the new process is."""
+        for member in self.members.values():
+            await member.supervised.serving.wait()
+
+
+@contextlib.asynccontextmanager
+async def mesh(
+    config: LocalConfig, state_dir: Path, say: Callable[[str], None] = print
+) -> AsyncIterator[Mesh]:
+    """A mesh whose members are all SERVING; it ends with the block. `say` hears what happens.
+
+    In `state_dir`: config/, logs/, coordinator.sqlite, and while the mesh runs endpoints.json.
+
+    Raises:
+        FailedPrecondition: another mesh runs in `state_dir`.
+        Unavailable: a member cannot be brought to serve, at the start or later.
+    """
+    for folder in ("config", "logs"):
+        (state_dir / folder).mkdir(parents=True, exist_ok=True)
+    with _alone_in(state_dir), _single_error(), _addresses(config) as addresses:
+        # A mesh that was killed has left it.
+        _endpoints_file(state_dir).unlink(missing_ok=True)
+        configs = complete(config, addresses, state_dir)
+        async with processes() as started, asyncio.TaskGroup() as tasks:
+            members = {
+                name: Member(
+                    addresses[name], _supervised(name, configs[name], state_dir, started, say)
+                )
+                for name in configs
+            }
+            running = {
+                name: tasks.create_task(member.supervised.keep_running())
+                for name, member in members.items()
+            }
+            try:
+                await _until_all_serve(members, config.start_s)
+                with _endpoints(state_dir, members):
+                    yield Mesh(members)
+            finally:
+                await _stop(running)
+
+
+def _supervised(
+    name: str,
+    config: ServiceConfig,
+    state_dir: Path,
+    started: Processes,
+    say: Callable[[str], None],
+) -> Supervised:
+    """The service with its configuration written down, not started yet."""
+    service = name.partition("-")[0]
+    path, log = state_dir / "config" / f"{name}.yaml", state_dir / "logs" / f"{name}.log"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
+    log.write_bytes(b"")  # the log is that of this mesh, not of the one before
+    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return Supervised(
+        Program(
+            name=name,
+            command=(sys.executable, "-m", f"services.{service}", "--config", str(path)),
+            log=log,
+            stop_s=config.drain_s + STOP_MARGIN_S,
+            environment={"PYTHONPATH": python_path},
+        ),
+        started,
+        until_serving=lambda: _until_serving(config.listen),
+        say=say,
+    )
+
+
+async def _until_serving(address: str) -> None:
+    async with channel(address) as connection:
+        health: Any = health_pb2_grpc.HealthStub(connection)  # its types leave its calls out
+        while True:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                request = health_pb2.HealthCheckRequest()
+                response = await health.Check(request, timeout=PROBE_TIMEOUT_S)
+                if response.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+            await asyncio.sleep(PROBE_INTERVAL_S)
+
+
+async def _until_all_serve(members: Mapping[str, Member], within_s: float) -> None:
+    try:
+        async with asyncio.timeout(within_s):
+            await Mesh(members).serving()
+    except TimeoutError:
+        late = [member for member in members.values() if not member.supervised.serving.is_set()]
+        names = ", ".join(f"{member.supervised.program.name} ({member.log})" for member in late)
+        raise Unavailable(f"not serving after {within_s:g} s: {names}") from None
+
+
+async def _stop(running: Mapping[str, asyncio.Task[None]]) -> None:
+    """Stop the coordinator, and only then the others: it would take their end for a failure."""
+    coordinator = {running["coordinator"]}
+    for tasks in (coordinator, set(running.values()) - coordinator):
+        for task in tasks:
+            # Where a member has failed for good, the task group has cancelled the others already.
+            if not task.cancelling():
+                task.cancel()
+        await asyncio.wait(tasks)
+
+
+@contextlib.contextmanager
+def _addresses(config: LocalConfig) -> Iterator[dict[str, str]]:
+    """A free address of the loopback interface for each member, reserved while the block runs."""
+    with contextlib.ExitStack() as stack:
+        yield {
+            name: f"127.0.0.1:{stack.enter_context(_reserved_port())}" for name in config.members()
+        }
+
+
+@contextlib.contextmanager
+def _reserved_port() -> Iterator[int]:
+    """A port that nobody is given by chance, but that a server may listen at.
+
+    The kernel gives no bound port away; gRPC's servers set SO_REUSEADDR too, and so may bind it
+    again for as long as nobody else listens.
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+def _endpoints_file(state_dir: Path) -> Path:
+    return state_dir / "endpoints.json"
+
+
+@contextlib.contextmanager
+def _endpoints(state_dir: Path, members: Mapping[str, Member]) -> Iterator[None]:
+    """endpoints.json: for programs, while the mesh serves."""
+    path = _endpoints_file(state_dir)
+    endpoints = {name: {"address": m.address, "log": str(m.log)} for name, m in members.items()}
+    path.with_suffix(".new").write_text(json.dumps(endpoints, indent=2) + "\n")
+    path.with_suffix(".new").rename(path)
+    try:
+        yield
+    finally:
+        path.unlink()
+
+
+@contextlib.contextmanager
+def _alone_in(state_dir: Path) -> Iterator[None]:
+    """Two coordinators on one store would undo each other's work."""
+    with (state_dir / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FailedPrecondition(
+                f"another mesh runs in {state_dir}", resource=state_dir
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def _single_error() -> Iterator[None]:
+    """What has failed first, without the task group around it."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        raise group.exceptions[0] from None
