@@ -212,6 +212,7 @@ class TrainerInfo:
     num_adapters: int
     max_adapters: int
     target_modules: tuple[str, ...]
+    kept_versions: int
 
 
 @dataclass(frozen=True, slots=True)

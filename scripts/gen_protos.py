@@ -18,6 +18,7 @@ from grpc_tools import protoc
 ROOT = Path(__file__).resolve().parent.parent
 PROTOS = ROOT / "protos"
 API = ROOT / "rollmesh" / "api"
+PLUGINS = ("protoc-gen-mypy", "protoc-gen-mypy_grpc")
 
 
 def generate(target: Path) -> None:
@@ -30,6 +31,9 @@ def generate(target: Path) -> None:
                 # Only a proto with a service gets a _pb2_grpc file: the others would be empty.
                 plugins += [f"--grpc_python_out={out}", f"--mypy_grpc_out=quiet:{out}"]
             well_known = Path(protoc.__file__).parent / "_proto"
+            # The plugins of this environment, whether or not it is on the PATH.
+            bin_folder = Path(sys.executable).parent
+            plugins += [f"--plugin={name}={bin_folder / name}" for name in PLUGINS]
             arguments = ["protoc", f"-I{PROTOS}", f"-I{well_known}", *plugins, str(proto)]
             if protoc.main(arguments) != 0:
                 sys.exit(f"protoc failed on {proto}")
@@ -67,8 +71,12 @@ def main() -> None:
                 sys.exit("stale stubs, run `make proto`:\n  " + "\n  ".join(stale))
         print("stubs are up to date")
         return
-    shutil.rmtree(API, ignore_errors=True)
-    generate(API)
+    with tempfile.TemporaryDirectory() as folder:
+        # Beside what is there until all of it is made: a mistake in a proto breaks nothing.
+        fresh = Path(folder) / "api"
+        generate(fresh)
+        shutil.rmtree(API, ignore_errors=True)
+        shutil.copytree(fresh, API)
 
 
 if __name__ == "__main__":

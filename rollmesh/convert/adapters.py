@@ -78,6 +78,7 @@ def trainer_info_to_pb(info: types.TrainerInfo) -> trainer_service_pb2.GetTraine
         num_adapters=info.num_adapters,
         max_adapters=info.max_adapters,
         target_modules=info.target_modules,
+        kept_versions=info.kept_versions,
     )
 
 
@@ -91,6 +92,7 @@ def trainer_info_from_pb(message: trainer_service_pb2.GetTrainerResponse) -> typ
         num_adapters=message.num_adapters,
         max_adapters=message.max_adapters,
         target_modules=tuple(message.target_modules),
+        kept_versions=message.kept_versions,
     )
 
 

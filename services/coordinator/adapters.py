@@ -8,13 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import logging
 import weakref
 from typing import TYPE_CHECKING
 
 from rollmesh import types
 from rollmesh.errors import (
-    CapacityExhausted,
     DigestMismatch,
     FailedPrecondition,
     InvalidRequest,
@@ -23,6 +21,7 @@ from rollmesh.errors import (
     Unavailable,
 )
 from rollmesh.names import parse_adapter, parse_project
+from services.coordinator.making import make
 from services.coordinator.paging import page_size_of
 from services.coordinator.store import Request, check_free
 
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
     from services.coordinator.fleet.static import StaticFleet
     from services.coordinator.ports import Sampling, TrainerPort
     from services.coordinator.store import AdapterStore, StoredAdapter
-
-log = logging.getLogger(__name__)
 
 
 class Adapters:
@@ -92,7 +89,7 @@ class Adapters:
             if stored.ready:
                 return stored.adapter
             try:
-                made = await self._place(stored, lora)
+                made = await make(stored, lora, self._store, self._fleet, self._trainers)
             except MeshError:
                 await self._store.release(name)
                 raise
@@ -239,30 +236,6 @@ class Adapters:
         )
         return base_model, source
 
-    async def _place(self, stored: StoredAdapter, lora: types.LoraConfig) -> types.TrainerAdapter:
-        """Make the adapter on the trainer with the most room, which is written down first."""
-        name, base_model = stored.adapter.name, stored.adapter.base_model
-        if stored.trainer in self._trainers:
-            # A creation before this one died, and may have left a copy.
-            with contextlib.suppress(Unavailable):
-                await self._trainers[stored.trainer].delete_adapter(name)
-        trainers = self._fleet.trainers(base_model)
-        if not trainers:
-            raise Unavailable(f"no trainer of {base_model!r} answers", value=base_model)
-        for trainer in sorted(trainers, key=lambda trainer: -_room(trainer.info)):
-            await self._store.place(name, trainer.address)
-            # A trainer answers an equal adapter that it has, however far that was trained. Nobody
-            # knows of one here, so what it may have is not this one.
-            await trainer.port.delete_adapter(name)
-            try:
-                return await trainer.port.create_adapter(name, lora)
-            except CapacityExhausted as error:
-                log.info("no room for %s at %s: %s", name, trainer.address, error)
-        raise CapacityExhausted(
-            f"every trainer of {base_model!r} is full: {len(trainers)} of them were asked",
-            value=base_model,
-        )
-
     async def _on_trainer(self, name: str) -> tuple[StoredAdapter, TrainerPort]:
         """An adapter that exists, and its trainer, whether that answers or not."""
         parse_adapter(name)
@@ -303,7 +276,3 @@ def _lost(stored: StoredAdapter) -> Iterator[None]:
             "does not hold it any more",
             resource=stored.adapter.name,
         ) from error
-
-
-def _room(info: types.TrainerInfo | None) -> int:
-    return info.max_adapters - info.num_adapters if info else 0

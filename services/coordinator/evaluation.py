@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from services.coordinator.datasets import Task
     from services.coordinator.rollouts import Drawn, Rollouts
 
-MAX_CONCURRENT = 64
+MAX_CONCURRENT = 256
 """Requests of one evaluation at once: enough to fill a sampler, few enough to leave its queue."""
 SCORE_BATCH = 512
 

@@ -169,6 +169,15 @@ class Jobs:
                 value=spec.adapter.rank,
                 allowed=f"1 to {min(ranks)}",
             )
+        kept = [max(info.kept_versions for info in trainers if info)] if trainers else []
+        if kept and spec.algorithm.max_staleness > kept[0] - 2:
+            raise InvalidRequest(
+                f"algorithm.max_staleness: {spec.algorithm.max_staleness} is more than "
+                f"{kept[0] - 2}: the trainers keep {kept[0]} versions of an adapter",
+                field="algorithm.max_staleness",
+                value=spec.algorithm.max_staleness,
+                allowed=f"0 to {kept[0] - 2}",
+            )
         known = sorted({module for info in trainers if info for module in info.target_modules})
         for module in spec.adapter.target_modules if trainers else ():
             if module not in known:

@@ -187,7 +187,7 @@ class Recorder(Protocol):
     """Where a running job writes what happens to it: one event, one transaction."""
 
     async def record(self, happening: Happening) -> None:
-        """Store the next event and what follows from it for the job (step, metrics, evaluations)."""
+        """Store the next event and what follows from it for the job: step, metrics, evaluations."""
         ...
 
 

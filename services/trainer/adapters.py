@@ -65,6 +65,7 @@ class Adapters:
             num_adapters=len(self._adapters),
             max_adapters=self._max_adapters,
             target_modules=self._model.lora.target_modules,
+            kept_versions=self._kept_versions,
         )
 
     def create(self, name: str, lora: LoraConfig) -> TrainerAdapter:

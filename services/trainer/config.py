@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
@@ -34,9 +34,9 @@ class TrainerConfig(Config):
     """Largest LoRA rank accepted. No larger than what the samplers can load."""
     max_adapters: PositiveInt = 64
     """Adapters held at once; one more is refused with CAPACITY_EXHAUSTED."""
-    kept_versions: PositiveInt = 4
-    """Published versions kept of each adapter, in main memory, the newest ones. At least 2: one is
-    sampled while the next is loaded."""
+    kept_versions: Annotated[int, Field(ge=2)] = 8
+    """Published versions kept of each adapter, in main memory, the newest ones. A job's
+    max_staleness may be at most 2 less: what is sampled must not be forgotten."""
     max_batch_tokens: PositiveInt = 8192
     """Tokens of one pass, padding included: a larger batch is cut into several passes, a longer
     sequence is refused. A pass needs about 12 bytes × vocabulary for each token."""

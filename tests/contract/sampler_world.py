@@ -41,10 +41,8 @@ def make_world(folder: Path) -> World:
     text = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, "?"))
     text.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     text.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=text, eos_token="<eos>", pad_token="<pad>"
-    )
-    tokenizer.save_pretrained(folder / "model")
+    special = {"eos_token": "<eos>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=text, **special).save_pretrained(folder / "model")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = Qwen3Config(
@@ -124,6 +122,17 @@ class World:
         return header, data, safetensors_digest(data)
 
 
+SPOILT_HEADERS = {
+    "other base model": lambda _: {"base_model": "other"},
+    "other version": lambda header: {"policy_version": header.policy_version + 1},
+    "large rank": lambda header: {
+        "adapter_config_json": header.adapter_config_json.replace('"r": ', '"r": 99')
+    },
+    "not PEFT": lambda _: {"adapter_config_json": "[]"},
+}
+"""What some faults change in a header."""
+
+
 class FakeTrainer(TrainerServiceServicer):
     """Exports the world's adapters; `faults` spoil the transfers of a version.
 
@@ -141,23 +150,13 @@ class FakeTrainer(TrainerServiceServicer):
         digest = self._world.export(version)[2]
         return replace(AdapterSource(ADAPTER, version, digest, self.address), **changes)
 
-    async def ExportAdapter(self, request, context):  # noqa: N802
+    async def ExportAdapter(self, request, context):
         self.pulls.append(request.policy_version)
         if not 0 <= request.policy_version < NUM_VERSIONS:
             raise NotFound("no such version", resource=request.name)
         header, data, digest = self._world.export(request.policy_version)
         fault = self.faults.get(request.policy_version, "")
-        if fault == "other base model":
-            header = replace(header, base_model="other")
-        if fault == "other version":
-            header = replace(header, policy_version=header.policy_version + 1)
-        if fault == "large rank":
-            header = replace(
-                header,
-                adapter_config_json=header.adapter_config_json.replace('"r": ', '"r": 99'),
-            )
-        if fault == "not PEFT":
-            header = replace(header, adapter_config_json="[]")
+        header = replace(header, **SPOILT_HEADERS.get(fault, lambda _: {})(header))
         if fault == "flipped bit":
             data = data[:-1] + bytes([data[-1] ^ 1])
         if fault == "other trailer":

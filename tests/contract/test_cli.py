@@ -1,5 +1,4 @@
 """The command line against a coordinator that behaves, over real gRPC."""
-# ruff: noqa: N802, ARG002 - gRPC says what a servicer's methods are called and take
 
 from __future__ import annotations
 
@@ -310,7 +309,7 @@ def rollmesh(start):
 
 async def until(condition):
     async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110 - output of another thread has no event
+        while not condition():
             await asyncio.sleep(0.01)
 
 

@@ -115,6 +115,13 @@ class TestCreating:
                 {"adapter": {"rank": 64}}, InvalidRequest, "adapter.rank", "32", id="rank too large"
             ),
             pytest.param(
+                {"algorithm": {"max_staleness": 3}},
+                InvalidRequest,
+                "algorithm.max_staleness",
+                "2",
+                id="versions that the trainer has forgotten",
+            ),
+            pytest.param(
                 {"adapter": {"target_modules": ["x_proj"]}},
                 InvalidRequest,
                 "adapter.target_modules",

@@ -33,7 +33,7 @@ J = f"{PROJECT}/jobs/j"
 
 
 class RewardServicer(RewardServiceServicer):
-    async def Score(self, request, _context):  # noqa: N802 - gRPC's name
+    async def Score(self, request, _context):
         items = convert.score_items_from_pb(request.items)
         parameters = convert.struct_from_pb(request.parameters)
         return pb.ScoreResponse(

@@ -1,7 +1,5 @@
 """What a server raises is what its client raises; how every server begins and ends."""
 
-# ruff: noqa: N802, ARG002 - gRPC names the methods and says what they take
-
 from __future__ import annotations
 
 import asyncio
@@ -257,6 +255,11 @@ async def test_a_call_under_way_finishes_while_health_already_says_no(jobs):
             drained = asyncio.ensure_future(stack.aclose())
             assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
             watch.cancel()
+            # The server says goodbye to its connections, takes no new ones, and keeps its calls.
+            await opened.wait_for_state_change(grpc.ChannelConnectivity.READY)
+            async with channel(f"127.0.0.1:{running.port}") as newcomer:
+                with pytest.raises(Unavailable):
+                    await unary(newcomer)
             assert not call.done()
             jobs.release.set()
             assert await call == pb.GetJobResponse()

@@ -163,7 +163,7 @@ class Coordinator:
 async def eventually(holds: Callable[[], Awaitable[bool]]) -> None:
     """Return once `holds`: for what tells nobody when it changes."""
     async with asyncio.timeout(20):
-        while not await holds():  # noqa: ASYNC110 - there is no event to wait for
+        while not await holds():
             await asyncio.sleep(0.02)
 
 

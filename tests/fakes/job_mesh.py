@@ -4,8 +4,6 @@ The trainer keeps its sequences as protos/ says, each sampled token is unique an
 the version that it was drawn from, so a test sees what was trained on what, whatever the loop says.
 """
 
-# ruff: noqa: ARG002 - a fake takes what its port says, and needs less
-
 from __future__ import annotations
 
 import asyncio
@@ -103,7 +101,7 @@ FIRST_TOKEN = 1000
 
 
 class JobMesh:
-    """Training, Sampling, RewardPort and Recorder of one job; `faults` by the name of the call."""
+    """Training, Sampling, RewardPort and Recorder of one job; faults and slowness by call."""
 
     def __init__(self, context: Context, *, seed: int = 0, latency_s: float = 1.0) -> None:
         self.context = context
@@ -124,6 +122,7 @@ class JobMesh:
         self.evaluation_prompts: list[tuple[int, str]] = []
         self.seeds: list[int] = []
         self.faults: dict[str, list[Exception]] = {}
+        self.slowness: dict[str, float] = {}
         self.under_way: list[str] = []
         self.overlapped = False
         self.same_rewards = False
@@ -151,15 +150,16 @@ class JobMesh:
     async def _call(self, name: str):
         """A call takes its time on the way there and back, and may fail on either."""
         self.under_way.append(name)
+        latency_s = self.latency_s * self.slowness.get(name, 1.0)
         try:
-            await asyncio.sleep(self.rng.expovariate(1.0) * self.latency_s)
+            await asyncio.sleep(self.rng.expovariate(1.0) * latency_s)
             fault = self.faults.get(name) and self.faults[name].pop(0)
             if fault and self.rng.random() < 0.5:
                 raise fault
             yield
             if fault:
                 raise fault
-            await asyncio.sleep(self.rng.expovariate(1.0) * self.latency_s)
+            await asyncio.sleep(self.rng.expovariate(1.0) * latency_s)
         finally:
             self.under_way.remove(name)
 

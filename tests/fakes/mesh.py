@@ -69,6 +69,7 @@ class FakeTrainer(Away):
             num_adapters=len(self.adapters),
             max_adapters=self.max_adapters,
             target_modules=("q_proj", "v_proj"),
+            kept_versions=4,
         )
 
     async def create_adapter(self, name: str, lora: types.LoraConfig) -> types.TrainerAdapter:
@@ -106,7 +107,7 @@ class FakeTrainer(Away):
         adapter: str,
         sequence: int,
         data: Sequence[types.Datum],
-        loss_config: types.LossConfig,  # noqa: ARG002 - any will do
+        loss_config: types.LossConfig,
     ) -> types.ForwardBackwardResult:
         held = await self._next(adapter, sequence)
         self.adapters[adapter] = replace(
@@ -192,7 +193,7 @@ class FakeSampler(Away):
             max_rank=32,
         )
 
-    async def load_adapter(self, source: types.AdapterSource) -> types.LoadTimes:  # noqa: ARG002
+    async def load_adapter(self, source: types.AdapterSource) -> types.LoadTimes:
         self.check_here()
         return types.LoadTimes(0.0, 0.0)
 
@@ -205,7 +206,7 @@ class FakeSampler(Away):
         source: types.AdapterSource | None,
         prompt_token_ids: Sequence[int],
         num_completions: int,
-        params: types.SamplingParams,  # noqa: ARG002 - always the same two tokens
+        params: types.SamplingParams,
     ) -> AsyncIterator[types.CompletionChunk]:
         self.check_here()
         if not prompt_token_ids:

@@ -1,7 +1,5 @@
 """Samplers that decode, die, come back and remember what became of every call."""
 
-# ruff: noqa: ARG002 - a fake takes what its port says, and needs less
-
 from __future__ import annotations
 
 import asyncio

@@ -108,7 +108,7 @@ ROUND_TRIPS = {
         convert.trainer_info_to_pb,
         convert.trainer_info_from_pb,
         st.builds(
-            types.TrainerInfo, TEXTS, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS, tuples(TEXTS)
+            types.TrainerInfo, TEXTS, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS, tuples(TEXTS), COUNTS
         ),
     ),
     "sampler": (

@@ -14,7 +14,7 @@ J = "projects/p/jobs/j"
 
 
 class Memory:
-    """A store of one job's events; `later` are written one by one, each behind the back of a look."""
+    """One job's events; `later` are written one by one, each behind the back of a look."""
 
     def __init__(self, *later) -> None:
         self.changes = Changes()

@@ -18,7 +18,7 @@ class FakeTrainer:
     async def get_trainer(self):
         if self.hangs:
             await asyncio.Event().wait()
-        return TrainerInfo("tiny", 100, 512, 64, 3, 8, ("q_proj",))
+        return TrainerInfo("tiny", 100, 512, 64, 3, 8, ("q_proj",), 4)
 
 
 class FakeReward:

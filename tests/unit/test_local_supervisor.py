@@ -59,7 +59,7 @@ def alive(pid):
 
 async def until(condition):
     async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110 - other processes have no event of ours
+        while not condition():
             await asyncio.sleep(0.01)
 
 

@@ -136,6 +136,7 @@ def test_a_trainer_that_is_elsewhere_fails_the_job_by_name(version, next_sequenc
     mesh.version, mesh.next_sequence = version, next_sequence
     with pytest.raises(FailedPrecondition, match=r"the trainer lost the state of .*adapters/j"):
         simulate(mesh.run())
+    assert not mesh.published
 
 
 def simulate_steps(context, count):
@@ -152,9 +153,12 @@ def test_an_adapter_that_the_trainer_does_not_know_fails_the_job_by_name(call):
 
 
 @pytest.mark.parametrize("pause_after", [0, 2, 6])
-def test_pause_ends_the_loop_between_two_steps_and_a_new_one_goes_on(pause_after):
-    context = Context(spec(algorithm={"max_staleness": 1}), pause_after=pause_after)
-    mesh = JobMesh(context, seed=5)
+@pytest.mark.parametrize("seed", range(5))
+def test_pause_ends_the_loop_between_two_steps_and_a_new_one_goes_on(pause_after, seed):
+    algorithm = {"max_staleness": 3, "groups_per_step": 2}
+    context = Context(spec(algorithm=algorithm), pause_after=pause_after)
+    mesh = JobMesh(context, seed=seed)
+    mesh.slowness = {"sample": 10.0}
 
     async def paused():
         assert (await mesh.run()).kind == "paused"

@@ -1,7 +1,5 @@
 """Traces, metrics and logs: only names that are listed, joined across calls, one JSON a line."""
 
-# ruff: noqa: N802, ARG002 - gRPC names the methods and says what they take
-
 from __future__ import annotations
 
 import ast

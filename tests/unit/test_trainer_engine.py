@@ -11,13 +11,6 @@ from rollmesh.errors import InvalidRequest, Overloaded
 from services.trainer.engine import Engine
 
 
-@pytest.fixture
-def engine():
-    engine = Engine(max_queued_ops=2)
-    yield engine
-    engine.close()
-
-
 class Gate:
     """An op that begins, and ends when it is told to."""
 
@@ -36,14 +29,28 @@ class Gate:
         await asyncio.to_thread(self.begun.wait)
 
 
+@pytest.fixture
+def engine():
+    engine = Engine(max_queued_ops=2)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def gate(engine):  # torn down before the engine, which waits for it
+    gate = Gate()
+    yield gate
+    gate.open.set()
+
+
 async def settle():
     """Let every task run until it waits."""
     for _ in range(10):
         await asyncio.sleep(0)
 
 
-async def test_ops_run_one_at_a_time_in_order_of_arrival_in_one_thread(engine):
-    gate, order = Gate(), []
+async def test_ops_run_one_at_a_time_in_order_of_arrival_in_one_thread(engine, gate):
+    order = []
     async with asyncio.TaskGroup() as tasks:
         first = tasks.create_task(engine.run(gate))
         await gate.has_begun()
@@ -57,8 +64,7 @@ async def test_ops_run_one_at_a_time_in_order_of_arrival_in_one_thread(engine):
     assert first.result() != threading.current_thread().name
 
 
-async def test_more_ops_than_may_wait_are_refused_with_the_bound(engine):
-    gate = Gate()
+async def test_more_ops_than_may_wait_are_refused_with_the_bound(engine, gate):
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(engine.run(gate))
         await gate.has_begun()
@@ -73,8 +79,8 @@ async def test_more_ops_than_may_wait_are_refused_with_the_bound(engine):
     assert await engine.run(int) == 0
 
 
-async def test_a_cancelled_op_that_has_not_begun_never_runs_and_frees_its_place(engine):
-    gate, order = Gate(), []
+async def test_a_cancelled_op_that_has_not_begun_never_runs_and_frees_its_place(engine, gate):
+    order = []
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(engine.run(gate))
         await gate.has_begun()
@@ -88,18 +94,19 @@ async def test_a_cancelled_op_that_has_not_begun_never_runs_and_frees_its_place(
     assert order == ["kept", "next"]
 
 
-async def test_a_cancelled_op_that_has_begun_runs_to_its_end_before_the_next_begins(engine):
-    gate = Gate()
+async def test_a_cancelled_op_that_has_begun_keeps_its_turn_until_it_ends(engine, gate):
     caller = asyncio.ensure_future(engine.run(gate))
     await gate.has_begun()
     caller.cancel()
     with pytest.raises(asyncio.CancelledError):
         await caller
-    following = asyncio.ensure_future(engine.run(gate.finished.is_set))
+    waiting = [asyncio.ensure_future(engine.run(gate.finished.is_set)) for _ in range(2)]
     await settle()
+    with pytest.raises(Overloaded):
+        await engine.run(int)
     assert not gate.finished.is_set()
     gate.open.set()
-    assert await following is True
+    assert await asyncio.gather(*waiting) == [True, True]
 
 
 async def test_what_an_op_raises_reaches_its_caller_and_the_engine_goes_on(engine):

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from rollmesh import convert
@@ -30,7 +31,8 @@ class JobServicer(JobServiceServicer):
         self, request: pb.CreateJobRequest, context: Context
     ) -> pb.CreateJobResponse:
         """Stores a job."""
-        spec = convert.spec_from_pb(request.spec)
+        # A dataset of many thousand tasks takes seconds, which all other calls would wait for.
+        spec = await asyncio.to_thread(convert.spec_from_pb, request.spec)
         job = await self._jobs.create(
             request.parent, request.job_id, spec, request_id=request.request_id
         )

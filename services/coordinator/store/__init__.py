@@ -9,7 +9,8 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from services.coordinator.store.adapters import AdapterStore, StoredAdapter, check_free
+from services.coordinator.store.adapter_rows import StoredAdapter, check_free
+from services.coordinator.store.adapters import AdapterStore
 from services.coordinator.store.changes import Changes
 from services.coordinator.store.database import Database, StoreUnavailable, check_url
 from services.coordinator.store.jobs import QUEUE, EventPage, JobStore, QueuedJob, StoredJob

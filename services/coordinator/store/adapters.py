@@ -7,36 +7,33 @@ dies in between, the row says where a copy may lie.
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import delete, insert, update
 
 from rollmesh import types
-from rollmesh.errors import AlreadyExists, DigestMismatch, FailedPrecondition, NotFound
-from rollmesh.job import FINAL_STATES
-from rollmesh.names import adapter_name, parse_adapter
+from rollmesh.errors import DigestMismatch, NotFound
+from rollmesh.names import adapter_name
 from services.coordinator.store import requests
+from services.coordinator.store.adapter_rows import (
+    SELECT,
+    StoredAdapter,
+    check_free,
+    lora_to_json,
+    missing,
+    reserve,
+    row_of,
+    stored_of,
+    taken,
+    version_of,
+)
 from services.coordinator.store.tables import adapters, jobs, versions
 
 if TYPE_CHECKING:
-    from sqlalchemy import Row
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from services.coordinator.store.database import Database
     from services.coordinator.store.requests import Request
-
-
-@dataclass(frozen=True, slots=True)
-class StoredAdapter:
-    """An adapter as it was last seen; `owned` by a job that has not ended."""
-
-    adapter: types.Adapter
-    trainer: str
-    ready: bool
-    owned: bool
 
 
 class AdapterStore:
@@ -66,13 +63,13 @@ class AdapterStore:
             if request is not None:
                 made = await requests.find(connection, request)
                 if made is not None:
-                    return _stored(await _row(connection, made))
+                    return stored_of(await row_of(connection, made))
             await reserve(connection, name, base_model, lora, job=job, now=now)
             if request is not None:
                 await requests.remember(
                     connection, request, name, now=now, retention_s=self._request_retention_s
                 )
-            return _stored(await _row(connection, name))
+            return stored_of(await row_of(connection, name))
 
         return await self._database.transact(work)
 
@@ -96,21 +93,21 @@ class AdapterStore:
         """
 
         async def work(connection: AsyncConnection) -> StoredAdapter:
-            row = await _row(connection, name, lock=True)
+            row = await row_of(connection, name, lock=True)
             if (row.job or "") != job:
-                raise _taken(name)
+                raise taken(name)
             await connection.execute(
                 update(adapters)
                 .where(adapters.c.name == name)
                 .values(
                     ready=True,
-                    lora=_lora_to_json(made.lora),
+                    lora=lora_to_json(made.lora),
                     policy_version=made.policy_version,
                     next_sequence=made.next_sequence,
                 )
             )
             await connection.execute(update(jobs).where(jobs.c.name == job).values(adapter=name))
-            return _stored(await _row(connection, name))
+            return stored_of(await row_of(connection, name))
 
         return await self._database.transact(work)
 
@@ -118,7 +115,7 @@ class AdapterStore:
         """Give up an adapter that no trainer took. A job keeps its reservation."""
 
         async def work(connection: AsyncConnection) -> None:
-            row = await _row(connection, name, lock=True)
+            row = await row_of(connection, name, lock=True)
             if row.job is not None:
                 await connection.execute(
                     update(adapters).where(adapters.c.name == name).values(trainer="")
@@ -132,18 +129,18 @@ class AdapterStore:
     async def get(self, name: str) -> StoredAdapter:
         """One adapter, ready or not. NotFound: no such adapter."""
         async with self._database.read() as connection:
-            return _stored(await _row(connection, name))
+            return stored_of(await row_of(connection, name))
 
     async def page(self, project: str, *, limit: int, after: str) -> list[types.Adapter]:
         """Adapters of a project by name, from the one behind the id `after` ("": all)."""
         query = (
-            _SELECT.where(adapters.c.project == project, adapters.c.ready.is_(True))
+            SELECT.where(adapters.c.project == project, adapters.c.ready.is_(True))
             .where(adapters.c.name > adapter_name(project, after))
             .order_by(adapters.c.name)
             .limit(limit)
         )
         async with self._database.read() as connection:
-            return [_stored(row).adapter for row in await connection.execute(query)]
+            return [stored_of(row).adapter for row in await connection.execute(query)]
 
     async def seen(
         self, name: str, *, next_sequence: int, policy_version: int | None = None
@@ -151,7 +148,7 @@ class AdapterStore:
         """Note how far an adapter has come; a late note of an earlier op changes nothing."""
 
         async def work(connection: AsyncConnection) -> None:
-            row = await _row(connection, name, lock=True)
+            row = await row_of(connection, name, lock=True)
             version = row.policy_version if policy_version is None else policy_version
             await connection.execute(
                 update(adapters)
@@ -172,8 +169,8 @@ class AdapterStore:
         """
 
         async def work(connection: AsyncConnection) -> None:
-            row = await _row(connection, name, lock=True)
-            known = await _version(connection, name, version.policy_version)
+            row = await row_of(connection, name, lock=True)
+            known = await version_of(connection, name, version.policy_version)
             if known is not None:
                 if known.digest != version.digest:
                     raise DigestMismatch(
@@ -204,14 +201,14 @@ class AdapterStore:
     async def version(self, name: str, policy_version: int | None) -> types.PublishedVersion:
         """A published version; None: the newest. NotFound: no such adapter or version."""
         async with self._database.read() as connection:
-            row = await _row(connection, name)
+            row = await row_of(connection, name)
             if not row.ready:
-                raise _missing(name)
+                raise missing(name)
             if policy_version is None:
                 policy_version = row.published_version
             if policy_version is None:
                 raise NotFound(f"no version of {name} was published yet", resource=name)
-            known = await _version(connection, name, policy_version)
+            known = await version_of(connection, name, policy_version)
         if known is None:
             newest = row.published_version
             raise NotFound(
@@ -229,7 +226,7 @@ class AdapterStore:
         """
 
         async def work(connection: AsyncConnection) -> None:
-            stored = _stored(await _row(connection, name, lock=True))
+            stored = stored_of(await row_of(connection, name, lock=True))
             check_free(stored)
             await connection.execute(delete(adapters).where(adapters.c.name == name))
             await requests.remember(
@@ -242,115 +239,3 @@ class AdapterStore:
         """Whether `request` was carried out before."""
         async with self._database.read() as connection:
             return await requests.find(connection, request) is not None
-
-
-async def reserve(
-    connection: AsyncConnection,
-    name: str,
-    base_model: str,
-    lora: types.LoraConfig,
-    *,
-    job: str,
-    now: float,
-) -> None:
-    """Take the name of an adapter, for `job` or ("") an interactive client.
-
-    A name whose adapter never came to be is free again once the job that wanted it has ended. What
-    an interactive client left half made is for interactive clients alone: it may still be at it.
-    """
-    found = await connection.execute(_SELECT.where(adapters.c.name == name))
-    row = found.one_or_none()
-    values = {
-        "base_model": base_model,
-        "lora": _lora_to_json(lora),
-        "job": job or None,
-        "create_time": now,
-    }
-    if row is None:
-        await connection.execute(
-            insert(adapters).values(
-                name=name,
-                project=parse_adapter(name)[0],
-                trainer="",
-                ready=False,
-                policy_version=0,
-                next_sequence=1,
-                published_digest="",
-                **values,
-            )
-        )
-        return
-    stored = _stored(row)
-    if job and stored.adapter.job == job:
-        return
-    if stored.ready or stored.owned or (job and not stored.adapter.job):
-        raise _taken(name)
-    await requests.forget(connection, name)
-    await connection.execute(update(adapters).where(adapters.c.name == name).values(**values))
-
-
-def check_free(stored: StoredAdapter) -> None:
-    """Raise FailedPrecondition where a job that has not ended owns the adapter."""
-    if stored.owned:
-        raise FailedPrecondition(
-            f"{stored.adapter.name} belongs to {stored.adapter.job}, which has not ended",
-            resource=stored.adapter.name,
-            job=stored.adapter.job,
-        )
-
-
-_SELECT = select(adapters, jobs.c.phase).join_from(
-    adapters, jobs, adapters.c.job == jobs.c.name, isouter=True
-)
-
-
-async def _row(connection: AsyncConnection, name: str, *, lock: bool = False) -> Row[Any]:
-    query = _SELECT.where(adapters.c.name == name)
-    if lock:
-        query = query.with_for_update(of=adapters)
-    row = (await connection.execute(query)).one_or_none()
-    if row is None:
-        raise _missing(name)
-    return row
-
-
-async def _version(connection: AsyncConnection, name: str, policy_version: int) -> Row[Any] | None:
-    found = await connection.execute(
-        select(versions).where(
-            versions.c.adapter == name, versions.c.policy_version == policy_version
-        )
-    )
-    return found.one_or_none()
-
-
-def _stored(row: Row[Any]) -> StoredAdapter:
-    lora = json.loads(row.lora)
-    lora["target_modules"] = tuple(lora["target_modules"])
-    return StoredAdapter(
-        adapter=types.Adapter(
-            name=row.name,
-            base_model=row.base_model,
-            lora=types.LoraConfig(**lora),
-            policy_version=row.policy_version,
-            published_version=row.published_version,
-            published_digest=row.published_digest,
-            next_sequence=row.next_sequence,
-            create_time=row.create_time,
-            job=row.job or "",
-        ),
-        trainer=row.trainer,
-        ready=row.ready,
-        owned=row.phase is not None and row.phase not in FINAL_STATES,
-    )
-
-
-def _lora_to_json(lora: types.LoraConfig) -> str:
-    return json.dumps(dataclasses.asdict(lora))
-
-
-def _missing(name: str) -> NotFound:
-    return NotFound(f"there is no {name}", resource=name)
-
-
-def _taken(name: str) -> AlreadyExists:
-    return AlreadyExists(f"there is a {name} already", resource=name)

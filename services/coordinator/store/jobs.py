@@ -5,33 +5,38 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 from sqlalchemy import func, insert, select, update
 
-from rollmesh.errors import AlreadyExists, FailedPrecondition, InvalidRequest, NotFound, Overloaded
+from rollmesh.errors import AlreadyExists, FailedPrecondition, InvalidRequest, Overloaded
 from rollmesh.job import (
     FINAL_STATES,
-    DatasetSpec,
-    EvaluationCompleted,
     Happening,
     Job,
     JobEvent,
     JobSpec,
     StateChanged,
-    StepCompleted,
 )
 from rollmesh.names import job_name
 from services.coordinator.lifecycle import move, state_of
 from services.coordinator.store import requests
-from services.coordinator.store.adapters import reserve
+from services.coordinator.store.adapter_rows import reserve
+from services.coordinator.store.job_rows import (
+    SHOWN,
+    append,
+    brief_spec,
+    consequences,
+    exists,
+    job_of,
+    row_of,
+)
 from services.coordinator.store.tables import job_events, jobs
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from sqlalchemy import Column, Row
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from rollmesh import types
@@ -111,8 +116,8 @@ class JobStore:
         async def work(connection: AsyncConnection) -> Job:
             made = await requests.find(connection, request)
             if made is not None:
-                return _job(await _row(connection, made))
-            if await _exists(connection, name):
+                return job_of(await row_of(connection, made))
+            if await exists(connection, name):
                 raise AlreadyExists(f"there is a {name} already", field="job_id", resource=name)
             waiting = await connection.execute(
                 select(func.count()).select_from(jobs).where(jobs.c.phase == "PENDING")
@@ -144,26 +149,26 @@ class JobStore:
             await requests.remember(
                 connection, request, name, now=now, retention_s=self._request_retention_s
             )
-            row = await _row(connection, name)
+            row = await row_of(connection, name)
             changed = StateChanged(from_state=None, to_state="PENDING")
-            await _append(connection, row, changed, now=now)
-            return _job(await _row(connection, name))
+            await append(connection, row, changed, now=now)
+            return job_of(await row_of(connection, name))
 
         return await self._change(name, work)
 
     async def get(self, name: str) -> Job:
         """One job, its spec with the first task of each dataset only."""
         async with self._database.read() as connection:
-            return _job(await _row(connection, name))
+            return job_of(await row_of(connection, name))
 
     async def load(self, name: str) -> StoredJob:
         """One job with all its tasks."""
         async with self._database.read() as connection:
-            row = await _row(connection, name)
+            row = await row_of(connection, name)
             found = await connection.execute(select(jobs.c.spec).where(jobs.c.name == name))
         # Megabytes of tasks would hold up everybody else.
         spec = await asyncio.to_thread(JobSpec.model_validate_json, found.scalar_one())
-        return StoredJob(_job(row), spec, row.num_evaluations)
+        return StoredJob(job_of(row), spec, row.num_evaluations)
 
     async def page(self, project: str, *, limit: int, after: str) -> list[Job]:
         """Jobs of a project, newest first, from the one behind the job with id `after` ("": all).
@@ -171,7 +176,7 @@ class JobStore:
         Raises:
             InvalidRequest: there is no job `after`.
         """
-        query = select(*_SHOWN).where(jobs.c.project == project)
+        query = select(*SHOWN).where(jobs.c.project == project)
         async with self._database.read() as connection:
             if after:
                 last = await connection.execute(
@@ -186,7 +191,7 @@ class JobStore:
                     )
                 query = query.where(jobs.c.id < last_id)
             rows = await connection.execute(query.order_by(jobs.c.id.desc()).limit(limit))
-            return [_job(row) for row in rows]
+            return [job_of(row) for row in rows]
 
     async def queue(self) -> list[QueuedJob]:
         """Jobs that run or wait to: those that were running first, then in the order of creation.
@@ -210,10 +215,10 @@ class JobStore:
         """
 
         async def work(connection: AsyncConnection) -> Job:
-            row = await _row(connection, name, lock=True)
+            row = await row_of(connection, name, lock=True)
             moved = move(name, command, row.phase)
             if moved is None:
-                return _job(row)
+                return job_of(row)
             why = reason or moved.reason
             await connection.execute(
                 update(jobs)
@@ -223,8 +228,8 @@ class JobStore:
             from_state, to_state = state_of(row.phase), state_of(moved.to)
             if from_state != to_state:
                 changed = StateChanged(from_state=from_state, to_state=to_state, reason=why)
-                await _append(connection, row, changed, now=now)
-            return _job(await _row(connection, name))
+                await append(connection, row, changed, now=now)
+            return job_of(await row_of(connection, name))
 
         return await self._change(name, work)
 
@@ -248,14 +253,14 @@ class JobStore:
         """
 
         async def work(connection: AsyncConnection) -> None:
-            row = await _row(connection, name, lock=True)
+            row = await row_of(connection, name, lock=True)
             if state_of(row.phase) != "RUNNING":
                 raise FailedPrecondition(
                     f"{name} does not run, its state is {row.phase}", resource=name, state=row.phase
                 )
-            values = {"update_time": now, **_consequences(happening, row)}
+            values = {"update_time": now, **consequences(happening, row)}
             await connection.execute(update(jobs).where(jobs.c.id == row.id).values(**values))
-            await _append(connection, row, happening, now=now)
+            await append(connection, row, happening, now=now)
 
         try:
             await self._database.transact(work)
@@ -266,7 +271,7 @@ class JobStore:
         """The events behind number `after`, a few hundred at most."""
         async with self._database.read() as connection:
             # The job first: where it has ended, its last event is there to be read.
-            row = await _row(connection, name, jobs.c.id, jobs.c.phase, jobs.c.last_event)
+            row = await row_of(connection, name, jobs.c.id, jobs.c.phase, jobs.c.last_event)
             found = await connection.execute(
                 select(job_events)
                 .where(job_events.c.job_id == row.id, job_events.c.number > after)
@@ -289,85 +294,3 @@ class JobStore:
         finally:
             # Also when cancelled: the commit may have come first.
             self.changes.wake(name, QUEUE)
-
-
-def brief_spec(spec: JobSpec) -> JobSpec:
-    """`spec` with only the first task of each dataset."""
-    updates: dict[str, Any] = {"dataset": _first_task(spec.dataset)}
-    if spec.evaluation is not None:
-        held_out = _first_task(spec.evaluation.dataset)
-        updates["evaluation"] = spec.evaluation.model_copy(update={"dataset": held_out})
-    return spec.model_copy(update=updates)
-
-
-def _first_task(dataset: DatasetSpec) -> DatasetSpec:
-    return dataset.model_copy(update={"tasks": dataset.tasks[:1]})
-
-
-_SHOWN = [column for column in jobs.columns if column.name != "spec"]
-
-
-async def _row(
-    connection: AsyncConnection, name: str, *columns: Column[Any], lock: bool = False
-) -> Row[Any]:
-    """Columns of the job's row; without any, all but the spec with all its tasks."""
-    query = select(*(columns or _SHOWN)).where(jobs.c.name == name)
-    row = (await connection.execute(query.with_for_update() if lock else query)).one_or_none()
-    if row is None:
-        raise NotFound(f"there is no {name}", resource=name)
-    return row
-
-
-async def _exists(connection: AsyncConnection, name: str) -> bool:
-    found = await connection.execute(select(jobs.c.id).where(jobs.c.name == name))
-    return found.first() is not None
-
-
-async def _append(
-    connection: AsyncConnection, row: Row[Any], happening: Happening, *, now: float
-) -> None:
-    """The next event of the job whose row is held: numbers have no gaps."""
-    number = row.last_event + 1
-    text = json.dumps(happening.model_dump(mode="json"))
-    await connection.execute(
-        insert(job_events).values(job_id=row.id, number=number, time=now, event=text)
-    )
-    await connection.execute(update(jobs).where(jobs.c.id == row.id).values(last_event=number))
-
-
-def _consequences(happening: Happening, row: Row[Any]) -> dict[str, Any]:
-    """What an event changes in its job, by column."""
-    match happening:
-        case StepCompleted():
-            return {"step": happening.step, "metrics": json.dumps(happening.metrics)}
-        case EvaluationCompleted():
-            text = json.dumps(happening.model_dump(mode="json"))
-            return {
-                "first_evaluation": row.first_evaluation or text,
-                "last_evaluation": text,
-                "num_evaluations": row.num_evaluations + 1,
-            }
-        case _:
-            return {}
-
-
-def _job(row: Row[Any]) -> Job:
-    spec = JobSpec.model_validate_json(row.brief_spec)
-    return Job(
-        name=row.name,
-        spec=spec,
-        state=state_of(row.phase),
-        state_reason=row.state_reason,
-        create_time=row.create_time,
-        update_time=row.update_time,
-        adapter=row.adapter,
-        step=row.step,
-        metrics=json.loads(row.metrics),
-        first_evaluation=_evaluation(row.first_evaluation),
-        last_evaluation=_evaluation(row.last_evaluation),
-        last_event=row.last_event,
-    )
-
-
-def _evaluation(text: str | None) -> EvaluationCompleted | None:
-    return None if text is None else EvaluationCompleted.model_validate(json.loads(text))

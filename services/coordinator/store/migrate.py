@@ -6,6 +6,7 @@ compares the outcome with tables.py.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,8 @@ async def migrate(connection: AsyncConnection) -> None:
 
 
 def _upgrade(connection: Connection) -> None:
+    # Its own account of every start would drown ours.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     config = Config()
     config.set_main_option("script_location", str(_FOLDER))
     config.attributes["connection"] = connection

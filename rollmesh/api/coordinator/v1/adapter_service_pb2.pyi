@@ -32,8 +32,9 @@ class CreateAdapterRequest(_message.Message):
     BASE_MODEL_FIELD_NUMBER: _builtins.int
     LORA_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the caller, unique for ever: a repeat with the same content answers the adapter that
-    the first one made, with other content ALREADY_EXISTS. Required, at most 128 characters.
+    """Chosen by the caller, unique in its project: a repeat with the same content answers the adapter
+    that the first one made, with other content ALREADY_EXISTS. Remembered for as long as the
+    coordinator's `request_retention_s` says, 30 days by default. Required, at most 128 characters.
     """
     name: _builtins.str
     """Resource name `projects/{p}/adapters/{a}`; each id is 1–63 of [a-z0-9-], starting with a letter."""

@@ -30,8 +30,9 @@ class CreateJobRequest(_message.Message):
     JOB_ID_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the caller, unique for ever: a repeat with the same content answers the job that the
-    first one made. Required, at most 128 characters.
+    """Chosen by the caller, unique in its project: a repeat with the same content answers the job that
+    the first one made, with other content ALREADY_EXISTS. Remembered for as long as the coordinator's
+    `request_retention_s` says, 30 days by default. Required, at most 128 characters.
     """
     parent: _builtins.str
     """Resource name `projects/{p}`."""

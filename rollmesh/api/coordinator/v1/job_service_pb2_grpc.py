@@ -78,8 +78,9 @@ class JobServiceServicer:
 
     def CreateJob(self, request, context):
         """Stores a job and answers at once; it runs when the fleet has what it needs. INVALID_ARGUMENT
-        names the key of the spec; NOT_FOUND: a base model that nobody serves; ALREADY_EXISTS: the id or
-        the request_id is taken by a job with other content.
+        names the key of the spec; NOT_FOUND: a base model that nobody serves; UNAVAILABLE: the fleet has
+        not answered yet, so that this cannot be known; ALREADY_EXISTS: the job's or the adapter's id is
+        taken, or the request_id by a request with other content; RESOURCE_EXHAUSTED: too many jobs wait.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,8 +109,8 @@ class JobServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ResumeJob(self, request, context):
-        """Goes on with a paused job; one that is not paused is left as it is. FAILED_PRECONDITION: the job
-        has ended.
+        """Goes on with a paused job, and takes back a pause that has not come into effect yet; any other is
+        left as it is. FAILED_PRECONDITION: the job has ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,8 +35,9 @@ class JobServiceStub:
     def __new__(cls, channel: _aio.Channel) -> JobServiceAsyncStub: ...
     CreateJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.CreateJobRequest, _job_service_pb2.CreateJobResponse]
     """Stores a job and answers at once; it runs when the fleet has what it needs. INVALID_ARGUMENT
-    names the key of the spec; NOT_FOUND: a base model that nobody serves; ALREADY_EXISTS: the id or
-    the request_id is taken by a job with other content.
+    names the key of the spec; NOT_FOUND: a base model that nobody serves; UNAVAILABLE: the fleet has
+    not answered yet, so that this cannot be known; ALREADY_EXISTS: the job's or the adapter's id is
+    taken, or the request_id by a request with other content; RESOURCE_EXHAUSTED: too many jobs wait.
     """
     GetJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.GetJobRequest, _job_service_pb2.GetJobResponse]
     """One job. NOT_FOUND: there is none of that name."""
@@ -47,8 +48,8 @@ class JobServiceStub:
     FAILED_PRECONDITION: the job has ended.
     """
     ResumeJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.ResumeJobRequest, _job_service_pb2.ResumeJobResponse]
-    """Goes on with a paused job; one that is not paused is left as it is. FAILED_PRECONDITION: the job
-    has ended.
+    """Goes on with a paused job, and takes back a pause that has not come into effect yet; any other is
+    left as it is. FAILED_PRECONDITION: the job has ended.
     """
     CancelJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.CancelJobRequest, _job_service_pb2.CancelJobResponse]
     """Ends a job now: its samples are aborted, its adapter is kept. A cancelled job is left as it is.
@@ -66,8 +67,9 @@ class JobServiceAsyncStub(JobServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.CreateJobRequest, _job_service_pb2.CreateJobResponse]  # type: ignore[assignment]
     """Stores a job and answers at once; it runs when the fleet has what it needs. INVALID_ARGUMENT
-    names the key of the spec; NOT_FOUND: a base model that nobody serves; ALREADY_EXISTS: the id or
-    the request_id is taken by a job with other content.
+    names the key of the spec; NOT_FOUND: a base model that nobody serves; UNAVAILABLE: the fleet has
+    not answered yet, so that this cannot be known; ALREADY_EXISTS: the job's or the adapter's id is
+    taken, or the request_id by a request with other content; RESOURCE_EXHAUSTED: too many jobs wait.
     """
     GetJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.GetJobRequest, _job_service_pb2.GetJobResponse]  # type: ignore[assignment]
     """One job. NOT_FOUND: there is none of that name."""
@@ -78,8 +80,8 @@ class JobServiceAsyncStub(JobServiceStub):
     FAILED_PRECONDITION: the job has ended.
     """
     ResumeJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.ResumeJobRequest, _job_service_pb2.ResumeJobResponse]  # type: ignore[assignment]
-    """Goes on with a paused job; one that is not paused is left as it is. FAILED_PRECONDITION: the job
-    has ended.
+    """Goes on with a paused job, and takes back a pause that has not come into effect yet; any other is
+    left as it is. FAILED_PRECONDITION: the job has ended.
     """
     CancelJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.CancelJobRequest, _job_service_pb2.CancelJobResponse]  # type: ignore[assignment]
     """Ends a job now: its samples are aborted, its adapter is kept. A cancelled job is left as it is.
@@ -100,8 +102,9 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_job_service_pb2.CreateJobResponse, _abc.Awaitable[_job_service_pb2.CreateJobResponse]]:
         """Stores a job and answers at once; it runs when the fleet has what it needs. INVALID_ARGUMENT
-        names the key of the spec; NOT_FOUND: a base model that nobody serves; ALREADY_EXISTS: the id or
-        the request_id is taken by a job with other content.
+        names the key of the spec; NOT_FOUND: a base model that nobody serves; UNAVAILABLE: the fleet has
+        not answered yet, so that this cannot be known; ALREADY_EXISTS: the job's or the adapter's id is
+        taken, or the request_id by a request with other content; RESOURCE_EXHAUSTED: too many jobs wait.
         """
 
     @_abc_1.abstractmethod
@@ -136,8 +139,8 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _job_service_pb2.ResumeJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_job_service_pb2.ResumeJobResponse, _abc.Awaitable[_job_service_pb2.ResumeJobResponse]]:
-        """Goes on with a paused job; one that is not paused is left as it is. FAILED_PRECONDITION: the job
-        has ended.
+        """Goes on with a paused job, and takes back a pause that has not come into effect yet; any other is
+        left as it is. FAILED_PRECONDITION: the job has ended.
         """
 
     @_abc_1.abstractmethod

@@ -28,7 +28,7 @@ from rollmesh.api.common.v1 import tensor_pb2 as rollmesh_dot_api_dot_common_dot
 from rollmesh.api.common.v1 import training_pb2 as rollmesh_dot_api_dot_common_dot_v1_dot_training__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-rollmesh/api/trainer/v1/trainer_service.proto\x12\x17rollmesh.api.trainer.v1\x1a#rollmesh/api/common/v1/export.proto\x1a#rollmesh/api/common/v1/policy.proto\x1a#rollmesh/api/common/v1/tensor.proto\x1a%rollmesh/api/common/v1/training.proto\"\x9e\x01\n\x0eTrainerAdapter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x30\n\x04lora\x18\x02 \x01(\x0b\x32\".rollmesh.api.common.v1.LoraConfig\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x03\x12\x15\n\rnext_sequence\x18\x04 \x01(\x03\x12\x1d\n\x15has_pending_gradients\x18\x05 \x01(\x08\"\x13\n\x11GetTrainerRequest\"\xa6\x01\n\x12GetTrainerResponse\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\x05\x12\x12\n\nmax_length\x18\x03 \x01(\x05\x12\x10\n\x08max_rank\x18\x04 \x01(\x05\x12\x14\n\x0cnum_adapters\x18\x05 \x01(\x05\x12\x14\n\x0cmax_adapters\x18\x06 \x01(\x05\x12\x16\n\x0etarget_modules\x18\x07 \x03(\t\"V\n\x14\x43reateAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x30\n\x04lora\x18\x02 \x01(\x0b\x32\".rollmesh.api.common.v1.LoraConfig\"Q\n\x15\x43reateAdapterResponse\x12\x38\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\'.rollmesh.api.trainer.v1.TrainerAdapter\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"N\n\x12GetAdapterResponse\x12\x38\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\'.rollmesh.api.trainer.v1.TrainerAdapter\"$\n\x14\x44\x65leteAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteAdapterResponse\"\xa1\x01\n\x16\x46orwardBackwardRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12+\n\x04\x64\x61ta\x18\x03 \x03(\x0b\x32\x1d.rollmesh.api.common.v1.Datum\x12\x37\n\x0bloss_config\x18\x04 \x01(\x0b\x32\".rollmesh.api.common.v1.LossConfig\"\xcb\x01\n\x17\x46orwardBackwardResponse\x12\x30\n\x08logprobs\x18\x01 \x03(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\x12N\n\x07metrics\x18\x02 \x03(\x0b\x32=.rollmesh.api.trainer.v1.ForwardBackwardResponse.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"N\n\x0e\x46orwardRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12+\n\x04\x64\x61ta\x18\x02 \x03(\x0b\x32\x1d.rollmesh.api.common.v1.Datum\"C\n\x0f\x46orwardResponse\x12\x30\n\x08logprobs\x18\x01 \x03(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\"g\n\x10OptimStepRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x30\n\x04\x61\x64\x61m\x18\x03 \x01(\x0b\x32\".rollmesh.api.common.v1.AdamConfig\"\xa5\x01\n\x11OptimStepResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x12H\n\x07metrics\x18\x02 \x03(\x0b\x32\x37.rollmesh.api.trainer.v1.OptimStepResponse.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"%\n\x15PublishAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"@\n\x16PublishAdapterResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"<\n\x14\x45xportAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x03\"\xb0\x01\n\x15\x45xportAdapterResponse\x12=\n\x06header\x18\x01 \x01(\x0b\x32+.rollmesh.api.common.v1.AdapterExportHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12?\n\x07trailer\x18\x03 \x01(\x0b\x32,.rollmesh.api.common.v1.AdapterExportTrailerH\x00\x42\x06\n\x04part2\xdb\x07\n\x0eTrainerService\x12\x65\n\nGetTrainer\x12*.rollmesh.api.trainer.v1.GetTrainerRequest\x1a+.rollmesh.api.trainer.v1.GetTrainerResponse\x12n\n\rCreateAdapter\x12-.rollmesh.api.trainer.v1.CreateAdapterRequest\x1a..rollmesh.api.trainer.v1.CreateAdapterResponse\x12\x65\n\nGetAdapter\x12*.rollmesh.api.trainer.v1.GetAdapterRequest\x1a+.rollmesh.api.trainer.v1.GetAdapterResponse\x12n\n\rDeleteAdapter\x12-.rollmesh.api.trainer.v1.DeleteAdapterRequest\x1a..rollmesh.api.trainer.v1.DeleteAdapterResponse\x12t\n\x0f\x46orwardBackward\x12/.rollmesh.api.trainer.v1.ForwardBackwardRequest\x1a\x30.rollmesh.api.trainer.v1.ForwardBackwardResponse\x12\\\n\x07\x46orward\x12\'.rollmesh.api.trainer.v1.ForwardRequest\x1a(.rollmesh.api.trainer.v1.ForwardResponse\x12\x62\n\tOptimStep\x12).rollmesh.api.trainer.v1.OptimStepRequest\x1a*.rollmesh.api.trainer.v1.OptimStepResponse\x12q\n\x0ePublishAdapter\x12..rollmesh.api.trainer.v1.PublishAdapterRequest\x1a/.rollmesh.api.trainer.v1.PublishAdapterResponse\x12p\n\rExportAdapter\x12-.rollmesh.api.trainer.v1.ExportAdapterRequest\x1a..rollmesh.api.trainer.v1.ExportAdapterResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-rollmesh/api/trainer/v1/trainer_service.proto\x12\x17rollmesh.api.trainer.v1\x1a#rollmesh/api/common/v1/export.proto\x1a#rollmesh/api/common/v1/policy.proto\x1a#rollmesh/api/common/v1/tensor.proto\x1a%rollmesh/api/common/v1/training.proto\"\x9e\x01\n\x0eTrainerAdapter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x30\n\x04lora\x18\x02 \x01(\x0b\x32\".rollmesh.api.common.v1.LoraConfig\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x03\x12\x15\n\rnext_sequence\x18\x04 \x01(\x03\x12\x1d\n\x15has_pending_gradients\x18\x05 \x01(\x08\"\x13\n\x11GetTrainerRequest\"\xbd\x01\n\x12GetTrainerResponse\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\x05\x12\x12\n\nmax_length\x18\x03 \x01(\x05\x12\x10\n\x08max_rank\x18\x04 \x01(\x05\x12\x14\n\x0cnum_adapters\x18\x05 \x01(\x05\x12\x14\n\x0cmax_adapters\x18\x06 \x01(\x05\x12\x16\n\x0etarget_modules\x18\x07 \x03(\t\x12\x15\n\rkept_versions\x18\x08 \x01(\x05\"V\n\x14\x43reateAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x30\n\x04lora\x18\x02 \x01(\x0b\x32\".rollmesh.api.common.v1.LoraConfig\"Q\n\x15\x43reateAdapterResponse\x12\x38\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\'.rollmesh.api.trainer.v1.TrainerAdapter\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"N\n\x12GetAdapterResponse\x12\x38\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\'.rollmesh.api.trainer.v1.TrainerAdapter\"$\n\x14\x44\x65leteAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteAdapterResponse\"\xa1\x01\n\x16\x46orwardBackwardRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12+\n\x04\x64\x61ta\x18\x03 \x03(\x0b\x32\x1d.rollmesh.api.common.v1.Datum\x12\x37\n\x0bloss_config\x18\x04 \x01(\x0b\x32\".rollmesh.api.common.v1.LossConfig\"\xcb\x01\n\x17\x46orwardBackwardResponse\x12\x30\n\x08logprobs\x18\x01 \x03(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\x12N\n\x07metrics\x18\x02 \x03(\x0b\x32=.rollmesh.api.trainer.v1.ForwardBackwardResponse.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"N\n\x0e\x46orwardRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12+\n\x04\x64\x61ta\x18\x02 \x03(\x0b\x32\x1d.rollmesh.api.common.v1.Datum\"C\n\x0f\x46orwardResponse\x12\x30\n\x08logprobs\x18\x01 \x03(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\"g\n\x10OptimStepRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x30\n\x04\x61\x64\x61m\x18\x03 \x01(\x0b\x32\".rollmesh.api.common.v1.AdamConfig\"\xa5\x01\n\x11OptimStepResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x12H\n\x07metrics\x18\x02 \x03(\x0b\x32\x37.rollmesh.api.trainer.v1.OptimStepResponse.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"%\n\x15PublishAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"@\n\x16PublishAdapterResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"<\n\x14\x45xportAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x03\"\xb0\x01\n\x15\x45xportAdapterResponse\x12=\n\x06header\x18\x01 \x01(\x0b\x32+.rollmesh.api.common.v1.AdapterExportHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12?\n\x07trailer\x18\x03 \x01(\x0b\x32,.rollmesh.api.common.v1.AdapterExportTrailerH\x00\x42\x06\n\x04part2\xdb\x07\n\x0eTrainerService\x12\x65\n\nGetTrainer\x12*.rollmesh.api.trainer.v1.GetTrainerRequest\x1a+.rollmesh.api.trainer.v1.GetTrainerResponse\x12n\n\rCreateAdapter\x12-.rollmesh.api.trainer.v1.CreateAdapterRequest\x1a..rollmesh.api.trainer.v1.CreateAdapterResponse\x12\x65\n\nGetAdapter\x12*.rollmesh.api.trainer.v1.GetAdapterRequest\x1a+.rollmesh.api.trainer.v1.GetAdapterResponse\x12n\n\rDeleteAdapter\x12-.rollmesh.api.trainer.v1.DeleteAdapterRequest\x1a..rollmesh.api.trainer.v1.DeleteAdapterResponse\x12t\n\x0f\x46orwardBackward\x12/.rollmesh.api.trainer.v1.ForwardBackwardRequest\x1a\x30.rollmesh.api.trainer.v1.ForwardBackwardResponse\x12\\\n\x07\x46orward\x12\'.rollmesh.api.trainer.v1.ForwardRequest\x1a(.rollmesh.api.trainer.v1.ForwardResponse\x12\x62\n\tOptimStep\x12).rollmesh.api.trainer.v1.OptimStepRequest\x1a*.rollmesh.api.trainer.v1.OptimStepResponse\x12q\n\x0ePublishAdapter\x12..rollmesh.api.trainer.v1.PublishAdapterRequest\x1a/.rollmesh.api.trainer.v1.PublishAdapterResponse\x12p\n\rExportAdapter\x12-.rollmesh.api.trainer.v1.ExportAdapterRequest\x1a..rollmesh.api.trainer.v1.ExportAdapterResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,43 +44,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETTRAINERREQUEST']._serialized_start=385
   _globals['_GETTRAINERREQUEST']._serialized_end=404
   _globals['_GETTRAINERRESPONSE']._serialized_start=407
-  _globals['_GETTRAINERRESPONSE']._serialized_end=573
-  _globals['_CREATEADAPTERREQUEST']._serialized_start=575
-  _globals['_CREATEADAPTERREQUEST']._serialized_end=661
-  _globals['_CREATEADAPTERRESPONSE']._serialized_start=663
-  _globals['_CREATEADAPTERRESPONSE']._serialized_end=744
-  _globals['_GETADAPTERREQUEST']._serialized_start=746
-  _globals['_GETADAPTERREQUEST']._serialized_end=779
-  _globals['_GETADAPTERRESPONSE']._serialized_start=781
-  _globals['_GETADAPTERRESPONSE']._serialized_end=859
-  _globals['_DELETEADAPTERREQUEST']._serialized_start=861
-  _globals['_DELETEADAPTERREQUEST']._serialized_end=897
-  _globals['_DELETEADAPTERRESPONSE']._serialized_start=899
-  _globals['_DELETEADAPTERRESPONSE']._serialized_end=922
-  _globals['_FORWARDBACKWARDREQUEST']._serialized_start=925
-  _globals['_FORWARDBACKWARDREQUEST']._serialized_end=1086
-  _globals['_FORWARDBACKWARDRESPONSE']._serialized_start=1089
-  _globals['_FORWARDBACKWARDRESPONSE']._serialized_end=1292
-  _globals['_FORWARDBACKWARDRESPONSE_METRICSENTRY']._serialized_start=1246
-  _globals['_FORWARDBACKWARDRESPONSE_METRICSENTRY']._serialized_end=1292
-  _globals['_FORWARDREQUEST']._serialized_start=1294
-  _globals['_FORWARDREQUEST']._serialized_end=1372
-  _globals['_FORWARDRESPONSE']._serialized_start=1374
-  _globals['_FORWARDRESPONSE']._serialized_end=1441
-  _globals['_OPTIMSTEPREQUEST']._serialized_start=1443
-  _globals['_OPTIMSTEPREQUEST']._serialized_end=1546
-  _globals['_OPTIMSTEPRESPONSE']._serialized_start=1549
-  _globals['_OPTIMSTEPRESPONSE']._serialized_end=1714
-  _globals['_OPTIMSTEPRESPONSE_METRICSENTRY']._serialized_start=1246
-  _globals['_OPTIMSTEPRESPONSE_METRICSENTRY']._serialized_end=1292
-  _globals['_PUBLISHADAPTERREQUEST']._serialized_start=1716
-  _globals['_PUBLISHADAPTERREQUEST']._serialized_end=1753
-  _globals['_PUBLISHADAPTERRESPONSE']._serialized_start=1755
-  _globals['_PUBLISHADAPTERRESPONSE']._serialized_end=1819
-  _globals['_EXPORTADAPTERREQUEST']._serialized_start=1821
-  _globals['_EXPORTADAPTERREQUEST']._serialized_end=1881
-  _globals['_EXPORTADAPTERRESPONSE']._serialized_start=1884
-  _globals['_EXPORTADAPTERRESPONSE']._serialized_end=2060
-  _globals['_TRAINERSERVICE']._serialized_start=2063
-  _globals['_TRAINERSERVICE']._serialized_end=3050
+  _globals['_GETTRAINERRESPONSE']._serialized_end=596
+  _globals['_CREATEADAPTERREQUEST']._serialized_start=598
+  _globals['_CREATEADAPTERREQUEST']._serialized_end=684
+  _globals['_CREATEADAPTERRESPONSE']._serialized_start=686
+  _globals['_CREATEADAPTERRESPONSE']._serialized_end=767
+  _globals['_GETADAPTERREQUEST']._serialized_start=769
+  _globals['_GETADAPTERREQUEST']._serialized_end=802
+  _globals['_GETADAPTERRESPONSE']._serialized_start=804
+  _globals['_GETADAPTERRESPONSE']._serialized_end=882
+  _globals['_DELETEADAPTERREQUEST']._serialized_start=884
+  _globals['_DELETEADAPTERREQUEST']._serialized_end=920
+  _globals['_DELETEADAPTERRESPONSE']._serialized_start=922
+  _globals['_DELETEADAPTERRESPONSE']._serialized_end=945
+  _globals['_FORWARDBACKWARDREQUEST']._serialized_start=948
+  _globals['_FORWARDBACKWARDREQUEST']._serialized_end=1109
+  _globals['_FORWARDBACKWARDRESPONSE']._serialized_start=1112
+  _globals['_FORWARDBACKWARDRESPONSE']._serialized_end=1315
+  _globals['_FORWARDBACKWARDRESPONSE_METRICSENTRY']._serialized_start=1269
+  _globals['_FORWARDBACKWARDRESPONSE_METRICSENTRY']._serialized_end=1315
+  _globals['_FORWARDREQUEST']._serialized_start=1317
+  _globals['_FORWARDREQUEST']._serialized_end=1395
+  _globals['_FORWARDRESPONSE']._serialized_start=1397
+  _globals['_FORWARDRESPONSE']._serialized_end=1464
+  _globals['_OPTIMSTEPREQUEST']._serialized_start=1466
+  _globals['_OPTIMSTEPREQUEST']._serialized_end=1569
+  _globals['_OPTIMSTEPRESPONSE']._serialized_start=1572
+  _globals['_OPTIMSTEPRESPONSE']._serialized_end=1737
+  _globals['_OPTIMSTEPRESPONSE_METRICSENTRY']._serialized_start=1269
+  _globals['_OPTIMSTEPRESPONSE_METRICSENTRY']._serialized_end=1315
+  _globals['_PUBLISHADAPTERREQUEST']._serialized_start=1739
+  _globals['_PUBLISHADAPTERREQUEST']._serialized_end=1776
+  _globals['_PUBLISHADAPTERRESPONSE']._serialized_start=1778
+  _globals['_PUBLISHADAPTERRESPONSE']._serialized_end=1842
+  _globals['_EXPORTADAPTERREQUEST']._serialized_start=1844
+  _globals['_EXPORTADAPTERREQUEST']._serialized_end=1904
+  _globals['_EXPORTADAPTERRESPONSE']._serialized_start=1907
+  _globals['_EXPORTADAPTERRESPONSE']._serialized_end=2083
+  _globals['_TRAINERSERVICE']._serialized_start=2086
+  _globals['_TRAINERSERVICE']._serialized_end=3073
 # @@protoc_insertion_point(module_scope)

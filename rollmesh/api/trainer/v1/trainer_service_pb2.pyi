@@ -92,6 +92,7 @@ class GetTrainerResponse(_message.Message):
     NUM_ADAPTERS_FIELD_NUMBER: _builtins.int
     MAX_ADAPTERS_FIELD_NUMBER: _builtins.int
     TARGET_MODULES_FIELD_NUMBER: _builtins.int
+    KEPT_VERSIONS_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     """Name of the base model."""
     vocab_size: _builtins.int
@@ -104,6 +105,8 @@ class GetTrainerResponse(_message.Message):
     """Adapters held."""
     max_adapters: _builtins.int
     """Most adapters held at once."""
+    kept_versions: _builtins.int
+    """Published versions kept of each adapter; older ones can no longer be pulled."""
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Module names that LoRA can adapt here."""
@@ -118,10 +121,11 @@ class GetTrainerResponse(_message.Message):
         num_adapters: _builtins.int = ...,
         max_adapters: _builtins.int = ...,
         target_modules: _abc.Iterable[_builtins.str] | None = ...,
+        kept_versions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "max_adapters", b"max_adapters", "max_length", b"max_length", "max_rank", b"max_rank", "num_adapters", b"num_adapters", "target_modules", b"target_modules", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "kept_versions", b"kept_versions", "max_adapters", b"max_adapters", "max_length", b"max_length", "max_rank", b"max_rank", "num_adapters", b"num_adapters", "target_modules", b"target_modules", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

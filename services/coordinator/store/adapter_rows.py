@@ -1,0 +1,151 @@
+"""Rows of the tables `adapters` and `versions`, to and from what they mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import insert, select, update
+
+from rollmesh import types
+from rollmesh.errors import AlreadyExists, FailedPrecondition, NotFound
+from rollmesh.job import FINAL_STATES
+from rollmesh.names import parse_adapter
+from services.coordinator.store import requests
+from services.coordinator.store.tables import adapters, jobs, versions
+
+if TYPE_CHECKING:
+    from sqlalchemy import Row
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAdapter:
+    """An adapter as it was last seen; `owned` by a job that has not ended."""
+
+    adapter: types.Adapter
+    trainer: str
+    ready: bool
+    owned: bool
+
+
+async def reserve(
+    connection: AsyncConnection,
+    name: str,
+    base_model: str,
+    lora: types.LoraConfig,
+    *,
+    job: str,
+    now: float,
+) -> None:
+    """Take the name of an adapter, for `job` or ("") an interactive client.
+
+    A name whose adapter never came to be is free again once the job that wanted it has ended. What
+    an interactive client left half made is for interactive clients alone: it may still be at it.
+    """
+    found = await connection.execute(SELECT.where(adapters.c.name == name))
+    row = found.one_or_none()
+    values = {
+        "base_model": base_model,
+        "lora": lora_to_json(lora),
+        "job": job or None,
+        "create_time": now,
+    }
+    if row is None:
+        await connection.execute(
+            insert(adapters).values(
+                name=name,
+                project=parse_adapter(name)[0],
+                trainer="",
+                ready=False,
+                policy_version=0,
+                next_sequence=1,
+                published_digest="",
+                **values,
+            )
+        )
+        return
+    stored = stored_of(row)
+    if job and stored.adapter.job == job:
+        return
+    if stored.ready or stored.owned or (job and not stored.adapter.job):
+        raise taken(name)
+    await requests.forget(connection, name)
+    await connection.execute(update(adapters).where(adapters.c.name == name).values(**values))
+
+
+def check_free(stored: StoredAdapter) -> None:
+    """Raise FailedPrecondition where a job that has not ended owns the adapter."""
+    if stored.owned:
+        raise FailedPrecondition(
+            f"{stored.adapter.name} belongs to {stored.adapter.job}, which has not ended",
+            resource=stored.adapter.name,
+            job=stored.adapter.job,
+        )
+
+
+SELECT = select(adapters, jobs.c.phase).join_from(
+    adapters, jobs, adapters.c.job == jobs.c.name, isouter=True
+)
+
+
+async def row_of(connection: AsyncConnection, name: str, *, lock: bool = False) -> Row[Any]:
+    """The adapter, with the phase of the job that owns it."""
+    query = SELECT.where(adapters.c.name == name)
+    if lock:
+        query = query.with_for_update(of=adapters)
+    row = (await connection.execute(query)).one_or_none()
+    if row is None:
+        raise missing(name)
+    return row
+
+
+async def version_of(
+    connection: AsyncConnection, name: str, policy_version: int
+) -> Row[Any] | None:
+    """The published version of that number; None: it was not published."""
+    found = await connection.execute(
+        select(versions).where(
+            versions.c.adapter == name, versions.c.policy_version == policy_version
+        )
+    )
+    return found.one_or_none()
+
+
+def stored_of(row: Row[Any]) -> StoredAdapter:
+    """The adapter that a row of SELECT tells."""
+    lora = json.loads(row.lora)
+    lora["target_modules"] = tuple(lora["target_modules"])
+    return StoredAdapter(
+        adapter=types.Adapter(
+            name=row.name,
+            base_model=row.base_model,
+            lora=types.LoraConfig(**lora),
+            policy_version=row.policy_version,
+            published_version=row.published_version,
+            published_digest=row.published_digest,
+            next_sequence=row.next_sequence,
+            create_time=row.create_time,
+            job=row.job or "",
+        ),
+        trainer=row.trainer,
+        ready=row.ready,
+        owned=row.phase is not None and row.phase not in FINAL_STATES,
+    )
+
+
+def lora_to_json(lora: types.LoraConfig) -> str:
+    """As the column `lora` has it."""
+    return json.dumps(dataclasses.asdict(lora))
+
+
+def missing(name: str) -> NotFound:
+    """What asking for an adapter that is not there raises."""
+    return NotFound(f"there is no {name}", resource=name)
+
+
+def taken(name: str) -> AlreadyExists:
+    """What asking for a name that is taken raises."""
+    return AlreadyExists(f"there is a {name} already", resource=name)
