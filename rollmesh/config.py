@@ -6,22 +6,33 @@ configure anything but secrets.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import functools
 import inspect
 import typing
-from typing import TYPE_CHECKING, Self, TypeGuard
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Self, TypeGuard, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from rollmesh.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from pydantic_core import ErrorDetails
+
+
+ConfigT = TypeVar("ConfigT", bound="Config")
 
 
 class Config(BaseModel):
@@ -66,6 +77,43 @@ class Config(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             raise explain(error, cls, source=source) from None
+
+
+def _home(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+ModelPath = Annotated[str, AfterValidator(_home)]
+"""A local folder, where ~ is the home folder, or a hub id."""
+
+
+class BaseModelConfig(Config):
+    """The frozen base model that a trainer or a sampler serves."""
+
+    name: str = Field(min_length=1)
+    """Name that the mesh knows the model by; jobs ask for it."""
+    path: ModelPath = ""
+    """Local folder, where ~ is the home folder, or hub id to load it from. Empty: the name."""
+
+    @property
+    def source(self) -> str:
+        """What to load."""
+        return self.path or self.name
+
+
+def from_command_line(model: type[ConfigT], program: str) -> ConfigT:
+    """The configuration in the file that `--config` names.
+
+    A mistake in it is one line on standard error and ends the process with status 2.
+    """
+    parser = argparse.ArgumentParser(f"python -m {program}", description=model.__doc__)
+    parser.add_argument(
+        "--config", type=Path, required=True, help="YAML; docs/configuration.md lists the keys"
+    )
+    try:
+        return model.load(parser.parse_args().config)
+    except InvalidRequest as error:
+        parser.exit(2, f"{error}\n")
 
 
 def read_yaml(path: Path) -> object:

@@ -4,13 +4,13 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import logging
-from pathlib import Path
+import sys
 
-from rollmesh.errors import InvalidRequest, MeshError
+from rollmesh.config import from_command_line
+from rollmesh.errors import MeshError
 from services.coordinator.config import CoordinatorConfig
 
 log = logging.getLogger("services.coordinator")
@@ -18,16 +18,12 @@ log = logging.getLogger("services.coordinator")
 
 def main() -> None:
     """Read the configuration, then serve until told to end."""
-    parser = argparse.ArgumentParser("python -m services.coordinator", description="Runs the mesh.")
-    parser.add_argument("--config", type=Path, required=True, help="YAML, see CoordinatorConfig")
-    try:
-        config = CoordinatorConfig.load(parser.parse_args().config)
-    except InvalidRequest as error:
-        parser.exit(2, f"{error}\n")
+    config = from_command_line(CoordinatorConfig, "services.coordinator")
     try:
         asyncio.run(serve(config))
     except MeshError as error:  # the database is away, or of a newer build
-        parser.exit(1, f"{error}\n")
+        print(error, file=sys.stderr)  # noqa: T201 - a person reads why it does not start
+        sys.exit(1)
 
 
 async def serve(config: CoordinatorConfig) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from rollmesh.config import Config
+from rollmesh.config import Config, ModelPath
 from rollmesh.telemetry import TelemetryConfig
 
 
@@ -18,13 +18,13 @@ def _check_database(url: str) -> str:
     return url
 
 
-class BaseModelConfig(Config):
+class TokenizerConfig(Config):
     """A base model that the mesh serves."""
 
     name: str = Field(min_length=1)
     """As trainers and samplers say it, and jobs ask for it."""
-    tokenizer: str = ""
-    """Local folder or hub id with the tokenizer. Empty: the name."""
+    tokenizer: ModelPath = ""
+    """Local folder, where ~ is the home folder, or hub id with the tokenizer. Empty: the name."""
 
 
 class CoordinatorConfig(Config):
@@ -43,7 +43,7 @@ class CoordinatorConfig(Config):
     """Addresses of the samplers, host:port."""
     reward: str
     """Address of the reward service, host:port."""
-    base_models: list[BaseModelConfig] = []
+    base_models: list[TokenizerConfig] = []
     """Base models that are known also while nobody serves them, and tokenizers that lie elsewhere
     than the model's name says."""
     max_running_jobs: PositiveInt = 16

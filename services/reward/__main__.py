@@ -4,12 +4,10 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import logging
-from pathlib import Path
 
-from rollmesh.errors import InvalidRequest
+from rollmesh.config import from_command_line
 from services.reward.config import RewardConfig
 
 log = logging.getLogger("services.reward")
@@ -17,13 +15,7 @@ log = logging.getLogger("services.reward")
 
 def main() -> None:
     """Read the configuration, then serve until told to end."""
-    parser = argparse.ArgumentParser("python -m services.reward", description="Scores completions.")
-    parser.add_argument("--config", type=Path, required=True, help="YAML file, see RewardConfig")
-    try:
-        config = RewardConfig.load(parser.parse_args().config)
-    except InvalidRequest as error:
-        parser.exit(2, f"{error}\n")
-    asyncio.run(serve(config))
+    asyncio.run(serve(from_command_line(RewardConfig, "services.reward")))
 
 
 async def serve(config: RewardConfig) -> None:

@@ -4,18 +4,16 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import logging
 import secrets
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rollmesh.errors import InvalidRequest
+from rollmesh.config import from_command_line
 from rollmesh.telemetry import log_fields, telemetry
-from services.sampler.backends import BrokenInstallationError, choose
+from services.sampler.backends import BrokenInstallationError, choose, explained
 from services.sampler.config import SamplerConfig
 
 if TYPE_CHECKING:
@@ -36,12 +34,7 @@ class EngineDiedError(Exception):
 
 def main() -> None:
     """Read the configuration, then serve until told to end."""
-    parser = argparse.ArgumentParser("python -m services.sampler", description="Draws completions.")
-    parser.add_argument("--config", type=Path, required=True, help="YAML file, see SamplerConfig")
-    try:
-        config = SamplerConfig.load(parser.parse_args().config)
-    except InvalidRequest as error:
-        parser.exit(2, f"{error}\n")
+    config = from_command_line(SamplerConfig, "services.sampler")
     with telemetry("sampler", config.telemetry):
         try:
             backend = choose(config)
@@ -110,7 +103,7 @@ async def live(sampler: Sampler, running: Serving) -> None:
         await sampler.start()
     except Exception as error:  # an engine's start can fail in any way
         log.exception("the engine did not start")
-        raise EngineDiedError(f"the engine did not start: {error}") from error
+        raise EngineDiedError(f"the engine did not start: {explained(error)}") from error
     await running.ready()
     with log_fields(port=running.port):
         log.info("serving")

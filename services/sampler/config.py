@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
 
-from rollmesh.config import Config
+from rollmesh.config import BaseModelConfig, Config
 from rollmesh.telemetry import TelemetryConfig
 
 _UNITS = {"": 1, "MiB": 2**20, "GiB": 2**30}
@@ -25,15 +25,6 @@ def _bytes(value: object) -> object:
 
 
 Bytes = Annotated[PositiveInt, BeforeValidator(_bytes, json_schema_input_type=int | str)]
-
-
-class BaseModelConfig(Config):
-    """The model whose adapters are sampled."""
-
-    name: str = Field(min_length=1)
-    """Name by which jobs ask for it; the same on its trainers."""
-    path: str = Field(min_length=1)
-    """Local folder or hub id, in the format of transformers."""
 
 
 class SamplerConfig(Config):

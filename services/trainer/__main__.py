@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import logging
-from pathlib import Path
+import os
+import sys
 
+from rollmesh.config import from_command_line
 from rollmesh.errors import InvalidRequest
 from services.trainer.config import TrainerConfig
 
@@ -18,13 +19,12 @@ log = logging.getLogger("services.trainer")
 
 def main() -> None:
     """Read the configuration, then serve until told to end."""
-    parser = argparse.ArgumentParser("python -m services.trainer", description="Trains adapters.")
-    parser.add_argument("--config", type=Path, required=True, help="YAML file, see TrainerConfig")
+    config = from_command_line(TrainerConfig, "services.trainer")
     try:
-        config = TrainerConfig.load(parser.parse_args().config)
         asyncio.run(serve(config))
     except InvalidRequest as error:
-        parser.exit(2, f"{error}\n")
+        print(error, file=sys.stderr)  # noqa: T201 - the configuration names a bad model
+        sys.exit(2)
 
 
 async def serve(config: TrainerConfig) -> None:

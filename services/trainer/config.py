@@ -6,17 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from rollmesh.config import Config
+from rollmesh.config import BaseModelConfig, Config
 from rollmesh.telemetry import TelemetryConfig
-
-
-class BaseModelConfig(Config):
-    """The frozen base model."""
-
-    name: str = Field(min_length=1)
-    """Name that the mesh knows the model by."""
-    path: str = ""
-    """Folder, where ~ is the home folder, or hub id to load it from. Empty: the name."""
 
 
 class TrainerConfig(Config):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -176,8 +175,7 @@ def load(config: TrainerConfig) -> Model:
     # Tensors are never read before they are written, so filling them first only costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     disable_progress_bar()  # The log is one JSON object a line.
-    # A hub id has no home folder to expand.
-    path = str(Path(config.base_model.path or config.base_model.name).expanduser())
+    path = config.base_model.source
     try:
         module = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype))
     except (OSError, ValueError) as error:

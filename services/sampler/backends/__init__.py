@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
+import traceback
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,7 +40,23 @@ def choose(config: SamplerConfig) -> Backend:
 
         return TransformersBackend(config)
     except Exception as error:  # an import can fail in any way
-        raise BrokenInstallationError(_explained(error)) from error
+        raise BrokenInstallationError(
+            f"the inference engine cannot be imported: {explained(error)}"
+        ) from error
+
+
+def explained(error: Exception) -> str:
+    """What `error` says, and where it comes from a package that should not be there, the cure."""
+    text = f"{type(error).__name__}: {error}"
+    trace = "".join(traceback.format_exception(error))
+    culprits = [name for name in _UNWANTED if name in trace]
+    if not culprits:
+        return text
+    return (
+        f"{text}. A build of {' and '.join(culprits)} that does not match the installed torch "
+        "breaks every import of transformers, and nothing here needs it: "
+        f"pip uninstall {' '.join(culprits)}"
+    )
 
 
 def _vllm(config: SamplerConfig) -> Backend:
@@ -48,15 +64,3 @@ def _vllm(config: SamplerConfig) -> Backend:
 
     log.info("backend: vllm")
     return VllmBackend(config)
-
-
-def _explained(error: Exception) -> str:
-    text = f"the inference engine cannot be imported: {type(error).__name__}: {error}"
-    installed = [name for name in _UNWANTED if importlib.util.find_spec(name)]
-    if not installed:
-        return text
-    return (
-        f"{text}. Likely because of {', '.join(installed)}: a build that does not match the "
-        "installed torch makes every import of transformers fail. Nothing here needs them: "
-        f"pip uninstall {' '.join(installed)}"
-    )

@@ -125,7 +125,7 @@ class _Engine:
     def start(self, config: SamplerConfig) -> Model:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
-        path = config.base_model.path
+        path = config.base_model.source
         dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._tokenizer = AutoTokenizer.from_pretrained(path)

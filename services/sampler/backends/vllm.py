@@ -241,7 +241,7 @@ def _engine_args(config: SamplerConfig) -> AsyncEngineArgs:
             os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     ranks = cast("tuple[int, ...]", get_args(MaxLoRARanks))
     return AsyncEngineArgs(
-        model=config.base_model.path,
+        model=config.base_model.source,
         dtype=config.dtype,
         max_model_len=config.max_length,
         max_num_seqs=config.max_num_seqs,
