@@ -7,12 +7,15 @@ configure anything but secrets.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import difflib
 import functools
 import inspect
+import re
+import sys
 import typing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Self, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeGuard, TypeVar
 
 import yaml
 from pydantic import (
@@ -24,10 +27,10 @@ from pydantic import (
     model_validator,
 )
 
-from rollmesh.errors import InvalidRequest
+from rollmesh.errors import InvalidRequest, MeshError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Coroutine, Iterator, Sequence
 
     from pydantic_core import ErrorDetails
 
@@ -87,6 +90,29 @@ ModelPath = Annotated[str, AfterValidator(_home)]
 """A local folder, where ~ is the home folder, or a hub id."""
 
 
+_HOST_PORT = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
+
+
+def check_address(address: str) -> str:
+    """`address`, which must be host:port, with IPv6 in brackets."""
+    match = _HOST_PORT.fullmatch(address)
+    if match is None or int(match[1]) > 65535:
+        raise ValueError(f"{address[:100]!r} is not host:port, with a port of 0 to 65535")
+    return address
+
+
+def check_peer_address(address: str) -> str:
+    """`address`, which must be host:port or dns:///host:port."""
+    check_address(address.removeprefix("dns:///"))
+    return address
+
+
+Address = Annotated[str, AfterValidator(check_address)]
+"""host:port to serve at."""
+PeerAddress = Annotated[str, AfterValidator(check_peer_address)]
+"""host:port of another process, or dns:///host:port."""
+
+
 class BaseModelConfig(Config):
     """The frozen base model that a trainer or a sampler serves."""
 
@@ -114,6 +140,24 @@ def from_command_line(model: type[ConfigT], program: str) -> ConfigT:
         return model.load(parser.parse_args().config)
     except InvalidRequest as error:
         parser.exit(2, f"{error}\n")
+
+
+def run(service: Coroutine[Any, Any, None]) -> None:
+    """Run `service` to its end.
+
+    An expected failure is one line on standard error and ends the process, with status 2 where
+    the configuration is wrong, else with 1.
+    """
+    problem: BaseException | None = None
+    try:
+        asyncio.run(service)
+    except* MeshError as failed:
+        problem = failed
+    while isinstance(problem, BaseExceptionGroup):
+        problem = problem.exceptions[0]
+    if problem is not None:
+        print(problem, file=sys.stderr)  # noqa: T201 - a person reads why it does not serve
+        sys.exit(2 if isinstance(problem, InvalidRequest) else 1)
 
 
 def read_yaml(path: Path) -> object:

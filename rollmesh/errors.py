@@ -92,6 +92,12 @@ class Unavailable(MeshError):
     status, reason, retry_after_s = "UNAVAILABLE", "UNAVAILABLE", 0.5
 
 
+class SourceUnavailable(Unavailable):
+    """A sampler is well and cannot have a version from its trainer."""
+
+    reason = "SOURCE_UNAVAILABLE"
+
+
 class DeadlineExceeded(MeshError):
     """The caller's own deadline passed first."""
 
@@ -118,6 +124,7 @@ BY_REASON: dict[str, type[MeshError]] = {
         Overloaded,
         CapacityExhausted,
         Unavailable,
+        SourceUnavailable,
         DeadlineExceeded,
         Unimplemented,
     )

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 JobState = Literal["PENDING", "RUNNING", "PAUSED", "SUCCEEDED", "FAILED", "CANCELLED"]
 FINAL_STATES: frozenset[JobState] = frozenset({"SUCCEEDED", "FAILED", "CANCELLED"})
+MAX_ROLLOUTS_UNDER_WAY = 65_536
+"""Of one job: they, and the tasks that wait for them, are in the coordinator's memory."""
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 NonNegative = Annotated[FiniteFloat, Field(ge=0)]
 Decay = Annotated[FiniteFloat, Field(ge=0, lt=1)]
@@ -146,7 +148,7 @@ class AlgorithmSpec(Config):
     """Advantage estimator; docs/architecture.md gives the formulas."""
     group_size: int = Field(default=8, ge=2, le=1024)
     """Rollouts of one prompt."""
-    groups_per_step: PositiveInt = 32
+    groups_per_step: int = Field(default=32, gt=0, le=4096)
     """Groups per optimizer step."""
     max_staleness: NonNegativeInt = 0
     """Bound of version trained − version sampled. 0: strictly on-policy."""
@@ -165,13 +167,23 @@ class AlgorithmSpec(Config):
     weight_decay: NonNegative = 0.0
     """AdamW's decoupled weight decay."""
 
+    @model_validator(mode="after")
+    def _rollouts_under_way(self) -> Self:
+        under_way = (self.max_staleness + 1) * self.groups_per_step * self.group_size
+        if under_way > MAX_ROLLOUTS_UNDER_WAY:
+            raise ValueError(
+                f"(max_staleness + 1) * groups_per_step * group_size is {under_way:,}; at most "
+                f"{MAX_ROLLOUTS_UNDER_WAY:,} rollouts may be under way"
+            )
+        return self
+
 
 class SamplingSpec(Config):
     """How completions are drawn. Seeds are derived from the job's."""
 
     max_tokens: PositiveInt | None = None
     """Most tokens of one completion. Absent: what the context has left."""
-    temperature: Positive = 1.0
+    temperature: Annotated[FiniteFloat, Field(gt=0, le=2)] = 1.0
     """Softmax temperature of training samples; evaluation is greedy."""
     top_k: PositiveInt | None = None
     """Draw from the k likeliest tokens only."""
@@ -357,7 +369,7 @@ class Warned(Config):
     kind: Literal["warning"] = "warning"
     """Tells the events apart."""
     reason: str
-    """Stable name, e.g. SAMPLER_LOST."""
+    """Stable name: STEP_RECOVERED, TRAINER_UNAVAILABLE, REWARD_UNAVAILABLE, SAMPLER_UNAVAILABLE."""
     message: str
     """For a person to read."""
 

@@ -74,7 +74,7 @@ def _parse(name: str, collection: str, field: str) -> tuple[str, str]:
 def _malformed(name: str, field: str, form: str) -> InvalidRequest:
     return InvalidRequest(
         f"{field}: {name!r} is not a name of the form {form}; an id is 1–63 of a-z, 0-9 and '-', "
-        "starting with a letter",
+        "starting with a letter, not ending with '-'",
         field=field,
         value=name,
         allowed=form,

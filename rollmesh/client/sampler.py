@@ -10,7 +10,7 @@ from rollmesh.api.sampler.v1.sampler_service_pb2_grpc import SamplerServiceStub
 from rollmesh.rpc.status import mesh_errors
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, Sequence
 
     import grpc
 
@@ -47,7 +47,7 @@ class SamplerClient:
         prompt_token_ids: Sequence[int],
         num_completions: int,
         params: types.SamplingParams,
-    ) -> AsyncIterator[types.CompletionChunk]:
+    ) -> AsyncGenerator[types.CompletionChunk]:
         """The chunks of all completions. Closing the iterator aborts the generation."""
         request = pb.SampleRequest(
             source=convert.source_to_pb(source) if source else None,

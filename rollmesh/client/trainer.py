@@ -10,7 +10,7 @@ from rollmesh.api.trainer.v1.trainer_service_pb2_grpc import TrainerServiceStub
 from rollmesh.rpc.status import mesh_errors
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, Sequence
 
     import grpc
 
@@ -96,9 +96,13 @@ class TrainerClient:
 
     async def export_adapter(
         self, name: str, policy_version: int
-    ) -> AsyncIterator[types.AdapterExport | bytes | str]:
+    ) -> AsyncGenerator[types.AdapterExport | bytes | str]:
         """A header, then chunks of adapter_model.safetensors, then the digest."""
         request = pb.ExportAdapterRequest(name=name, policy_version=policy_version)
         with mesh_errors():
-            async for response in self._stub.ExportAdapter(request):
-                yield convert.export_part_from_pb(response)
+            call = self._stub.ExportAdapter(request)
+            try:
+                async for response in call:
+                    yield convert.export_part_from_pb(response)
+            finally:
+                call.cancel()

@@ -22,8 +22,8 @@ MESSAGE_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 )
 
-# Safe for every method: mutations carry a request_id or a sequence, and gRPC itself never retries
-# a stream that has begun to answer.
+# Safe for every method: mutations carry a request_id or a sequence, or lead to the same state when
+# repeated, and gRPC itself never retries a stream that has begun to answer.
 _SERVICE_CONFIG = json.dumps(
     {
         "loadBalancingConfig": [{"round_robin": {}}],

@@ -17,7 +17,7 @@ from rollmesh.errors import InternalError, MeshError
 from rollmesh.rpc.status import to_status
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable
 
     Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -70,15 +70,17 @@ def _unary(handler: Any, method: str) -> Any:
 
 
 def _stream(handler: Any, method: str) -> Any:
-    async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+    async def call(request: Any, context: Context) -> AsyncGenerator[Any]:
         try:
             answer = handler(request, context)
             if inspect.isawaitable(answer):
                 # A handler in gRPC's other style, as the health service's is: it writes by itself.
                 await answer
                 return
-            async for response in answer:
-                yield response
+            # A call that is cancelled while it writes must end there at once too.
+            async with contextlib.aclosing(answer):
+                async for response in answer:
+                    yield response
         except MeshError as error:
             await context.abort_with_status(to_status(error))
         except Exception as error:

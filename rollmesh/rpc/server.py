@@ -14,6 +14,7 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 from opentelemetry.instrumentation.grpc import aio_server_interceptor
 
+from rollmesh.errors import Unavailable
 from rollmesh.rpc.channel import KEEPALIVE_S, MESSAGE_OPTIONS
 from rollmesh.rpc.interceptors import ErrorInterceptor
 
@@ -58,6 +59,9 @@ async def serving(
 
     `services` are the full names, for health and reflection. At the end calls under way get
     `drain_s` seconds to finish; then they are cancelled.
+
+    Raises:
+        Unavailable: it is not possible to listen at `address`.
     """
     server = grpc.aio.server(
         # Traces outermost, so that a span sees the status which the error interceptor makes.
@@ -81,7 +85,13 @@ async def serving(
         server,
     )
     register(server)
-    port = server.add_insecure_port(address)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError:  # which does not say why
+        raise Unavailable(
+            f"cannot listen at {address}: the port is taken, or the host is not this machine",
+            resource=address,
+        ) from None
     running = Serving(port, health, services)
     await running.not_ready()
     await server.start()

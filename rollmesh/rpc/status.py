@@ -13,7 +13,19 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
-from rollmesh.errors import BY_REASON, DeadlineExceeded, InternalError, MeshError, Unavailable
+from rollmesh.errors import (
+    BY_REASON,
+    AlreadyExists,
+    CapacityExhausted,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InternalError,
+    InvalidRequest,
+    MeshError,
+    NotFound,
+    Unavailable,
+    Unimplemented,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,6 +34,19 @@ if TYPE_CHECKING:
 
 DOMAIN = "rollmesh"
 """ErrorInfo.domain of every error of the mesh."""
+
+# What gRPC itself, or a proxy in between, says without our details. A message that is too large is
+# RESOURCE_EXHAUSTED there, and no waiting makes it smaller.
+_BY_CODE: dict[grpc.StatusCode, type[MeshError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.ALREADY_EXISTS: AlreadyExists,
+    grpc.StatusCode.FAILED_PRECONDITION: FailedPrecondition,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: CapacityExhausted,
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.UNIMPLEMENTED: Unimplemented,
+}
 
 # A gRPC client throws away an answer whose trailers exceed 8 KiB and reports that instead, so what
 # a caller sent must not come back whole. A message travels three times, once percent-encoded, which
@@ -61,11 +86,7 @@ def to_error(call: grpc.aio.AioRpcError) -> MeshError:
         if detail.Unpack(info) and info.domain == DOMAIN and info.reason in BY_REASON:
             return BY_REASON[info.reason](status.message, **dict(info.metadata))
     message = f"{call.code().name}: {call.details()}"
-    if call.code() is grpc.StatusCode.UNAVAILABLE:
-        return Unavailable(message)
-    if call.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return DeadlineExceeded(message)
-    return InternalError(message)
+    return _BY_CODE.get(call.code(), InternalError)(message)
 
 
 @contextlib.contextmanager

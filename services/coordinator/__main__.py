@@ -4,13 +4,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
-import sys
 
-from rollmesh.config import from_command_line
-from rollmesh.errors import MeshError
+from rollmesh.config import from_command_line, run
 from services.coordinator.config import CoordinatorConfig
 
 log = logging.getLogger("services.coordinator")
@@ -18,12 +15,7 @@ log = logging.getLogger("services.coordinator")
 
 def main() -> None:
     """Read the configuration, then serve until told to end."""
-    config = from_command_line(CoordinatorConfig, "services.coordinator")
-    try:
-        asyncio.run(serve(config))
-    except MeshError as error:  # the database is away, or of a newer build
-        print(error, file=sys.stderr)  # noqa: T201 - a person reads why it does not start
-        sys.exit(1)
+    run(serve(from_command_line(CoordinatorConfig, "services.coordinator")))
 
 
 async def serve(config: CoordinatorConfig) -> None:

@@ -26,7 +26,7 @@ from services.coordinator.paging import page_size_of
 from services.coordinator.store import Request, check_free
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 
     from services.coordinator.base_models import BaseModels
     from services.coordinator.fleet.static import StaticFleet
@@ -66,12 +66,21 @@ class Adapters:
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     async def create_adapter(
-        self, name: str, base_model: str, lora: types.LoraConfig, *, job: str, request_id: str
+        self,
+        name: str,
+        base_model: str,
+        lora: types.LoraConfig,
+        *,
+        job: str,
+        request_id: str,
+        num_versions: int = 1,
     ) -> types.Adapter:
         """A fresh adapter on the emptiest trainer; the one that `job` or the request made before.
 
+        The trainer keeps at least `num_versions` of its versions.
+
         Raises:
-            InvalidRequest: the name, the base model, or what the trainer says of `lora`.
+            InvalidRequest: the name, the base model, or what the trainers say of `lora`.
             AlreadyExists: the name or the request_id is taken.
             CapacityExhausted: no trainer has room.
             Unavailable: no trainer of the base model answers.
@@ -89,7 +98,14 @@ class Adapters:
             if stored.ready:
                 return stored.adapter
             try:
-                made = await make(stored, lora, self._store, self._fleet, self._trainers)
+                made = await make(
+                    stored,
+                    lora,
+                    self._store,
+                    self._fleet,
+                    self._trainers,
+                    num_versions=num_versions,
+                )
             except MeshError:
                 await self._store.release(name)
                 raise
@@ -179,7 +195,7 @@ class Adapters:
 
     async def export_adapter(
         self, name: str, policy_version: int | None
-    ) -> AsyncIterator[types.AdapterExport | bytes | str]:
+    ) -> AsyncGenerator[types.AdapterExport | bytes | str]:
         """A published version (None: the newest) as its trainer streams it.
 
         Raises:
@@ -190,16 +206,18 @@ class Adapters:
         stored, trainer = await self._on_trainer(name)
         version = await self._store.version(name, policy_version)
         digest = ""
-        async for part in trainer.export_adapter(name, version.policy_version):
-            if isinstance(part, str):
-                digest = part
-                if digest != version.digest:
-                    raise DigestMismatch(
-                        f"version {version.policy_version} of {name} was published as "
-                        f"{version.digest}, and {stored.trainer} sent {digest}",
-                        resource=name,
-                    )
-            yield part
+        exported = trainer.export_adapter(name, version.policy_version)
+        async with contextlib.aclosing(exported) as parts:
+            async for part in parts:
+                if isinstance(part, str):
+                    digest = part
+                    if digest != version.digest:
+                        raise DigestMismatch(
+                            f"version {version.policy_version} of {name} was published as "
+                            f"{version.digest}, and {stored.trainer} sent {digest}",
+                            resource=name,
+                        )
+                yield part
         if not digest:
             raise Unavailable(f"the trainer at {stored.trainer} stopped in the middle of {name}")
 
@@ -207,7 +225,8 @@ class Adapters:
         """Base model, and the published version with its digest and trainer; None: no adapter.
 
         Raises:
-            InvalidRequest: a version without an adapter, or another base model than the adapter's.
+            InvalidRequest: no policy, a version without an adapter, or another base model than
+                the adapter's.
             NotFound: nobody serves the base model; no such adapter or published version.
         """
         if not policy.adapter:
@@ -216,6 +235,11 @@ class Adapters:
                     "policy.policy_version: only an adapter has versions",
                     field="policy.policy_version",
                     value=policy.policy_version,
+                )
+            if not policy.base_model:
+                raise InvalidRequest(
+                    "policy.base_model: a policy names a base model or an adapter",
+                    field="policy.base_model",
                 )
             self._base_models.check(policy.base_model, field="policy.base_model", refusal=NotFound)
             return policy.base_model, None

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from rollmesh.config import Config, ModelPath
+from rollmesh.config import Address, Config, ModelPath, PeerAddress
 from rollmesh.telemetry import TelemetryConfig
 
 
@@ -30,18 +30,18 @@ class TokenizerConfig(Config):
 class CoordinatorConfig(Config):
     """The coordinator: the door of the mesh. It knows no keys yet: any valid project is let in."""
 
-    listen: str = "127.0.0.1:7400"
+    listen: Address = "127.0.0.1:7400"
     """Address to serve at, host:port. Port 0: a free one."""
     state_dir: Path = Path(".rollmesh")
     """Folder of the SQLite file where no database is named. Made if missing."""
     database: Annotated[str, AfterValidator(_check_database)] = ""
     """sqlite:///FILE or postgresql://USER@HOST/NAME (the password in the environment variable
     PGPASSWORD). One coordinator per database. Empty: coordinator.sqlite in state_dir."""
-    trainers: list[str] = Field(min_length=1)
+    trainers: list[PeerAddress] = Field(min_length=1)
     """Addresses of the trainers, host:port."""
-    samplers: list[str] = Field(min_length=1)
+    samplers: list[PeerAddress] = Field(min_length=1)
     """Addresses of the samplers, host:port."""
-    reward: str
+    reward: PeerAddress
     """Address of the reward service, host:port."""
     base_models: list[TokenizerConfig] = []
     """Base models that are known also while nobody serves them, and tokenizers that lie elsewhere

@@ -170,7 +170,7 @@ class Jobs:
                 allowed=f"1 to {min(ranks)}",
             )
         kept = [max(info.kept_versions for info in trainers if info)] if trainers else []
-        if kept and spec.algorithm.max_staleness > kept[0] - 2:
+        if kept and num_versions(spec) > kept[0]:
             raise InvalidRequest(
                 f"algorithm.max_staleness: {spec.algorithm.max_staleness} is more than "
                 f"{kept[0] - 2}: the trainers keep {kept[0]} versions of an adapter",
@@ -209,6 +209,11 @@ class Jobs:
 
 def _request(project: str, request_id: str, job_id: str, spec: JobSpec) -> Request:
     return Request.of(project, request_id, "CreateJob", job_id, spec.model_dump(mode="json"))
+
+
+def num_versions(spec: JobSpec) -> int:
+    """Versions of a job's adapter that its trainer has to keep: those sampled, and two newer."""
+    return spec.algorithm.max_staleness + 2
 
 
 def lora_of(spec: AdapterSpec) -> LoraConfig:

@@ -9,7 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from rollmesh import types
-from rollmesh.errors import FailedPrecondition, InternalError, NotFound, SequenceGap
+from rollmesh.errors import (
+    CapacityExhausted,
+    FailedPrecondition,
+    InternalError,
+    NotFound,
+    SequenceGap,
+)
 from services.coordinator.learning_rate import learning_rate
 
 if TYPE_CHECKING:
@@ -64,14 +70,26 @@ class Learner:
         )
 
     async def forward_backward(self, step: int, data: Sequence[types.Datum]) -> Mapping[str, float]:
-        """The gradients of step `step`; its metrics."""
+        """The gradients of step `step`; its metrics.
+
+        Raises:
+            CapacityExhausted: the batch is too large for one message, or for the trainer.
+        """
         coefficient = self._spec.algorithm.kl_coefficient
         loss = types.LossConfig("importance_sampling", kl_coefficient=coefficient or None)
-        result = await self._op(
-            lambda: self._training.forward_backward(
-                self._adapter, 2 * step + 1, data, loss, job=self._job
+        try:
+            result = await self._op(
+                lambda: self._training.forward_backward(
+                    self._adapter, 2 * step + 1, data, loss, job=self._job
+                )
             )
-        )
+        except CapacityExhausted as error:
+            raise CapacityExhausted(
+                f"step {step + 1}: its {len(data)} rollouts are too much for one call of the "
+                f"trainer ({error}); algorithm.groups_per_step, algorithm.group_size or "
+                "sampling.max_tokens must be smaller",
+                **error.context,
+            ) from error
         return result.metrics
 
     async def optim_step(self, step: int) -> Mapping[str, float]:

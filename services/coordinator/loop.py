@@ -16,7 +16,7 @@ from services.coordinator.evaluation import evaluate, is_due
 from services.coordinator.learner import Learner
 from services.coordinator.metrics import Phases, of_groups, of_trainer
 from services.coordinator.prompts import check_templates
-from services.coordinator.retry import Patience
+from services.coordinator.retry import Outage, Patience
 from services.coordinator.rollouts import Rollouts
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ async def run(
         evaluation_tasks=evaluation_tasks,
     )
     with telemetry.log_fields(job=context.name, adapter=context.adapter):
-        check_templates(context.spec, [*tasks, *evaluation_tasks])
+        await asyncio.to_thread(check_templates, context.spec, [*tasks, *evaluation_tasks])
         try:
             return await loop.run()
         except BaseExceptionGroup as failures:
@@ -114,6 +114,7 @@ class _Loop:
             tasks,
             sampling=sampling,
             reward=reward,
+            sampler_outage=Outage("sampler", self._record),
             reward_patience=Patience("reward", self._record),
             tokenizer=tokenizer,
         )
@@ -213,10 +214,8 @@ class _Loop:
             phases.add("reward", sum(group.reward_s for group in groups) / len(groups))
             phases.add("step", clock() - start)
             metrics |= of_groups(groups, step=step, step_s=phases.seconds["step"])
-            telemetry.record("rollmesh.job.reward", metrics["reward_mean"], job=self._context.name)
-            telemetry.record(
-                "rollmesh.job.staleness", metrics["staleness_max"], job=self._context.name
-            )
+            telemetry.record("rollmesh.job.reward", metrics["reward_mean"])
+            telemetry.record("rollmesh.job.staleness", metrics["staleness_max"])
             await self._completed(step, metrics, phases)
         return source
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING
 
-from rollmesh.errors import CapacityExhausted, Unavailable
+from rollmesh.errors import CapacityExhausted, InvalidRequest, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,13 +25,18 @@ async def make(
     store: AdapterStore,
     fleet: StaticFleet,
     trainers: Mapping[str, TrainerPort],
+    *,
+    num_versions: int,
 ) -> types.TrainerAdapter:
     """Make a reserved adapter on the trainer with the most room, which is written down first.
 
+    Trainers differ: one that does not take `lora`, or keeps fewer than `num_versions` versions, is
+    passed over.
+
     Raises:
-        CapacityExhausted: no trainer has room.
+        CapacityExhausted: no trainer that would take it has room.
+        InvalidRequest: no trainer takes it; what the first of them says.
         Unavailable: no trainer of the base model answers.
-        MeshError: what the trainer says of `lora`.
     """
     name, base_model = stored.adapter.name, stored.adapter.base_model
     if stored.trainer in trainers:
@@ -41,7 +46,12 @@ async def make(
     serving = fleet.trainers(base_model)
     if not serving:
         raise Unavailable(f"no trainer of {base_model!r} answers", value=base_model)
+    refusals: list[InvalidRequest] = []
     for trainer in sorted(serving, key=lambda trainer: -_room(trainer.info)):
+        kept = trainer.info.kept_versions if trainer.info else 0
+        if kept < num_versions:
+            refusals.append(_too_few(kept, num_versions))
+            continue
         await store.place(name, trainer.address)
         # A trainer answers an equal adapter that it has, however far that was trained. Nobody knows
         # of one here, so what it may have is not this one.
@@ -50,9 +60,21 @@ async def make(
             return await trainer.port.create_adapter(name, lora)
         except CapacityExhausted as error:
             log.info("no room for %s at %s: %s", name, trainer.address, error)
+        except InvalidRequest as error:
+            refusals.append(error)
+    if len(refusals) == len(serving):
+        raise refusals[0]
     raise CapacityExhausted(
-        f"every trainer of {base_model!r} is full: {len(serving)} of them were asked",
+        f"every trainer of {base_model!r} is full: {len(serving) - len(refusals)} of them were "
+        "asked",
         value=base_model,
+    )
+
+
+def _too_few(kept: int, num_versions: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"algorithm.max_staleness: it needs {num_versions} versions, the trainer keeps {kept}",
+        field="algorithm.max_staleness",
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rollmesh import telemetry
-from rollmesh.errors import InternalError, Unavailable
+from rollmesh.errors import InternalError, SourceUnavailable, Unavailable
 from services.coordinator.scheduler import Policy, Request, SamplerState, Scheduler
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ class Placement:
             completed = True
             if request.policy is not None:
                 self.note_loaded(sampler, request.policy)
+        except SourceUnavailable:
+            raise  # Its trainer's trouble: the sampler is well, and others sample there.
         except (Unavailable, InternalError) as error:
             self._fleet.suspect(sampler, str(error))
             raise
@@ -103,11 +105,11 @@ class Placement:
         turn = self._turns[request.id] = _Turn()
         try:
             self._dispatch()
-            telemetry.record("rollmesh.scheduler.queued", self.scheduler.num_queued)
             await turn.came.wait()
         except asyncio.CancelledError:
             if turn.sampler is None:
                 self.scheduler.withdraw(request)
+                self._tell_queued()
             else:
                 self.scheduler.finish(request.id, completed=False)
                 self._dispatch()
@@ -139,6 +141,10 @@ class Placement:
             turn = self._turns[assignment.request.id]
             turn.sampler = serving[assignment.address]
             turn.came.set()
+        self._tell_queued()
+
+    def _tell_queued(self) -> None:
+        telemetry.record("rollmesh.scheduler.queued", self.scheduler.num_queued)
 
     def _serving(self) -> list[Sampler]:
         models = self._fleet.base_models()

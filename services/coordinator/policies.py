@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from rollmesh.errors import InvalidRequest, NotFound
 from rollmesh.names import parse_adapter, parse_project
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, Sequence
 
     from rollmesh import types
     from services.coordinator.ports import Sampling, Training
@@ -31,7 +32,7 @@ class Policies:
         prompt_token_ids: Sequence[int],
         num_completions: int,
         params: types.SamplingParams,
-    ) -> AsyncIterator[types.CompletionChunk]:
+    ) -> AsyncGenerator[types.CompletionChunk]:
         """Chunks as they come, all of one version.
 
         Raises:
@@ -49,8 +50,10 @@ class Policies:
         chunks = self._sampling.stream(
             project, base_model, source, prompt_token_ids, num_completions or 1, params
         )
-        async for chunk in chunks:
-            yield chunk
+        # A caller that leaves in the middle must give its place up then, not at garbage collection.
+        async with contextlib.aclosing(chunks):
+            async for chunk in chunks:
+                yield chunk
 
     async def compute_logprobs(
         self, parent: str, policy: types.PolicyRef, token_ids: Sequence[int]

@@ -6,13 +6,17 @@ fakes that behave. No core module knows gRPC.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 
     from rollmesh import types
     from rollmesh.job import Happening, JobSpec
+
+
+Lost: TypeAlias = "Callable[[str], Awaitable[None]]"
+"""Hears why a call waits for a peer."""
 
 
 class TrainerPort(Protocol):
@@ -46,7 +50,7 @@ class TrainerPort(Protocol):
 
     def export_adapter(
         self, name: str, policy_version: int
-    ) -> AsyncIterator[types.AdapterExport | bytes | str]:
+    ) -> AsyncGenerator[types.AdapterExport | bytes | str]:
         """A header, then chunks of the safetensors file, then the digest."""
         ...
 
@@ -66,7 +70,7 @@ class SamplerPort(Protocol):
         prompt_token_ids: Sequence[int],
         num_completions: int,
         params: types.SamplingParams,
-    ) -> AsyncIterator[types.CompletionChunk]:
+    ) -> AsyncGenerator[types.CompletionChunk]:
         """The chunks of all completions, each completion's in order, its last with stop_reason."""
         ...
 
@@ -93,8 +97,17 @@ class Training(Protocol):
     """
 
     async def create_adapter(
-        self, name: str, base_model: str, lora: types.LoraConfig, *, job: str, request_id: str
-    ) -> types.Adapter: ...
+        self,
+        name: str,
+        base_model: str,
+        lora: types.LoraConfig,
+        *,
+        job: str,
+        request_id: str,
+        num_versions: int = 1,
+    ) -> types.Adapter:
+        """On a trainer that keeps at least `num_versions` of its versions."""
+        ...
 
     async def get_adapter(self, name: str) -> types.Adapter:
         """As its trainer has it now: policy_version and next_sequence are the trainer's."""
@@ -132,7 +145,7 @@ class Sampling(Protocol):
         prompt_token_ids: Sequence[int],
         num_completions: int,
         params: types.SamplingParams,
-    ) -> AsyncIterator[types.CompletionChunk]:
+    ) -> AsyncGenerator[types.CompletionChunk]:
         """Chunks as they come. `project` is an id, not a name."""
         ...
 
@@ -144,8 +157,14 @@ class Sampling(Protocol):
         prompt_token_ids: Sequence[int],
         num_completions: int,
         params: types.SamplingParams,
+        *,
+        lost: Lost,
     ) -> list[types.Completion]:
-        """Whole completions, by index; a lost sampler costs time, never an error."""
+        """Whole completions, by index; a lost sampler costs time, and `lost` hears of it.
+
+        Raises:
+            SourceUnavailable: the samplers cannot have the version from its trainer.
+        """
         ...
 
     async def compute_logprobs(
@@ -211,12 +230,9 @@ class JobContext(Protocol):
         ...
 
     @property
-    def num_evaluations(self) -> int:
-        """Evaluations recorded when the loop is started; the newest one's step is below."""
+    def last_evaluation_step(self) -> int | None:
+        """Step of the newest evaluation recorded when the loop is started."""
         ...
-
-    @property
-    def last_evaluation_step(self) -> int | None: ...
 
     def pause_requested(self) -> bool:
         """Whether to return at the next border between two steps."""

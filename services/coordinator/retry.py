@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, TypeVar
 
 from rollmesh.errors import DeadlineExceeded, Overloaded, Unavailable
 from rollmesh.job import Warned
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+    from services.coordinator.ports import Lost
 
 Result = TypeVar("Result")
 
@@ -42,11 +45,14 @@ class Patience:
             MeshError: any other that `attempt` raises, at once.
         """
         loop = asyncio.get_running_loop()
-        give_up_at = loop.time() + RETRY_FOR_S
+        give_up_at: float | None = None
         for delay_s in backoff():
             try:
                 result = await attempt()
             except (Unavailable, Overloaded, DeadlineExceeded) as error:
+                # Not from the start: the attempt itself may have been long.
+                if give_up_at is None:
+                    give_up_at = loop.time() + RETRY_FOR_S
                 if loop.time() + delay_s > give_up_at:
                     raise Unavailable(
                         f"the {self._peer} has been away for {RETRY_FOR_S:g} s: {error}",
@@ -66,3 +72,30 @@ class Patience:
         reason = f"{self._peer.upper()}_UNAVAILABLE"
         message = f"the {self._peer} does not answer and is tried again: {problem}"
         await self._warn(Warned(reason=reason, message=message))
+
+
+class Outage:
+    """Says once that a peer is away, until all who waited for it are done."""
+
+    def __init__(self, peer: str, warn: Callable[[Warned], Awaitable[None]]) -> None:
+        self._peer = peer
+        self._warn = warn
+        self._waiting: set[object] = set()
+
+    @contextlib.asynccontextmanager
+    async def noticed(self) -> AsyncIterator[Lost]:
+        """What one call, made inside, is to tell each time that it has to wait for the peer."""
+        me = object()
+
+        async def lost(problem: str) -> None:
+            first = not self._waiting
+            self._waiting.add(me)
+            if first:
+                reason = f"{self._peer.upper()}_UNAVAILABLE"
+                message = f"the job waits for a {self._peer}: {problem}"
+                await self._warn(Warned(reason=reason, message=message))
+
+        try:
+            yield lost
+        finally:
+            self._waiting.discard(me)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rollmesh.job import JobSpec
     from services.coordinator.datasets import Task
     from services.coordinator.ports import RewardPort, Sampling, Tokenizer
-    from services.coordinator.retry import Patience
+    from services.coordinator.retry import Outage, Patience
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,7 @@ class Rollouts:
         *,
         sampling: Sampling,
         reward: RewardPort,
+        sampler_outage: Outage,
         reward_patience: Patience,
         tokenizer: Tokenizer,
     ) -> None:
@@ -66,6 +67,7 @@ class Rollouts:
         self._order = TaskOrder(tasks, spec.seed)
         self._sampling = sampling
         self._reward = reward
+        self._sampler_outage = sampler_outage
         self._reward_patience = reward_patience
         self._tokenizer = tokenizer
 
@@ -115,9 +117,16 @@ class Rollouts:
         """
         prompt = prompt_token_ids(self._spec.prompt, task, self._tokenizer)
         try:
-            completions = await self._sampling.sample(
-                self._project, self._spec.base_model, source, prompt, num_completions, params
-            )
+            async with self._sampler_outage.noticed() as lost:
+                completions = await self._sampling.sample(
+                    self._project,
+                    self._spec.base_model,
+                    source,
+                    prompt,
+                    num_completions,
+                    params,
+                    lost=lost,
+                )
         except InvalidRequest as error:
             raise InvalidRequest(
                 f"task {task.id!r}, whose prompt has {len(prompt)} tokens: {error}",
@@ -132,16 +141,7 @@ class Rollouts:
         Raises:
             InvalidRequest: the reward function refuses its parameters or a completion.
         """
-        reference = self._spec.reward.reference
-        items = [
-            types.ScoreItem(
-                completion=self._tokenizer.decode(completion.token_ids),
-                reference=fill(reference, drawn.task, field="reward.reference"),
-                prompt=self._tokenizer.decode(drawn.prompt_token_ids),
-            )
-            for drawn in all_drawn
-            for completion in drawn.completions
-        ]
+        items = [item for drawn in all_drawn for item in self._items(drawn)]
         rewards = await self._reward_patience.call(
             lambda: self._reward.score(
                 self._spec.reward.function, self._spec.reward.parameters, items
@@ -150,6 +150,19 @@ class Rollouts:
         if len(rewards) != len(items):
             raise InternalError(f"the reward service scored {len(rewards)} of {len(items)} items")
         return rewards
+
+    def _items(self, drawn: Drawn) -> list[types.ScoreItem]:
+        template = self._spec.reward.reference
+        reference = fill(template, drawn.task, field="reward.reference")
+        prompt = self._tokenizer.decode(drawn.prompt_token_ids)
+        return [
+            types.ScoreItem(
+                completion=self._tokenizer.decode(completion.token_ids),
+                reference=reference,
+                prompt=prompt,
+            )
+            for completion in drawn.completions
+        ]
 
 
 def check_identity(

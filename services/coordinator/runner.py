@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from rollmesh.errors import CapacityExhausted, FailedPrecondition, MeshError, Unavailable
 from rollmesh.names import adapter_name, parse_job
 from rollmesh.telemetry import log_fields
-from services.coordinator.jobs import lora_of
+from services.coordinator.jobs import lora_of, num_versions
 from services.coordinator.store import QUEUE, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -161,7 +161,12 @@ class Runner:
         spec = stored.spec
         try:
             await self._training.create_adapter(
-                _adapter(stored), spec.base_model, lora_of(spec.adapter), job=name, request_id=""
+                _adapter(stored),
+                spec.base_model,
+                lora_of(spec.adapter),
+                job=name,
+                request_id="",
+                num_versions=num_versions(spec),
             )
         except StoreUnavailable:
             raise
@@ -218,11 +223,6 @@ class Context:
     def step(self) -> int:
         """Optimizer steps recorded as finished."""
         return self._stored.job.step
-
-    @property
-    def num_evaluations(self) -> int:
-        """Evaluations recorded."""
-        return self._stored.num_evaluations
 
     @property
     def last_evaluation_step(self) -> int | None:

@@ -11,17 +11,25 @@ import contextlib
 import hashlib
 import logging
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from rollmesh import types
-from rollmesh.errors import DeadlineExceeded, InternalError, MeshError, Overloaded, Unavailable
+from rollmesh.errors import (
+    DeadlineExceeded,
+    InternalError,
+    MeshError,
+    Overloaded,
+    SourceUnavailable,
+    Unavailable,
+)
 from services.coordinator.placement import Placement
-from services.coordinator.retry import backoff
+from services.coordinator.retry import RETRY_FOR_S, backoff
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+    from collections.abc import AsyncGenerator, Iterator, Sequence
 
     from services.coordinator.fleet.static import Sampler, StaticFleet
+    from services.coordinator.ports import Lost
     from services.coordinator.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -65,7 +73,7 @@ class FleetSampling:
         prompt_token_ids: Sequence[int],
         num_completions: int,
         params: types.SamplingParams,
-    ) -> AsyncIterator[types.CompletionChunk]:
+    ) -> AsyncGenerator[types.CompletionChunk]:
         """Chunks as they come.
 
         Raises:
@@ -86,12 +94,20 @@ class FleetSampling:
         prompt_token_ids: Sequence[int],
         num_completions: int,
         params: types.SamplingParams,
+        *,
+        lost: Lost,
     ) -> list[types.Completion]:
-        """Whole completions, by index. Waits while the fleet heals, and while the queue is full."""
+        """Whole completions, by index. Waits while the fleet heals, and while the queue is full.
+
+        `lost` hears why, each time that it is a sampler which this waits for.
+
+        Raises:
+            SourceUnavailable: for RETRY_FOR_S no sampler could have the version.
+        """
         draw = _Draw(project, base_model, source, prompt_token_ids, num_completions, params)
         chunks: list[list[types.CompletionChunk]] = [[] for _ in range(num_completions)]
         for part in self._parts(draw):
-            for chunk in await self._collected(part):
+            for chunk in await self._collected(part, lost):
                 chunks[chunk.index].append(chunk)
         return [types.join_chunks(of_one) for of_one in chunks]
 
@@ -144,20 +160,36 @@ class FleetSampling:
             params = _seeded(draw.params, first)
             yield replace(draw, first=first, num_completions=count, params=params)
 
-    async def _collected(self, draw: _Draw) -> list[types.CompletionChunk]:
+    async def _collected(self, draw: _Draw, lost: Lost) -> list[types.CompletionChunk]:
         """All chunks of `draw`, from the first sampler that is not lost over it."""
+        clock = asyncio.get_running_loop().time
         delays = backoff()
         num_internal_errors = 0
+        without_source_since: float | None = None
         while True:
+            if not self._fleet.samplers(draw.base_model):
+                await lost(f"no sampler of {draw.base_model!r} serves now")
             try:
                 return [chunk async for chunk in self._attempt(draw)]
-            except (Unavailable, Overloaded) as error:
+            except SourceUnavailable as error:
+                without_source_since = without_source_since or clock()
+                if clock() - without_source_since >= RETRY_FOR_S:
+                    raise SourceUnavailable(
+                        f"for {RETRY_FOR_S:g} s no sampler could have the policy from its "
+                        f"trainer: {error}",
+                        **error.context,
+                    ) from error
+                await lost(str(error))
+            except Unavailable as error:
+                without_source_since = None
+                await lost(str(error))
+            except Overloaded as error:
                 log.info("a sample request is tried again: %s", error)
             except InternalError as error:
                 num_internal_errors += 1
                 if num_internal_errors == ATTEMPTS:
                     raise
-                log.warning("a sample request is tried again: %s", error)
+                await lost(str(error))
             await asyncio.sleep(next(delays))
 
     async def _streamed(self, draw: _Draw) -> AsyncGenerator[types.CompletionChunk]:
@@ -199,11 +231,8 @@ class FleetSampling:
             chunks = sampler.port.sample(
                 draw.source, draw.prompt_token_ids, draw.num_completions, draw.params
             )
-            # The port says iterator, which is all that it takes to use it. Left in the middle it
-            # has to be closed at once for the sampler to stop, and the client's can be.
-            async with contextlib.aclosing(
-                cast("AsyncGenerator[types.CompletionChunk]", chunks)
-            ) as closing:
+            # Left in the middle it has to be closed at once for the sampler to stop.
+            async with contextlib.aclosing(chunks) as closing:
                 async for chunk in closing:
                     ended = chunk.stop_reason is not None
                     unfinished -= ended
@@ -222,7 +251,7 @@ class FleetSampling:
     async def _load_on(self, sampler: Sampler, source: types.AdapterSource) -> MeshError | None:
         try:
             await sampler.port.load_adapter(source)
-        except Overloaded as error:
+        except (Overloaded, SourceUnavailable) as error:
             log.warning("%s is not loaded at %s: %s", source.adapter, sampler.address, error)
             return None
         except (Unavailable, DeadlineExceeded, InternalError) as error:

@@ -4,10 +4,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 
-from rollmesh.config import from_command_line
+from rollmesh.config import from_command_line, run
 from services.reward.config import RewardConfig
 
 log = logging.getLogger("services.reward")
@@ -15,7 +14,7 @@ log = logging.getLogger("services.reward")
 
 def main() -> None:
     """Read the configuration, then serve until told to end."""
-    asyncio.run(serve(from_command_line(RewardConfig, "services.reward")))
+    run(serve(from_command_line(RewardConfig, "services.reward")))
 
 
 async def serve(config: RewardConfig) -> None:

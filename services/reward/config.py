@@ -6,14 +6,14 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from rollmesh.config import Config
+from rollmesh.config import Address, Config
 from rollmesh.telemetry import TelemetryConfig
 
 
 class RewardConfig(Config):
     """The reward service: scores completions with named functions."""
 
-    listen: str = "127.0.0.1:7430"
+    listen: Address = "127.0.0.1:7430"
     """Address to serve at, host:port. Port 0: a free one."""
     drain_s: NonNegativeFloat = 10.0
     """Seconds that calls under way get to finish when the service is told to end."""

@@ -11,7 +11,7 @@ import secrets
 import sys
 from typing import TYPE_CHECKING
 
-from rollmesh.config import from_command_line
+from rollmesh.config import from_command_line, run
 from rollmesh.telemetry import log_fields, telemetry
 from services.sampler.backends import BrokenInstallationError, choose, explained
 from services.sampler.config import SamplerConfig
@@ -42,7 +42,7 @@ def main() -> None:
             log.critical("%s", error)
             sys.exit(1)
         try:
-            asyncio.run(serve(config, backend))
+            run(serve(config, backend))
         except* EngineDiedError as group:
             log.critical("%s", group.exceptions[0])
             sys.exit(1)

@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from rollmesh.digest import safetensors_digest
 from rollmesh.errors import (
     CapacityExhausted,
+    DeadlineExceeded,
     DigestMismatch,
     FailedPrecondition,
     InternalError,
     InvalidRequest,
     MeshError,
     Overloaded,
+    SourceUnavailable,
     Unavailable,
 )
 from rollmesh.telemetry import log_fields, record, span
@@ -131,7 +133,7 @@ class Adapters:
         """Return once `source` is live: what that took, zeros where it was live already.
 
         Raises:
-            Unavailable: the trainer cannot be reached, or its stream was torn.
+            SourceUnavailable: the trainer cannot be reached, or its stream was torn.
             DigestMismatch: what arrived is not what `source` says.
             FailedPrecondition: the engine cannot use it.
             InvalidRequest: of another base model, or of too large a rank.
@@ -262,7 +264,7 @@ class Adapters:
                         "more bytes arrive than the header says", field="source.digest"
                     )
         if export is None or digest is None:
-            raise Unavailable(
+            raise SourceUnavailable(
                 f"{source.trainer_address}: the transfer was torn after {len(data)} bytes",
                 resource=source.trainer_address,
             )
@@ -338,10 +340,16 @@ async def _next(parts: AsyncGenerator[Part, None], source: AdapterSource) -> Par
         async with asyncio.timeout(STALL_S):
             return await anext(parts, None)
     except TimeoutError:
-        raise Unavailable(
+        raise SourceUnavailable(
             f"{source.trainer_address}: the transfer brought nothing for {STALL_S:g} s",
             resource=source.trainer_address,
         ) from None
+    except (Unavailable, DeadlineExceeded, InternalError) as error:
+        # The trainer's trouble, which must not look like this sampler's own.
+        raise SourceUnavailable(
+            f"{source.trainer_address}: the transfer failed: {error}",
+            resource=source.trainer_address,
+        ) from error
 
 
 def _rank(adapter_config_json: str) -> int:

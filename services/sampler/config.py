@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
 
-from rollmesh.config import BaseModelConfig, Config
+from rollmesh.config import Address, BaseModelConfig, Config
 from rollmesh.telemetry import TelemetryConfig
 
 _UNITS = {"": 1, "MiB": 2**20, "GiB": 2**30}
@@ -30,7 +30,7 @@ Bytes = Annotated[PositiveInt, BeforeValidator(_bytes, json_schema_input_type=in
 class SamplerConfig(Config):
     """The sampler: one base model in an inference engine, adapters hot-swapped by version."""
 
-    listen: str = "127.0.0.1:7420"
+    listen: Address = "127.0.0.1:7420"
     """Address to serve at, host:port. Port 0: a free one."""
     base_model: BaseModelConfig
     """The model to load."""

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from rollmesh import convert
@@ -12,7 +13,7 @@ from rollmesh.api.sampler.v1.sampler_service_pb2_grpc import SamplerServiceServi
 from rollmesh.convert.values import optional
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
     import grpc
 
@@ -49,7 +50,7 @@ class SamplerServicer(SamplerServiceServicer):
 
     async def Sample(
         self, request: pb.SampleRequest, context: Context
-    ) -> AsyncIterator[pb.SampleResponse]:
+    ) -> AsyncGenerator[pb.SampleResponse]:
         """Draws completions."""
         chunks = self._sampler.sample(
             convert.optional_source_from_pb(request),
@@ -57,8 +58,9 @@ class SamplerServicer(SamplerServiceServicer):
             request.num_completions,
             convert.params_from_pb(request.params),
         )
-        async for chunk in chunks:
-            yield pb.SampleResponse(chunk=convert.chunk_to_pb(chunk))
+        async with contextlib.aclosing(chunks):
+            async for chunk in chunks:
+                yield pb.SampleResponse(chunk=convert.chunk_to_pb(chunk))
 
     async def ComputeLogprobs(
         self, request: pb.ComputeLogprobsRequest, context: Context

@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from rollmesh.config import BaseModelConfig, Config
+from rollmesh.config import Address, BaseModelConfig, Config
 from rollmesh.telemetry import TelemetryConfig
 
 
 class TrainerConfig(Config):
     """The trainer: one base model and LoRA adapters on it."""
 
-    listen: str = "127.0.0.1:7410"
+    listen: Address = "127.0.0.1:7410"
     """Address to serve at, host:port. Port 0: a free one."""
     base_model: BaseModelConfig
     """What is trained."""

@@ -105,6 +105,30 @@ class TestAdapters:
             await mesh.client.adapters.delete(f"{A}0")
             await mesh.client.adapters.create(A, BASE_MODEL, LORA, "r")
 
+    async def test_a_trainer_that_does_not_take_an_adapter_is_passed_over(self, tmp_path):
+        picky, full = FakeTrainer(max_adapters=9), FakeTrainer(max_adapters=1)
+        picky.refuses = InvalidRequest("lora.rank: 4 is too large here", field="lora.rank")
+        fakes = Fakes(trainers={"t:1": picky, "t:2": full})
+        async with running_coordinator(tmp_path, fakes) as mesh:
+            await mesh.until_served()
+            await mesh.client.adapters.create(A, BASE_MODEL, LORA)
+            assert (list(picky.adapters), list(full.adapters)) == ([], [A])
+            with pytest.raises(CapacityExhausted):
+                await mesh.client.adapters.create(f"{A}2", BASE_MODEL, LORA)
+            full.refuses = picky.refuses
+            with pytest.raises(InvalidRequest, match="too large here"):
+                await mesh.client.adapters.create(f"{A}2", BASE_MODEL, LORA)
+
+    async def test_a_job_goes_to_a_trainer_that_keeps_the_versions_it_samples(self, tmp_path):
+        forgetful, keeper = FakeTrainer(max_adapters=9, kept_versions=2), FakeTrainer()
+        fakes = Fakes(trainers={"t:1": forgetful, "t:2": keeper})
+        async with running_coordinator(tmp_path, fakes) as mesh:
+            await mesh.until_served()
+            spec = spec_of(adapter={"id": "a"}, algorithm={"max_staleness": 1})
+            await mesh.client.jobs.create(PROJECT, spec, "j")
+            await mesh.until("j", "RUNNING")
+            assert (list(forgetful.adapters), list(keeper.adapters)) == ([], [A])
+
     async def test_a_fresh_adapter_is_fresh_though_its_trainer_has_an_old_one_of_that_name(
         self, client, fakes
     ):
@@ -307,7 +331,9 @@ class TestSampling:
     @pytest.mark.parametrize(
         ("project", "policy", "error", "says"),
         [
-            pytest.param(PROJECT, types.PolicyRef(), NotFound, "arith", id="no policy"),
+            pytest.param(
+                PROJECT, types.PolicyRef(), InvalidRequest, "policy.base_model", id="no policy"
+            ),
             pytest.param(
                 PROJECT, types.PolicyRef(base_model="nope"), NotFound, "arith", id="base model"
             ),

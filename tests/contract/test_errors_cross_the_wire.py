@@ -23,15 +23,20 @@ from rollmesh.api.coordinator.v1.job_service_pb2_grpc import (
 from rollmesh.client import JobClient
 from rollmesh.errors import (
     BY_REASON,
+    AlreadyExists,
+    CapacityExhausted,
     DeadlineExceeded,
+    FailedPrecondition,
     InternalError,
     InvalidRequest,
     MeshError,
+    NotFound,
     Overloaded,
     Unavailable,
+    Unimplemented,
 )
 from rollmesh.job import JobEvent, Warned
-from rollmesh.rpc.channel import channel
+from rollmesh.rpc.channel import MAX_MESSAGE_BYTES, channel
 from rollmesh.rpc.server import serving
 from rollmesh.rpc.status import mesh_errors
 
@@ -48,11 +53,14 @@ class Jobs(JobServiceServicer):
 
     def __init__(self):
         self.failure: Exception | None = None
+        self.bare: grpc.StatusCode | None = None  # A status without our details.
         self.started = asyncio.Event()
         self.release = asyncio.Event()
         self.left = asyncio.Event()
 
     async def GetJob(self, request, context):
+        if self.bare is not None:
+            await context.abort(self.bare, "as a proxy would")
         return await self._answer(pb.GetJobResponse())
 
     async def WatchJob(self, request, context):
@@ -191,8 +199,34 @@ async def test_a_method_that_the_server_does_not_have_is_an_error_and_no_hang(op
         request_serializer=pb.GetJobRequest.SerializeToString,
         response_deserializer=pb.GetJobResponse.FromString,
     )
-    with pytest.raises(InternalError, match="UNIMPLEMENTED"), mesh_errors():
+    with pytest.raises(Unimplemented, match="UNIMPLEMENTED"), mesh_errors():
         await call(pb.GetJobRequest())
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (grpc.StatusCode.INVALID_ARGUMENT, InvalidRequest),
+        (grpc.StatusCode.NOT_FOUND, NotFound),
+        (grpc.StatusCode.ALREADY_EXISTS, AlreadyExists),
+        (grpc.StatusCode.FAILED_PRECONDITION, FailedPrecondition),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, CapacityExhausted),
+        (grpc.StatusCode.UNAVAILABLE, Unavailable),
+        (grpc.StatusCode.UNIMPLEMENTED, Unimplemented),
+        (grpc.StatusCode.UNKNOWN, InternalError),
+        (grpc.StatusCode.PERMISSION_DENIED, InternalError),
+    ],
+)
+async def test_a_status_that_is_none_of_ours_becomes_the_nearest_error(jobs, opened, code, error):
+    jobs.bare = code
+    with pytest.raises(MeshError, match=f"^{code.name}: as a proxy would$") as caught:
+        await unary(opened)
+    assert type(caught.value) is error
+
+
+async def test_a_message_that_is_too_large_is_refused_with_the_limit(opened):
+    with pytest.raises(CapacityExhausted, match=f"larger than max .*{MAX_MESSAGE_BYTES}"):
+        await JobClient(opened).get("x" * (MAX_MESSAGE_BYTES + 1))
 
 
 @pytest.mark.parametrize("call", [unary, streamed])

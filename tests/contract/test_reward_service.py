@@ -121,6 +121,17 @@ async def test_a_mistake_in_the_configuration_is_one_line_and_exit_status_2(tmp_
     assert said.decode() == f"{config}: lisen: unknown key; did you mean 'listen'?\n"
 
 
+async def test_a_port_that_is_taken_is_one_line_and_exit_status_1(tmp_path):
+    config = tmp_path / "reward.yaml"
+    async with serving(lambda _: None, services=[]) as other:
+        config.write_text(f"listen: 127.0.0.1:{other.port}\n")
+        process = await start(config)
+        _, said = await process.communicate()
+    assert process.returncode == 1
+    assert said.decode().splitlines()[-1].startswith(f"cannot listen at 127.0.0.1:{other.port}: ")
+    assert "Traceback" not in said.decode()
+
+
 async def test_the_process_serves_then_drains_on_sigterm_and_ends_well(tmp_path):
     config = tmp_path / "reward.yaml"
     config.write_text("listen: 127.0.0.1:0\ndrain_s: 60\n")

@@ -61,10 +61,6 @@ class Context:
         return sum(isinstance(event, StepCompleted) for event in self.events)
 
     @property
-    def num_evaluations(self) -> int:
-        return len(self.evaluated_at)
-
-    @property
     def last_evaluation_step(self) -> int | None:
         return self.evaluated_at[-1] if self.evaluated_at else None
 
@@ -126,6 +122,7 @@ class JobMesh:
         self.under_way: list[str] = []
         self.overlapped = False
         self.same_rewards = False
+        self.sampler_losses = 0.0
         self.spans = lambda source, num_tokens: (
             types.PolicySpan(num_tokens, source.policy_version, source.digest),
         )
@@ -251,7 +248,9 @@ class JobMesh:
     def versions_in_use(self):
         return {int(name.split()[1]) for name in self.under_way if name.startswith("version ")}
 
-    async def sample(self, project, base_model, source, prompt_token_ids, num_completions, params):
+    async def sample(
+        self, project, base_model, source, prompt_token_ids, num_completions, params, *, lost
+    ):
         assert (project, base_model) == ("p", "tiny")
         assert source.policy_version in self.live, "sampled before the version was live"
         prompt = Letters().decode(prompt_token_ids)
@@ -259,6 +258,9 @@ class JobMesh:
         self.under_way.append(in_use)
         try:
             async with self._call("sample"):
+                if self.rng.random() < self.sampler_losses:
+                    await lost("connection refused")
+                    await asyncio.sleep(self.latency_s)
                 if params.temperature == 0:
                     self.evaluation_prompts.append((source.policy_version, prompt))
                 else:

@@ -46,10 +46,13 @@ class Away:
 
 
 class FakeTrainer(Away):
-    def __init__(self, base_model: str = BASE_MODEL, max_adapters: int = 8) -> None:
+    def __init__(
+        self, base_model: str = BASE_MODEL, max_adapters: int = 8, kept_versions: int = 4
+    ) -> None:
         super().__init__()
         self.base_model = base_model
         self.max_adapters = max_adapters
+        self.kept_versions = kept_versions
         self.adapters: dict[str, types.TrainerAdapter] = {}
         self.published: dict[str, set[int]] = {}
         self.creating = asyncio.Event()  # cleared: creations hang
@@ -69,7 +72,7 @@ class FakeTrainer(Away):
             num_adapters=len(self.adapters),
             max_adapters=self.max_adapters,
             target_modules=("q_proj", "v_proj"),
-            kept_versions=4,
+            kept_versions=self.kept_versions,
         )
 
     async def create_adapter(self, name: str, lora: types.LoraConfig) -> types.TrainerAdapter:

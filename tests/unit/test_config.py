@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from pydantic import PositiveFloat, PositiveInt, ValidationError
 
-from rollmesh.config import Config, read_yaml
-from rollmesh.errors import InvalidRequest
+from rollmesh.config import Address, Config, PeerAddress, read_yaml, run
+from rollmesh.errors import InvalidRequest, Unavailable
 
 
 class Store(Config):
@@ -178,3 +178,81 @@ def test_an_unreadable_file_is_refused_by_its_name(tmp_path):
 def test_yaml_makes_no_objects(load):
     with pytest.raises(InvalidRequest, match="not YAML: could not determine a constructor"):
         load("listen: !!python/object/apply:os.getcwd []")
+
+
+# --- addresses -----------------------------------------------------------------------------------
+
+
+class Addressed(Config):
+    """A service with a peer."""
+
+    listen: Address = "127.0.0.1:0"
+    """Where."""
+    peers: list[PeerAddress] = []
+    """Whom it knows."""
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:0", "localhost:65535", "a-b.example_1:80", "[::1]:7400", "[::]:0"]
+)
+def test_an_address_is_host_and_port(address):
+    assert Addressed(listen=address, peers=[address, f"dns:///{address}"]).listen == address
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("", "host", "host:", ":80", "host:port", "host:65536", "host:-1", "host:80 ", "::1:80"),
+        *("http://host:80", "host:80/path", "[::1]", "a b:80", "dns://host:80"),
+    ],
+)
+def test_anything_else_is_refused_under_the_name_of_its_key(address):
+    for values, key in (({"listen": address}, "listen"), ({"peers": [address]}, "peers[0]")):
+        with pytest.raises(InvalidRequest) as caught:
+            Addressed.parse(values, source="file")
+        assert str(caught.value) == (
+            f"file: {key}: {address!r} is not host:port, with a port of 0 to 65535"
+        )
+
+
+def test_nobody_listens_at_a_name_to_be_looked_up_again_and_again():
+    with pytest.raises(InvalidRequest, match="listen"):
+        Addressed.parse({"listen": "dns:///host:80"}, source="file")
+
+
+# --- running -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (InvalidRequest("no such model"), 2),
+        (Unavailable("the port is taken"), 1),
+        (ExceptionGroup("tasks", [ExceptionGroup("inner", [Unavailable("the port is taken")])]), 1),
+    ],
+)
+def test_what_keeps_a_service_from_running_is_one_line(capsys, error, status):
+    async def service():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run(service())
+    assert ended.value.code == status
+    said = "no such model\n" if status == 2 else "the port is taken\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_bug_keeps_its_traceback():
+    async def service():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(service())
+
+
+def test_a_service_that_ends_well_ends_quietly(capsys):
+    async def service():
+        pass
+
+    run(service())
+    assert capsys.readouterr().err == ""

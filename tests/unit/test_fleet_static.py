@@ -8,6 +8,7 @@ import pytest
 
 from rollmesh.types import Fleet, TrainerInfo
 from services.coordinator.fleet.static import POLL_INTERVAL_S, POLL_TIMEOUT_S, StaticFleet
+from tests.fakes.fleet import until
 from tests.fakes.samplers import FakeSampler
 from tests.fakes.virtual_time import simulate
 
@@ -51,7 +52,7 @@ def test_a_member_serves_from_its_first_good_poll_on():
     assert {member.problem for member in fleet.snapshot(0).members} == {"not heard of yet"}
 
     async def scenario():
-        await fleet.wait_for(lambda: bool(fleet.trainers("tiny") and fleet.rewards()))
+        await until(fleet, lambda: all(member.serving for member in fleet.snapshot(0).members))
         assert [member.address for member in fleet.samplers("tiny")] == ["s"]
         assert fleet.samplers("other") == []
         assert fleet.base_models() == ["tiny"]
@@ -81,7 +82,7 @@ def test_a_suspected_member_is_out_at_once_and_back_with_its_next_good_poll():
     fleet = fleet_of(sampler=sampler)
 
     async def scenario():
-        await fleet.wait_for(lambda: bool(fleet.samplers("tiny")))
+        await until(fleet, lambda: bool(fleet.samplers("tiny")))
         sampler.die()
         fleet.suspect(fleet.samplers("tiny")[0], "reset by peer")
         assert fleet.samplers("tiny") == []
@@ -92,7 +93,7 @@ def test_a_suspected_member_is_out_at_once_and_back_with_its_next_good_poll():
         assert fleet.snapshot(0).members[1].problem == "connection refused"
         sampler.revive()
         revived = asyncio.get_running_loop().time()
-        await fleet.wait_for(lambda: bool(fleet.samplers("tiny")))
+        await until(fleet, lambda: bool(fleet.samplers("tiny")))
         assert asyncio.get_running_loop().time() - revived <= POLL_INTERVAL_S
 
     in_running_fleet(fleet, scenario)
@@ -102,10 +103,10 @@ def test_a_member_that_was_suspected_wrongly_is_back_without_waiting_for_the_nex
     fleet = fleet_of()
 
     async def scenario():
-        await fleet.wait_for(lambda: bool(fleet.samplers("tiny")))
+        await until(fleet, lambda: bool(fleet.samplers("tiny")))
         now = asyncio.get_running_loop().time()
         fleet.suspect(fleet.samplers("tiny")[0], "its trainer is away")
-        await fleet.wait_for(lambda: bool(fleet.samplers("tiny")))
+        await until(fleet, lambda: bool(fleet.samplers("tiny")))
         assert asyncio.get_running_loop().time() == now
 
     in_running_fleet(fleet, scenario)
@@ -116,14 +117,14 @@ def test_a_member_that_hangs_is_out_and_does_not_hold_up_the_others():
     fleet = fleet_of(trainer)
 
     async def scenario():
-        await fleet.wait_for(lambda: bool(fleet.trainers("tiny")))
+        await until(fleet, lambda: bool(fleet.trainers("tiny")))
         trainer.hangs = True
         await asyncio.sleep(POLL_TIMEOUT_S + 2 * POLL_INTERVAL_S)
         assert fleet.trainers("tiny") == []
         assert "no answer" in fleet.snapshot(0).members[0].problem
         assert fleet.samplers("tiny")
         trainer.hangs = False
-        await fleet.wait_for(lambda: bool(fleet.trainers("tiny")))
+        await until(fleet, lambda: bool(fleet.trainers("tiny")))
 
     in_running_fleet(fleet, scenario)
 

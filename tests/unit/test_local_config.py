@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rollmesh.errors import FailedPrecondition, InvalidRequest
+from rollmesh.errors import FailedPrecondition, InvalidRequest, Unavailable
 from rollmesh.job import load_job_file
 from rollmesh.rpc.server import serving
 from services.coordinator.config import CoordinatorConfig
@@ -101,7 +101,7 @@ async def test_a_reserved_port_serves_one_server_after_another():
                 await running.ready()
                 await _until_serving(address)
                 assert running.port == port
-                with pytest.raises(RuntimeError):
+                with pytest.raises(Unavailable, match=f"cannot listen at {address}"):
                     async with serving(lambda _: None, services=[], address=address):
                         pass
 

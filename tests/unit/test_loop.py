@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rollmesh.errors import (
+    CapacityExhausted,
     FailedPrecondition,
     InternalError,
     InvalidRequest,
@@ -248,6 +249,25 @@ def test_a_peer_that_is_away_for_a_moment_costs_one_warning(call, seed):
     assert set(context.warnings) == {f"{peer}_UNAVAILABLE"}
     # Several groups may find the reward service away before one of them finds it back.
     assert len(context.warnings) <= (3 if call == "score" else 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_groups_that_wait_for_a_lost_sampler_say_so_once_for_each_outage(seed):
+    context = Context(spec(evaluation=held_out()))
+    mesh = JobMesh(context, seed=seed)
+    mesh.sampler_losses = 1.0
+    assert simulate(mesh.run()).kind == "finished"
+    assert set(context.warnings) == {"SAMPLER_UNAVAILABLE"}
+    # Each step samples its three groups at once, and each evaluation its five tasks.
+    assert len(context.warnings) < 6 * 3 + 2 * 5
+
+
+def test_a_batch_too_large_for_one_message_fails_the_job_and_says_what_to_lower():
+    mesh = JobMesh(Context(spec()))
+    mesh.faults["forward_backward"] = [CapacityExhausted("larger than max (9 vs. 8)")]
+    says = r"^step 1: its \d+ rollouts .*\(larger than max \(9 vs. 8\)\); algorithm.groups_per_step"
+    with pytest.raises(CapacityExhausted, match=says):
+        simulate(mesh.run())
 
 
 @pytest.mark.parametrize("call", ["score", "forward_backward"])

@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 
 from rollmesh.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
-from services.coordinator.retry import RETRY_FOR_S, Patience, backoff
+from services.coordinator.retry import RETRY_FOR_S, Outage, Patience, backoff
 from tests.fakes.virtual_time import simulate
 
 
@@ -62,5 +62,38 @@ def test_patience_ends():
         with pytest.raises(Unavailable, match="the reward has been away for 120 s: gone"):
             await peer.call()
         assert asyncio.get_running_loop().time() <= RETRY_FOR_S
+
+    simulate(scenario())
+
+
+def test_patience_counts_from_the_first_failure_however_long_the_attempt_was():
+    class Slow(Peer):
+        async def ask(self):
+            await asyncio.sleep(2 * RETRY_FOR_S)
+            return await super().ask()
+
+    async def scenario():
+        peer = Slow(Unavailable("a"), 1)
+        assert await peer.call() == 1
+
+    simulate(scenario())
+
+
+def test_an_outage_is_told_once_until_nobody_waits_any_more():
+    async def scenario():
+        peer = Peer()
+        outage = Outage("sampler", peer.warn)
+        async with outage.noticed() as first:
+            async with outage.noticed() as second:
+                await first("a")
+                await second("b")
+                await second("c")
+            await first("d")
+        async with outage.noticed():
+            pass
+        assert peer.warnings == [("SAMPLER_UNAVAILABLE", "the job waits for a sampler: a")]
+        async with outage.noticed() as third:
+            await third("e")
+        assert len(peer.warnings) == 2
 
     simulate(scenario())

@@ -13,10 +13,13 @@ import pytest
 from rollmesh.digest import safetensors_digest
 from rollmesh.errors import (
     CapacityExhausted,
+    DeadlineExceeded,
     FailedPrecondition,
     InternalError,
     MeshError,
+    NotFound,
     Overloaded,
+    SourceUnavailable,
     Unavailable,
 )
 from rollmesh.types import AdapterExport, AdapterSource, LoadTimes
@@ -41,6 +44,7 @@ class World:
         pulled: the versions that were asked for, in order.
         loaded: what the engine has: number of each adapter and its folder.
         error: what the next load raises.
+        trainer_error: what the next transfer raises in the middle.
     """
 
     def __init__(self) -> None:
@@ -49,6 +53,7 @@ class World:
         self.pulled: list[tuple[str, int]] = []
         self.loaded = {}
         self.error: Exception | None = None
+        self.trainer_error: Exception | None = None
         self.weights = {}
 
     def source(self, version: int, adapter: str = A, weights: float | None = None):
@@ -63,6 +68,9 @@ class World:
         config = json.dumps({"r": 8})
         yield AdapterExport(source.adapter, source.policy_version, "base", config, len(data))
         await self.go.wait()
+        if self.trainer_error is not None:
+            error, self.trainer_error = self.trainer_error, None
+            raise error
         yield data
         yield safetensors_digest(data)
 
@@ -172,10 +180,29 @@ async def test_a_failed_load_is_told_to_all_who_wait_and_then_forgotten(
     assert len(world.loaded) == 1
 
 
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (Unavailable("gone"), SourceUnavailable),
+        (DeadlineExceeded("slow"), SourceUnavailable),
+        (InternalError("a bug over there"), SourceUnavailable),
+        (NotFound("kept no longer"), NotFound),
+    ],
+)
+async def test_a_trainer_that_fails_is_told_as_its_failure_and_not_the_samplers(
+    world, adapters, raised, told
+):
+    world.trainer_error = raised
+    with pytest.raises(MeshError, match=str(raised)) as caught:
+        await adapters.ensure(world.source(1))
+    assert type(caught.value) is told
+    await adapters.ensure(world.source(1))
+
+
 async def test_a_transfer_that_stalls_is_given_up(world, adapters, monkeypatch):
     monkeypatch.setattr(module, "STALL_S", 0.01)
     world.go.clear()
-    with pytest.raises(Unavailable, match="brought nothing"):
+    with pytest.raises(SourceUnavailable, match="brought nothing"):
         await adapters.ensure(world.source(1))
     world.go.set()
     await adapters.ensure(world.source(1))

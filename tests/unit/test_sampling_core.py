@@ -14,12 +14,15 @@ from rollmesh.errors import (
     InvalidRequest,
     NotFound,
     Overloaded,
+    SourceUnavailable,
     Unavailable,
 )
 from rollmesh.types import AdapterSource, SamplingParams
 from services.coordinator.fleet.static import StaticFleet
+from services.coordinator.retry import RETRY_FOR_S
 from services.coordinator.sampling import ATTEMPTS, FleetSampling
 from services.coordinator.scheduler import Scheduler
+from tests.fakes.fleet import until
 from tests.fakes.samplers import FakeSampler
 from tests.fakes.virtual_time import simulate
 
@@ -37,13 +40,14 @@ class World:
         )
         self.scheduler = Scheduler(max_running_completions=bound, max_queued_requests=queue)
         self.sampling = FleetSampling(self.fleet, self.scheduler)
+        self.losses: list[str] = []
 
     @contextlib.asynccontextmanager
     async def running(self):
         async with asyncio.TaskGroup() as tasks:
             polling = tasks.create_task(self.fleet.run())
             alive = sum(sampler.alive for sampler in self.samplers)
-            await self.fleet.wait_for(lambda: len(self.fleet.samplers("tiny")) == alive)
+            await until(self.fleet, lambda: len(self.fleet.samplers("tiny")) == alive)
             yield tasks
             polling.cancel()
         assert self.scheduler.num_queued == 0
@@ -53,7 +57,12 @@ class World:
         assert [sampler.running for sampler in self.samplers] == [0 for _ in self.samplers]
 
     async def sample(self, count=2, params=PARAMS, project="p"):
-        return await self.sampling.sample(project, "tiny", SOURCE, [1, 2], count, params)
+        return await self.sampling.sample(
+            project, "tiny", SOURCE, [1, 2], count, params, lost=self._lost
+        )
+
+    async def _lost(self, problem):
+        self.losses.append(problem)
 
     def stream(self, count=2, project="p"):
         return self.sampling.stream(project, "tiny", SOURCE, [1, 2], count, PARAMS)
@@ -105,6 +114,7 @@ def test_a_job_waits_until_its_only_sampler_is_back():
             sampler.die()
             await asyncio.sleep(1_000)
             assert not request.done()
+            assert world.losses == ["connection reset", "no sampler of 'tiny' serves now"]
             sampler.revive()
             assert len(await request) == 2
 
@@ -189,6 +199,44 @@ def test_what_another_sampler_would_refuse_too_is_raised_at_once(error):
             with pytest.raises(type(error), match=str(error)):
                 await world.sample()
             assert len(world.fleet.samplers("tiny")) == 1
+
+    simulate(scenario())
+
+
+def test_a_job_without_a_sampler_is_told_before_it_waits():
+    async def scenario():
+        sampler = FakeSampler()
+        world = World(sampler)
+        async with world.running() as tasks:
+            sampler.die()
+            await asyncio.sleep(10)
+            request = tasks.create_task(world.sample())
+            await asyncio.sleep(10)
+            assert world.losses == ["no sampler of 'tiny' serves now"]
+            sampler.revive()
+            await request
+
+    simulate(scenario())
+
+
+def test_a_trainer_that_is_away_is_not_its_samplers_fault_and_is_waited_for_only_so_long():
+    async def scenario():
+        sampler = FakeSampler()
+        world = World(sampler)
+        changes = []
+        async with world.running():
+            world.fleet.on_change(lambda: changes.append(world.fleet.samplers("tiny")))
+            sampler.faults = [SourceUnavailable("t:1 is away")] * 3
+            sampler.load_fault = SourceUnavailable("t:1 is away")
+            await world.sampling.load("tiny", SOURCE)
+            await world.sample()
+            assert world.losses == ["t:1 is away"] * 3
+            sampler.faults = [SourceUnavailable("t:1 is away")] * 1000
+            start = asyncio.get_running_loop().time()
+            with pytest.raises(SourceUnavailable, match=r"for 120 s no sampler .* t:1 is away"):
+                await world.sample()
+            assert asyncio.get_running_loop().time() - start == pytest.approx(RETRY_FOR_S, abs=5)
+        assert all(changes), "the sampler was out at times"
 
     simulate(scenario())
 
@@ -335,5 +383,26 @@ def test_logprobs_wait_their_turn_and_survive_a_lost_sampler():
             second.faults = [InternalError("bug")] * 9
             with pytest.raises(InternalError):
                 await world.sampling.compute_logprobs("p", "tiny", SOURCE, [1, 2])
+
+    simulate(scenario())
+
+
+@pytest.mark.parametrize("leaves", ["served", "cancelled"])
+def test_the_measured_queue_falls_back_when_requests_leave_it(recorded, leaves):
+    def queued():
+        return [point.value for point in recorded()["rollmesh.scheduler.queued"].data.data_points]
+
+    async def scenario():
+        world = World(FakeSampler(), bound=2)
+        async with world.running() as tasks:
+            first = tasks.create_task(world.sample())
+            await asyncio.sleep(1)
+            second = tasks.create_task(world.sample())
+            await asyncio.sleep(1)
+            assert queued() == [1]
+            if leaves == "cancelled":
+                second.cancel()
+            await asyncio.wait([first, second])
+            assert queued() == [0]
 
     simulate(scenario())

@@ -13,11 +13,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 from opentelemetry import metrics, trace
-from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
 from rollmesh.api.coordinator.v1 import job_service_pb2 as pb
@@ -46,40 +41,6 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 SERVICE = "rollmesh.api.coordinator.v1.JobService"
-
-
-@pytest.fixture(scope="module")
-def providers():
-    """OpenTelemetry takes one provider of each kind for the life of a process."""
-    exporter, reader = InMemorySpanExporter(), InMemoryMetricReader()
-    tracers = TracerProvider()
-    tracers.add_span_processor(SimpleSpanProcessor(exporter))
-    trace.set_tracer_provider(tracers)
-    metrics.set_meter_provider(MeterProvider(metric_readers=[reader]))
-    return exporter, reader
-
-
-@pytest.fixture
-def spans(providers):
-    providers[0].clear()
-    return providers[0].get_finished_spans
-
-
-@pytest.fixture
-def points(providers):
-    """The data points of a metric by name."""
-
-    def points(name):
-        return [
-            (metric.unit, dict(point.attributes), point.count, point.sum)
-            for resource in providers[1].get_metrics_data().resource_metrics
-            for scope in resource.scope_metrics
-            for metric in scope.metrics
-            if metric.name == name
-            for point in metric.data.data_points
-        ]
-
-    return points
 
 
 # --- names ---------------------------------------------------------------------------------------
@@ -118,8 +79,8 @@ def test_a_name_that_is_not_listed_is_refused_where_it_is_used():
 
 
 def test_every_metric_has_a_unit_and_every_name_a_meaning():
-    assert {unit for unit, _ in METRICS.values()} <= {"s", "1"}
-    assert all(meaning.endswith(".") for _, meaning in METRICS.values())
+    assert {unit for _, unit, _ in METRICS.values()} <= {"s", "1"}
+    assert all(meaning.endswith(".") for _, _, meaning in METRICS.values())
     assert all(meaning.endswith(".") for meaning in SPANS.values())
     assert all(name.startswith("rollmesh.") for name in METRICS)
 
@@ -208,22 +169,44 @@ async def test_a_call_that_is_refused_is_marked_on_the_side_that_asked(spans):
 # --- metrics -------------------------------------------------------------------------------------
 
 
-def test_what_is_recorded_arrives_with_its_unit_and_attributes(points):
-    record("rollmesh.job.reward", 0.5, job="a")
-    record("rollmesh.job.reward", 0.25, job="a")
-    record("rollmesh.job.reward", 1.0, job="b")
-    assert points("rollmesh.job.reward") == [
-        ("1", {"job": "a"}, 2, 0.75),
-        ("1", {"job": "b"}, 1, 1.0),
+def test_a_histogram_keeps_how_many_and_how_much_by_attribute(recorded):
+    record("rollmesh.job.phase", 0.5, phase="sample")
+    record("rollmesh.job.phase", 0.25, phase="sample")
+    record("rollmesh.job.phase", 1.0, phase="load")
+    phase = recorded()["rollmesh.job.phase"]
+    assert phase.unit == "s"
+    assert [(dict(p.attributes), p.count, p.sum) for p in phase.data.data_points] == [
+        ({"phase": "sample"}, 2, 0.75),
+        ({"phase": "load"}, 1, 1.0),
     ]
 
 
-def test_a_block_is_timed_even_when_it_fails(points):
+def test_a_counter_adds_up_and_never_falls(recorded):
+    record("rollmesh.sampler.tokens", 3)
+    record("rollmesh.sampler.tokens", 4)
+    data = recorded()["rollmesh.sampler.tokens"].data
+    assert data.is_monotonic
+    assert [point.value for point in data.data_points] == [7]
+
+
+def test_a_gauge_falls_back(recorded):
+    record("rollmesh.scheduler.queued", 2)
+    record("rollmesh.scheduler.queued", 0)
+    data = recorded()["rollmesh.scheduler.queued"].data
+    assert [point.value for point in data.data_points] == [0]
+
+
+def test_a_block_is_timed_even_when_it_fails(recorded):
     with pytest.raises(NotFound), timed("rollmesh.reward.score", function="exact_match"):
         raise NotFound("gone")
-    ((unit, attributes, count, seconds),) = points("rollmesh.reward.score")
-    assert (unit, attributes, count) == ("s", {"function": "exact_match"}, 1)
-    assert seconds >= 0
+    metric = recorded()["rollmesh.reward.score"]
+    (point,) = metric.data.data_points
+    assert (metric.unit, dict(point.attributes), point.count) == (
+        "s",
+        {"function": "exact_match"},
+        1,
+    )
+    assert point.sum >= 0
 
 
 # --- logs ----------------------------------------------------------------------------------------

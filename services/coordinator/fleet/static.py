@@ -105,10 +105,6 @@ class StaticFleet:
             if member.serving and member.info and member.info.base_model == base_model
         ]
 
-    def rewards(self) -> list[Reward]:
-        """The reward services that serve, by address."""
-        return [member for member in self._rewards if member.serving]
-
     def base_models(self) -> list[str]:
         """Base models that some member has ever said to serve, sorted."""
         trained = {member.info.base_model for member in self._trainers if member.info}
@@ -151,17 +147,6 @@ class StaticFleet:
         """Call `listener` whenever a member comes, goes, or says something else than before."""
         self._listeners.append(listener)
 
-    async def wait_for(self, ready: Callable[[], bool]) -> None:
-        """Return once `ready()`, which is asked now and after every change."""
-        changed = asyncio.Event()
-        self._listeners.append(changed.set)
-        try:
-            while not ready():
-                changed.clear()
-                await changed.wait()
-        finally:
-            self._listeners.remove(changed.set)
-
     async def _watch(self, member: FleetMember[Port, Info]) -> None:
         while True:
             member.suspected.clear()
@@ -197,7 +182,7 @@ class StaticFleet:
             self._notify()
 
     def _notify(self) -> None:
-        for listener in list(self._listeners):
+        for listener in self._listeners:
             listener()
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from rollmesh import convert
@@ -13,7 +14,7 @@ from rollmesh.api.coordinator.v1.adapter_service_pb2_grpc import AdapterServiceS
 from rollmesh.convert.values import optional
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
     import grpc
 
@@ -82,11 +83,13 @@ class AdapterServicer(AdapterServiceServicer):
 
     async def ExportAdapter(
         self, request: pb.ExportAdapterRequest, context: Context
-    ) -> AsyncIterator[pb.ExportAdapterResponse]:
+    ) -> AsyncGenerator[pb.ExportAdapterResponse]:
         """Streams a version."""
         version = optional(request, "policy_version")
-        async for part in self._adapters.export_adapter(request.name, version):
-            yield _part_to_pb(part)
+        exported = self._adapters.export_adapter(request.name, version)
+        async with contextlib.aclosing(exported) as parts:
+            async for part in parts:
+                yield _part_to_pb(part)
 
 
 def _part_to_pb(part: types.AdapterExport | bytes | str) -> pb.ExportAdapterResponse:

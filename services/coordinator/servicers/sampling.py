@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from rollmesh import convert
@@ -11,7 +12,7 @@ from rollmesh.api.coordinator.v1 import sampling_service_pb2 as pb
 from rollmesh.api.coordinator.v1.sampling_service_pb2_grpc import SamplingServiceServicer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
     import grpc
 
@@ -28,7 +29,7 @@ class SamplingServicer(SamplingServiceServicer):
 
     async def Sample(
         self, request: pb.SampleRequest, context: Context
-    ) -> AsyncIterator[pb.SampleResponse]:
+    ) -> AsyncGenerator[pb.SampleResponse]:
         """Draws completions and streams their tokens."""
         chunks = self._policies.sample(
             request.project,
@@ -37,8 +38,9 @@ class SamplingServicer(SamplingServiceServicer):
             request.num_completions,
             convert.params_from_pb(request.params),
         )
-        async for chunk in chunks:
-            yield pb.SampleResponse(chunk=convert.chunk_to_pb(chunk))
+        async with contextlib.aclosing(chunks):
+            async for chunk in chunks:
+                yield pb.SampleResponse(chunk=convert.chunk_to_pb(chunk))
 
     async def ComputeLogprobs(
         self, request: pb.ComputeLogprobsRequest, context: Context

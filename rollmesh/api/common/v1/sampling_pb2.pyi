@@ -62,7 +62,7 @@ class SamplingParams(_message.Message):
     max_tokens: _builtins.int
     """Most tokens of one completion, ≥ 1. Absent: what the context has left after the prompt."""
     temperature: _builtins.float
-    """Softmax temperature, ≥ 0. 0: greedy. Absent: 1."""
+    """Softmax temperature, in [0, 2]. 0: greedy. Absent: 1."""
     top_k: _builtins.int
     """Draw from the k likeliest tokens only, ≥ 1. Absent: no limit."""
     top_p: _builtins.float

@@ -30,25 +30,27 @@ class _DataTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DataType.Val
     DATA_TYPE_FLOAT32: _DataType.ValueType  # 1
     """IEEE 754 binary32, 4 bytes an element."""
     DATA_TYPE_BFLOAT16: _DataType.ValueType  # 2
-    """bfloat16, 2 bytes an element."""
+    """bfloat16, 2 bytes an element. Kept for later: no field takes it yet."""
     DATA_TYPE_INT32: _DataType.ValueType  # 3
     """Two's complement, 4 bytes an element."""
     DATA_TYPE_INT64: _DataType.ValueType  # 4
-    """Two's complement, 8 bytes an element."""
+    """Two's complement, 8 bytes an element. Kept for later: no field takes it yet."""
 
 class DataType(_DataType, metaclass=_DataTypeEnumTypeWrapper):
-    """The element type of a Tensor."""
+    """The element type of a Tensor. Each field of that type says which one it takes: float32 or int32;
+    any other is refused with INVALID_ARGUMENT.
+    """
 
 DATA_TYPE_UNSPECIFIED: DataType.ValueType  # 0
 """Not set; refused with INVALID_ARGUMENT."""
 DATA_TYPE_FLOAT32: DataType.ValueType  # 1
 """IEEE 754 binary32, 4 bytes an element."""
 DATA_TYPE_BFLOAT16: DataType.ValueType  # 2
-"""bfloat16, 2 bytes an element."""
+"""bfloat16, 2 bytes an element. Kept for later: no field takes it yet."""
 DATA_TYPE_INT32: DataType.ValueType  # 3
 """Two's complement, 4 bytes an element."""
 DATA_TYPE_INT64: DataType.ValueType  # 4
-"""Two's complement, 8 bytes an element."""
+"""Two's complement, 8 bytes an element. Kept for later: no field takes it yet."""
 Global___DataType: _TypeAlias = DataType  # noqa: Y015
 
 @_typing.final

@@ -60,7 +60,9 @@ class Datum(_message.Message):
     ADVANTAGES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def token_ids(self) -> _tensor_pb2.Tensor:
-        """int32 [T]: the tokens read. T is at least 1 and at most the model's context length."""
+        """int32 [T]: the tokens read. T is at least 1, and at most both the model's context
+        length and the trainer's `max_batch_tokens`.
+        """
 
     @_builtins.property
     def target_token_ids(self) -> _tensor_pb2.Tensor:

@@ -40,13 +40,15 @@ class Adapter(_message.Message):
     policy_version: _builtins.int
     """Optimizer steps taken so far; 0 is a fresh adapter."""
     published_version: _builtins.int
-    """Newest version that can be sampled. Absent: none was published yet."""
+    """Newest published version. Absent: none was published yet."""
     published_digest: _builtins.str
     """Canonical digest (sha256, hex) of the newest published version. Empty: none."""
     next_sequence: _builtins.int
     """The sequence that the next training op must carry; the first is 1."""
     job: _builtins.str
-    """The job that trains it, `projects/{p}/jobs/{j}`. Empty: an interactive client does."""
+    """The job that it was made for, `projects/{p}/jobs/{j}`; stays after that has ended. Empty: an
+    interactive client made it.
+    """
     @_builtins.property
     def lora(self) -> _policy_pb2.LoraConfig:
         """What was created, with the defaults filled in."""

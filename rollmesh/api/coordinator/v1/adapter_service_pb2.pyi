@@ -37,7 +37,9 @@ class CreateAdapterRequest(_message.Message):
     coordinator's `request_retention_s` says, 30 days by default. Required, at most 128 characters.
     """
     name: _builtins.str
-    """Resource name `projects/{p}/adapters/{a}`; each id is 1–63 of [a-z0-9-], starting with a letter."""
+    """Resource name `projects/{p}/adapters/{a}`; each id is 1–63 of [a-z0-9-], starting with a letter,
+    not ending with '-'.
+    """
     base_model: _builtins.str
     """Name of a base model that the fleet serves."""
     @_builtins.property

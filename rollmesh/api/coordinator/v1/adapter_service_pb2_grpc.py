@@ -73,22 +73,25 @@ class AdapterServiceServicer:
 
     def CreateAdapter(self, request, context):
         """Creates an adapter on a trainer that serves its base model. INVALID_ARGUMENT: bad name, unknown
-        base model, rank or target module. ALREADY_EXISTS: the name is taken by another adapter.
-        RESOURCE_EXHAUSTED: no trainer has room.
+        base model, rank or target module. ALREADY_EXISTS: the name is taken by another adapter,
+        or the request_id by a request with other content.
+        RESOURCE_EXHAUSTED: no trainer has room. UNAVAILABLE: no trainer of the base model answers.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetAdapter(self, request, context):
-        """One adapter. NOT_FOUND: there is none of that name.
+        """One adapter. NOT_FOUND: there is none of that name. FAILED_PRECONDITION: it is lost, its trainer
+        was restarted or is gone. UNAVAILABLE: its trainer is away; try again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListAdapters(self, request, context):
-        """The adapters of a project, in the order of their names.
+        """The adapters of a project, in the order of their names. INVALID_ARGUMENT: parent, page_size or
+        page_token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -96,16 +99,18 @@ class AdapterServiceServicer:
 
     def DeleteAdapter(self, request, context):
         """Deletes an adapter with all its versions. NOT_FOUND: there is none of that name.
-        FAILED_PRECONDITION: a job that has not ended trains it.
+        FAILED_PRECONDITION: a job that has not ended trains it. UNAVAILABLE: its trainer is away.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PublishAdapter(self, request, context):
-        """Makes the adapter's current weights a version that can be sampled and exported, for good.
-        Answers the same version again when nothing was trained since. FAILED_PRECONDITION: gradients
-        are pending, or a sequence is given and is not the next one.
+        """Makes the adapter's current weights a version that can be sampled and exported while its trainer
+        keeps it: the newest `kept_versions` of the trainer's configuration. An older one can be sampled
+        while a sampler holds it, and is NOT_FOUND after that. Answers the same version again when nothing
+        was trained since. NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: gradients are
+        pending, or the adapter is lost. UNAVAILABLE: its trainer is away; try again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -113,7 +118,8 @@ class AdapterServiceServicer:
 
     def ExportAdapter(self, request, context):
         """Streams a published version as a PEFT folder: header, chunks, trailer. NOT_FOUND: no such
-        version. UNAVAILABLE: its trainer is away; try again.
+        version, or its trainer keeps it no longer. FAILED_PRECONDITION: the adapter is lost with a
+        trainer that is gone. UNAVAILABLE: its trainer is away, or the stream was torn; try again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,25 +35,33 @@ class AdapterServiceStub:
     def __new__(cls, channel: _aio.Channel) -> AdapterServiceAsyncStub: ...
     CreateAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.CreateAdapterRequest, _adapter_service_pb2.CreateAdapterResponse]
     """Creates an adapter on a trainer that serves its base model. INVALID_ARGUMENT: bad name, unknown
-    base model, rank or target module. ALREADY_EXISTS: the name is taken by another adapter.
-    RESOURCE_EXHAUSTED: no trainer has room.
+    base model, rank or target module. ALREADY_EXISTS: the name is taken by another adapter,
+    or the request_id by a request with other content.
+    RESOURCE_EXHAUSTED: no trainer has room. UNAVAILABLE: no trainer of the base model answers.
     """
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.GetAdapterRequest, _adapter_service_pb2.GetAdapterResponse]
-    """One adapter. NOT_FOUND: there is none of that name."""
+    """One adapter. NOT_FOUND: there is none of that name. FAILED_PRECONDITION: it is lost, its trainer
+    was restarted or is gone. UNAVAILABLE: its trainer is away; try again.
+    """
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.ListAdaptersRequest, _adapter_service_pb2.ListAdaptersResponse]
-    """The adapters of a project, in the order of their names."""
+    """The adapters of a project, in the order of their names. INVALID_ARGUMENT: parent, page_size or
+    page_token.
+    """
     DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.DeleteAdapterRequest, _adapter_service_pb2.DeleteAdapterResponse]
     """Deletes an adapter with all its versions. NOT_FOUND: there is none of that name.
-    FAILED_PRECONDITION: a job that has not ended trains it.
+    FAILED_PRECONDITION: a job that has not ended trains it. UNAVAILABLE: its trainer is away.
     """
     PublishAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.PublishAdapterRequest, _adapter_service_pb2.PublishAdapterResponse]
-    """Makes the adapter's current weights a version that can be sampled and exported, for good.
-    Answers the same version again when nothing was trained since. FAILED_PRECONDITION: gradients
-    are pending, or a sequence is given and is not the next one.
+    """Makes the adapter's current weights a version that can be sampled and exported while its trainer
+    keeps it: the newest `kept_versions` of the trainer's configuration. An older one can be sampled
+    while a sampler holds it, and is NOT_FOUND after that. Answers the same version again when nothing
+    was trained since. NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: gradients are
+    pending, or the adapter is lost. UNAVAILABLE: its trainer is away; try again.
     """
     ExportAdapter: _grpc.UnaryStreamMultiCallable[_adapter_service_pb2.ExportAdapterRequest, _adapter_service_pb2.ExportAdapterResponse]
     """Streams a published version as a PEFT folder: header, chunks, trailer. NOT_FOUND: no such
-    version. UNAVAILABLE: its trainer is away; try again.
+    version, or its trainer keeps it no longer. FAILED_PRECONDITION: the adapter is lost with a
+    trainer that is gone. UNAVAILABLE: its trainer is away, or the stream was torn; try again.
     """
 
 @_typing.type_check_only
@@ -63,25 +71,33 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.CreateAdapterRequest, _adapter_service_pb2.CreateAdapterResponse]  # type: ignore[assignment]
     """Creates an adapter on a trainer that serves its base model. INVALID_ARGUMENT: bad name, unknown
-    base model, rank or target module. ALREADY_EXISTS: the name is taken by another adapter.
-    RESOURCE_EXHAUSTED: no trainer has room.
+    base model, rank or target module. ALREADY_EXISTS: the name is taken by another adapter,
+    or the request_id by a request with other content.
+    RESOURCE_EXHAUSTED: no trainer has room. UNAVAILABLE: no trainer of the base model answers.
     """
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.GetAdapterRequest, _adapter_service_pb2.GetAdapterResponse]  # type: ignore[assignment]
-    """One adapter. NOT_FOUND: there is none of that name."""
+    """One adapter. NOT_FOUND: there is none of that name. FAILED_PRECONDITION: it is lost, its trainer
+    was restarted or is gone. UNAVAILABLE: its trainer is away; try again.
+    """
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.ListAdaptersRequest, _adapter_service_pb2.ListAdaptersResponse]  # type: ignore[assignment]
-    """The adapters of a project, in the order of their names."""
+    """The adapters of a project, in the order of their names. INVALID_ARGUMENT: parent, page_size or
+    page_token.
+    """
     DeleteAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.DeleteAdapterRequest, _adapter_service_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
     """Deletes an adapter with all its versions. NOT_FOUND: there is none of that name.
-    FAILED_PRECONDITION: a job that has not ended trains it.
+    FAILED_PRECONDITION: a job that has not ended trains it. UNAVAILABLE: its trainer is away.
     """
     PublishAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.PublishAdapterRequest, _adapter_service_pb2.PublishAdapterResponse]  # type: ignore[assignment]
-    """Makes the adapter's current weights a version that can be sampled and exported, for good.
-    Answers the same version again when nothing was trained since. FAILED_PRECONDITION: gradients
-    are pending, or a sequence is given and is not the next one.
+    """Makes the adapter's current weights a version that can be sampled and exported while its trainer
+    keeps it: the newest `kept_versions` of the trainer's configuration. An older one can be sampled
+    while a sampler holds it, and is NOT_FOUND after that. Answers the same version again when nothing
+    was trained since. NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: gradients are
+    pending, or the adapter is lost. UNAVAILABLE: its trainer is away; try again.
     """
     ExportAdapter: _aio.UnaryStreamMultiCallable[_adapter_service_pb2.ExportAdapterRequest, _adapter_service_pb2.ExportAdapterResponse]  # type: ignore[assignment]
     """Streams a published version as a PEFT folder: header, chunks, trailer. NOT_FOUND: no such
-    version. UNAVAILABLE: its trainer is away; try again.
+    version, or its trainer keeps it no longer. FAILED_PRECONDITION: the adapter is lost with a
+    trainer that is gone. UNAVAILABLE: its trainer is away, or the stream was torn; try again.
     """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -94,8 +110,9 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_service_pb2.CreateAdapterResponse, _abc.Awaitable[_adapter_service_pb2.CreateAdapterResponse]]:
         """Creates an adapter on a trainer that serves its base model. INVALID_ARGUMENT: bad name, unknown
-        base model, rank or target module. ALREADY_EXISTS: the name is taken by another adapter.
-        RESOURCE_EXHAUSTED: no trainer has room.
+        base model, rank or target module. ALREADY_EXISTS: the name is taken by another adapter,
+        or the request_id by a request with other content.
+        RESOURCE_EXHAUSTED: no trainer has room. UNAVAILABLE: no trainer of the base model answers.
         """
 
     @_abc_1.abstractmethod
@@ -104,7 +121,9 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_service_pb2.GetAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_service_pb2.GetAdapterResponse, _abc.Awaitable[_adapter_service_pb2.GetAdapterResponse]]:
-        """One adapter. NOT_FOUND: there is none of that name."""
+        """One adapter. NOT_FOUND: there is none of that name. FAILED_PRECONDITION: it is lost, its trainer
+        was restarted or is gone. UNAVAILABLE: its trainer is away; try again.
+        """
 
     @_abc_1.abstractmethod
     def ListAdapters(
@@ -112,7 +131,9 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_service_pb2.ListAdaptersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_service_pb2.ListAdaptersResponse, _abc.Awaitable[_adapter_service_pb2.ListAdaptersResponse]]:
-        """The adapters of a project, in the order of their names."""
+        """The adapters of a project, in the order of their names. INVALID_ARGUMENT: parent, page_size or
+        page_token.
+        """
 
     @_abc_1.abstractmethod
     def DeleteAdapter(
@@ -121,7 +142,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_service_pb2.DeleteAdapterResponse, _abc.Awaitable[_adapter_service_pb2.DeleteAdapterResponse]]:
         """Deletes an adapter with all its versions. NOT_FOUND: there is none of that name.
-        FAILED_PRECONDITION: a job that has not ended trains it.
+        FAILED_PRECONDITION: a job that has not ended trains it. UNAVAILABLE: its trainer is away.
         """
 
     @_abc_1.abstractmethod
@@ -130,9 +151,11 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_service_pb2.PublishAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_service_pb2.PublishAdapterResponse, _abc.Awaitable[_adapter_service_pb2.PublishAdapterResponse]]:
-        """Makes the adapter's current weights a version that can be sampled and exported, for good.
-        Answers the same version again when nothing was trained since. FAILED_PRECONDITION: gradients
-        are pending, or a sequence is given and is not the next one.
+        """Makes the adapter's current weights a version that can be sampled and exported while its trainer
+        keeps it: the newest `kept_versions` of the trainer's configuration. An older one can be sampled
+        while a sampler holds it, and is NOT_FOUND after that. Answers the same version again when nothing
+        was trained since. NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: gradients are
+        pending, or the adapter is lost. UNAVAILABLE: its trainer is away; try again.
         """
 
     @_abc_1.abstractmethod
@@ -142,7 +165,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_adapter_service_pb2.ExportAdapterResponse], _abc.AsyncIterator[_adapter_service_pb2.ExportAdapterResponse]]:
         """Streams a published version as a PEFT folder: header, chunks, trailer. NOT_FOUND: no such
-        version. UNAVAILABLE: its trainer is away; try again.
+        version, or its trainer keeps it no longer. FAILED_PRECONDITION: the adapter is lost with a
+        trainer that is gone. UNAVAILABLE: its trainer is away, or the stream was torn; try again.
         """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

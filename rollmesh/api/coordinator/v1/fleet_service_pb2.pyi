@@ -68,7 +68,7 @@ class Member(_message.Message):
     address: _builtins.str
     """host:port of its gRPC server."""
     serving: _builtins.bool
-    """Whether its health check answers SERVING."""
+    """Whether it answered the coordinator's last poll."""
     base_model: _builtins.str
     """Name of the base model it serves. Empty: none (reward)."""
     problem: _builtins.str
@@ -76,7 +76,7 @@ class Member(_message.Message):
     num_adapters: _builtins.int
     """Adapters (trainer) or policy versions (sampler) that it holds."""
     num_running: _builtins.int
-    """Completions being drawn for this coordinator (sampler)."""
+    """Completions being drawn, for whomever, as the sampler itself said at that poll."""
     backend: _builtins.str
     """The engine behind it, e.g. "vllm", "transformers", "torch". Empty: none."""
     @_builtins.property

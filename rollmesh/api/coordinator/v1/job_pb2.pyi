@@ -153,7 +153,9 @@ class AdapterSpec(_message.Message):
     TARGET_MODULES_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Id within the project, 1–63 of [a-z0-9-], starting with a letter. Empty: the job's id."""
+    """Id within the project, 1–63 of [a-z0-9-], starting with a letter, not ending with '-'. Empty: the
+    job's id.
+    """
     rank: _builtins.int
     """LoRA rank, ≥ 1. Absent: 16."""
     alpha: _builtins.float
@@ -382,7 +384,9 @@ Global___RewardSpec: _TypeAlias = RewardSpec  # noqa: Y015
 
 @_typing.final
 class AlgorithmSpec(_message.Message):
-    """How rewards become training steps."""
+    """How rewards become training steps. At most 65,536 rollouts may be under way:
+    (max_staleness + 1) × groups_per_step × group_size.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -402,9 +406,9 @@ class AlgorithmSpec(_message.Message):
     "dr_grpo" (without the division) or "rloo" (reward less the mean of the others). Empty: "grpo".
     """
     group_size: _builtins.int
-    """Rollouts per group, ≥ 2. Absent: 8."""
+    """Rollouts per group, in [2, 1024]. Absent: 8."""
     groups_per_step: _builtins.int
-    """Groups per optimizer step, ≥ 1. Absent: 32."""
+    """Groups per optimizer step, in [1, 4096]. Absent: 32."""
     max_staleness: _builtins.int
     """Bound of version trained − version sampled, ≥ 0. 0: strictly on-policy. Absent: 0."""
     kl_coefficient: _builtins.float
@@ -542,7 +546,7 @@ class SamplingSpec(_message.Message):
     max_tokens: _builtins.int
     """Most tokens of one completion, ≥ 1. Absent: what the context has left after the prompt."""
     temperature: _builtins.float
-    """Softmax temperature of training samples, > 0. Absent: 1."""
+    """Softmax temperature of training samples, in (0, 2]. Absent: 1."""
     top_k: _builtins.int
     """Draw from the k likeliest tokens only, ≥ 1. Absent: no limit."""
     top_p: _builtins.float
@@ -702,7 +706,9 @@ class Job(_message.Message):
     """Number of its newest event; events are numbered from 1."""
     @_builtins.property
     def spec(self) -> Global___JobSpec:
-        """What it was created with, defaults filled in; of the tasks of its datasets only the first."""
+        """What it was created with, defaults filled in but for what stays absent: adapter.alpha (the
+        trainer's 2 × rank), limits that are not set. Of the tasks of its datasets only the first.
+        """
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
@@ -772,7 +778,7 @@ class JobEvent(_message.Message):
 
     @_builtins.property
     def step_completed(self) -> Global___StepCompleted:
-        """An optimizer step was finished and its policy is live on the samplers."""
+        """An optimizer step was finished; its policy is live, as StepCompleted says."""
 
     @_builtins.property
     def evaluation_completed(self) -> Global___EvaluationCompleted:
@@ -831,7 +837,9 @@ Global___StateChanged: _TypeAlias = StateChanged  # noqa: Y015
 
 @_typing.final
 class StepCompleted(_message.Message):
-    """An optimizer step was finished."""
+    """An optimizer step was finished: its policy is live on every sampler that serves. One that was away
+    pulls it when it is asked for it.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -956,7 +964,9 @@ class Warning(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
-    """Stable name of what went wrong, e.g. "SAMPLER_LOST"."""
+    """Stable name of what went wrong, "STEP_RECOVERED", "TRAINER_UNAVAILABLE",
+    "REWARD_UNAVAILABLE" or "SAMPLER_UNAVAILABLE".
+    """
     message: _builtins.str
     """For a person to read."""
     def __init__(

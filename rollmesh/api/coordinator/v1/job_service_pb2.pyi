@@ -37,7 +37,9 @@ class CreateJobRequest(_message.Message):
     parent: _builtins.str
     """Resource name `projects/{p}`."""
     job_id: _builtins.str
-    """Id of the job, 1–63 of [a-z0-9-], starting with a letter. Empty: one is made up."""
+    """Id of the job, 1–63 of [a-z0-9-], starting with a letter, not ending with '-'. Empty: one is made
+    up.
+    """
     @_builtins.property
     def spec(self) -> _job_pb2.JobSpec:
         """What to do."""

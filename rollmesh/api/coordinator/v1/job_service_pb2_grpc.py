@@ -79,8 +79,9 @@ class JobServiceServicer:
     def CreateJob(self, request, context):
         """Stores a job and answers at once; it runs when the fleet has what it needs. INVALID_ARGUMENT
         names the key of the spec; NOT_FOUND: a base model that nobody serves; UNAVAILABLE: the fleet has
-        not answered yet, so that this cannot be known; ALREADY_EXISTS: the job's or the adapter's id is
-        taken, or the request_id by a request with other content; RESOURCE_EXHAUSTED: too many jobs wait.
+        not answered yet, so that this cannot be known, or the reward service is away; ALREADY_EXISTS: the
+        job's or the adapter's id is taken, or the request_id by a request with other content;
+        RESOURCE_EXHAUSTED: too many jobs wait.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -94,7 +95,7 @@ class JobServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListJobs(self, request, context):
-        """The jobs of a project, newest first.
+        """The jobs of a project, newest first. INVALID_ARGUMENT: parent, page_size or page_token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -102,7 +103,7 @@ class JobServiceServicer:
 
     def PauseJob(self, request, context):
         """Stops a job after the step it is in; what it has is kept. A paused job is left as it is.
-        FAILED_PRECONDITION: the job has ended.
+        NOT_FOUND: there is none of that name. FAILED_PRECONDITION: the job has ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -110,7 +111,7 @@ class JobServiceServicer:
 
     def ResumeJob(self, request, context):
         """Goes on with a paused job, and takes back a pause that has not come into effect yet; any other is
-        left as it is. FAILED_PRECONDITION: the job has ended.
+        left as it is. NOT_FOUND: there is none of that name. FAILED_PRECONDITION: the job has ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -118,7 +119,7 @@ class JobServiceServicer:
 
     def CancelJob(self, request, context):
         """Ends a job now: its samples are aborted, its adapter is kept. A cancelled job is left as it is.
-        FAILED_PRECONDITION: the job has ended otherwise.
+        NOT_FOUND: there is none of that name. FAILED_PRECONDITION: the job has ended otherwise.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -127,6 +128,8 @@ class JobServiceServicer:
     def WatchJob(self, request, context):
         """Streams a job's events from any point, without gaps or repeats, and ends after the event that
         ends the job. A client that lost its connection calls again with the last number it saw.
+        NOT_FOUND: there is none of that name. INVALID_ARGUMENT: after_event is negative, or beyond the
+        last event. UNAVAILABLE: the coordinator is going away; call again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

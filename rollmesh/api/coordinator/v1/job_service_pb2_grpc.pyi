@@ -36,28 +36,31 @@ class JobServiceStub:
     CreateJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.CreateJobRequest, _job_service_pb2.CreateJobResponse]
     """Stores a job and answers at once; it runs when the fleet has what it needs. INVALID_ARGUMENT
     names the key of the spec; NOT_FOUND: a base model that nobody serves; UNAVAILABLE: the fleet has
-    not answered yet, so that this cannot be known; ALREADY_EXISTS: the job's or the adapter's id is
-    taken, or the request_id by a request with other content; RESOURCE_EXHAUSTED: too many jobs wait.
+    not answered yet, so that this cannot be known, or the reward service is away; ALREADY_EXISTS: the
+    job's or the adapter's id is taken, or the request_id by a request with other content;
+    RESOURCE_EXHAUSTED: too many jobs wait.
     """
     GetJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.GetJobRequest, _job_service_pb2.GetJobResponse]
     """One job. NOT_FOUND: there is none of that name."""
     ListJobs: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.ListJobsRequest, _job_service_pb2.ListJobsResponse]
-    """The jobs of a project, newest first."""
+    """The jobs of a project, newest first. INVALID_ARGUMENT: parent, page_size or page_token."""
     PauseJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.PauseJobRequest, _job_service_pb2.PauseJobResponse]
     """Stops a job after the step it is in; what it has is kept. A paused job is left as it is.
-    FAILED_PRECONDITION: the job has ended.
+    NOT_FOUND: there is none of that name. FAILED_PRECONDITION: the job has ended.
     """
     ResumeJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.ResumeJobRequest, _job_service_pb2.ResumeJobResponse]
     """Goes on with a paused job, and takes back a pause that has not come into effect yet; any other is
-    left as it is. FAILED_PRECONDITION: the job has ended.
+    left as it is. NOT_FOUND: there is none of that name. FAILED_PRECONDITION: the job has ended.
     """
     CancelJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.CancelJobRequest, _job_service_pb2.CancelJobResponse]
     """Ends a job now: its samples are aborted, its adapter is kept. A cancelled job is left as it is.
-    FAILED_PRECONDITION: the job has ended otherwise.
+    NOT_FOUND: there is none of that name. FAILED_PRECONDITION: the job has ended otherwise.
     """
     WatchJob: _grpc.UnaryStreamMultiCallable[_job_service_pb2.WatchJobRequest, _job_service_pb2.WatchJobResponse]
     """Streams a job's events from any point, without gaps or repeats, and ends after the event that
     ends the job. A client that lost its connection calls again with the last number it saw.
+    NOT_FOUND: there is none of that name. INVALID_ARGUMENT: after_event is negative, or beyond the
+    last event. UNAVAILABLE: the coordinator is going away; call again.
     """
 
 @_typing.type_check_only
@@ -68,28 +71,31 @@ class JobServiceAsyncStub(JobServiceStub):
     CreateJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.CreateJobRequest, _job_service_pb2.CreateJobResponse]  # type: ignore[assignment]
     """Stores a job and answers at once; it runs when the fleet has what it needs. INVALID_ARGUMENT
     names the key of the spec; NOT_FOUND: a base model that nobody serves; UNAVAILABLE: the fleet has
-    not answered yet, so that this cannot be known; ALREADY_EXISTS: the job's or the adapter's id is
-    taken, or the request_id by a request with other content; RESOURCE_EXHAUSTED: too many jobs wait.
+    not answered yet, so that this cannot be known, or the reward service is away; ALREADY_EXISTS: the
+    job's or the adapter's id is taken, or the request_id by a request with other content;
+    RESOURCE_EXHAUSTED: too many jobs wait.
     """
     GetJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.GetJobRequest, _job_service_pb2.GetJobResponse]  # type: ignore[assignment]
     """One job. NOT_FOUND: there is none of that name."""
     ListJobs: _aio.UnaryUnaryMultiCallable[_job_service_pb2.ListJobsRequest, _job_service_pb2.ListJobsResponse]  # type: ignore[assignment]
-    """The jobs of a project, newest first."""
+    """The jobs of a project, newest first. INVALID_ARGUMENT: parent, page_size or page_token."""
     PauseJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.PauseJobRequest, _job_service_pb2.PauseJobResponse]  # type: ignore[assignment]
     """Stops a job after the step it is in; what it has is kept. A paused job is left as it is.
-    FAILED_PRECONDITION: the job has ended.
+    NOT_FOUND: there is none of that name. FAILED_PRECONDITION: the job has ended.
     """
     ResumeJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.ResumeJobRequest, _job_service_pb2.ResumeJobResponse]  # type: ignore[assignment]
     """Goes on with a paused job, and takes back a pause that has not come into effect yet; any other is
-    left as it is. FAILED_PRECONDITION: the job has ended.
+    left as it is. NOT_FOUND: there is none of that name. FAILED_PRECONDITION: the job has ended.
     """
     CancelJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.CancelJobRequest, _job_service_pb2.CancelJobResponse]  # type: ignore[assignment]
     """Ends a job now: its samples are aborted, its adapter is kept. A cancelled job is left as it is.
-    FAILED_PRECONDITION: the job has ended otherwise.
+    NOT_FOUND: there is none of that name. FAILED_PRECONDITION: the job has ended otherwise.
     """
     WatchJob: _aio.UnaryStreamMultiCallable[_job_service_pb2.WatchJobRequest, _job_service_pb2.WatchJobResponse]  # type: ignore[assignment]
     """Streams a job's events from any point, without gaps or repeats, and ends after the event that
     ends the job. A client that lost its connection calls again with the last number it saw.
+    NOT_FOUND: there is none of that name. INVALID_ARGUMENT: after_event is negative, or beyond the
+    last event. UNAVAILABLE: the coordinator is going away; call again.
     """
 
 class JobServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -103,8 +109,9 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_job_service_pb2.CreateJobResponse, _abc.Awaitable[_job_service_pb2.CreateJobResponse]]:
         """Stores a job and answers at once; it runs when the fleet has what it needs. INVALID_ARGUMENT
         names the key of the spec; NOT_FOUND: a base model that nobody serves; UNAVAILABLE: the fleet has
-        not answered yet, so that this cannot be known; ALREADY_EXISTS: the job's or the adapter's id is
-        taken, or the request_id by a request with other content; RESOURCE_EXHAUSTED: too many jobs wait.
+        not answered yet, so that this cannot be known, or the reward service is away; ALREADY_EXISTS: the
+        job's or the adapter's id is taken, or the request_id by a request with other content;
+        RESOURCE_EXHAUSTED: too many jobs wait.
         """
 
     @_abc_1.abstractmethod
@@ -121,7 +128,7 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _job_service_pb2.ListJobsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_job_service_pb2.ListJobsResponse, _abc.Awaitable[_job_service_pb2.ListJobsResponse]]:
-        """The jobs of a project, newest first."""
+        """The jobs of a project, newest first. INVALID_ARGUMENT: parent, page_size or page_token."""
 
     @_abc_1.abstractmethod
     def PauseJob(
@@ -130,7 +137,7 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_job_service_pb2.PauseJobResponse, _abc.Awaitable[_job_service_pb2.PauseJobResponse]]:
         """Stops a job after the step it is in; what it has is kept. A paused job is left as it is.
-        FAILED_PRECONDITION: the job has ended.
+        NOT_FOUND: there is none of that name. FAILED_PRECONDITION: the job has ended.
         """
 
     @_abc_1.abstractmethod
@@ -140,7 +147,7 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_job_service_pb2.ResumeJobResponse, _abc.Awaitable[_job_service_pb2.ResumeJobResponse]]:
         """Goes on with a paused job, and takes back a pause that has not come into effect yet; any other is
-        left as it is. FAILED_PRECONDITION: the job has ended.
+        left as it is. NOT_FOUND: there is none of that name. FAILED_PRECONDITION: the job has ended.
         """
 
     @_abc_1.abstractmethod
@@ -150,7 +157,7 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_job_service_pb2.CancelJobResponse, _abc.Awaitable[_job_service_pb2.CancelJobResponse]]:
         """Ends a job now: its samples are aborted, its adapter is kept. A cancelled job is left as it is.
-        FAILED_PRECONDITION: the job has ended otherwise.
+        NOT_FOUND: there is none of that name. FAILED_PRECONDITION: the job has ended otherwise.
         """
 
     @_abc_1.abstractmethod
@@ -161,6 +168,8 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_job_service_pb2.WatchJobResponse], _abc.AsyncIterator[_job_service_pb2.WatchJobResponse]]:
         """Streams a job's events from any point, without gaps or repeats, and ends after the event that
         ends the job. A client that lost its connection calls again with the last number it saw.
+        NOT_FOUND: there is none of that name. INVALID_ARGUMENT: after_event is negative, or beyond the
+        last event. UNAVAILABLE: the coordinator is going away; call again.
         """
 
 def add_JobServiceServicer_to_server(servicer: JobServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -54,8 +54,10 @@ class SamplingServiceServicer:
     def Sample(self, request, context):
         """Draws completions and streams their tokens. INVALID_ARGUMENT names the field: an empty prompt,
         a token outside the vocabulary, a prompt that leaves no room in the context, a parameter out of
-        range. NOT_FOUND: no such adapter or published version. RESOURCE_EXHAUSTED: the queue is full;
-        try again after RetryInfo. Cancelling the call, or its deadline, stops the generation.
+        range. NOT_FOUND: nobody serves the base model; no such adapter or published version; one that
+        its trainer keeps no longer and no sampler holds. RESOURCE_EXHAUSTED: the queue is full; try again
+        after RetryInfo. UNAVAILABLE: no sampler serves; or the sampler was lost after chunks had been
+        sent, which are then to be thrown away. Cancelling the call, or its deadline, stops the generation.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,8 +36,10 @@ class SamplingServiceStub:
     Sample: _grpc.UnaryStreamMultiCallable[_sampling_service_pb2.SampleRequest, _sampling_service_pb2.SampleResponse]
     """Draws completions and streams their tokens. INVALID_ARGUMENT names the field: an empty prompt,
     a token outside the vocabulary, a prompt that leaves no room in the context, a parameter out of
-    range. NOT_FOUND: no such adapter or published version. RESOURCE_EXHAUSTED: the queue is full;
-    try again after RetryInfo. Cancelling the call, or its deadline, stops the generation.
+    range. NOT_FOUND: nobody serves the base model; no such adapter or published version; one that
+    its trainer keeps no longer and no sampler holds. RESOURCE_EXHAUSTED: the queue is full; try again
+    after RetryInfo. UNAVAILABLE: no sampler serves; or the sampler was lost after chunks had been
+    sent, which are then to be thrown away. Cancelling the call, or its deadline, stops the generation.
     """
     ComputeLogprobs: _grpc.UnaryUnaryMultiCallable[_sampling_service_pb2.ComputeLogprobsRequest, _sampling_service_pb2.ComputeLogprobsResponse]
     """Log-probabilities of given tokens under a policy, as the sampler computes them. Errors as Sample."""
@@ -50,8 +52,10 @@ class SamplingServiceAsyncStub(SamplingServiceStub):
     Sample: _aio.UnaryStreamMultiCallable[_sampling_service_pb2.SampleRequest, _sampling_service_pb2.SampleResponse]  # type: ignore[assignment]
     """Draws completions and streams their tokens. INVALID_ARGUMENT names the field: an empty prompt,
     a token outside the vocabulary, a prompt that leaves no room in the context, a parameter out of
-    range. NOT_FOUND: no such adapter or published version. RESOURCE_EXHAUSTED: the queue is full;
-    try again after RetryInfo. Cancelling the call, or its deadline, stops the generation.
+    range. NOT_FOUND: nobody serves the base model; no such adapter or published version; one that
+    its trainer keeps no longer and no sampler holds. RESOURCE_EXHAUSTED: the queue is full; try again
+    after RetryInfo. UNAVAILABLE: no sampler serves; or the sampler was lost after chunks had been
+    sent, which are then to be thrown away. Cancelling the call, or its deadline, stops the generation.
     """
     ComputeLogprobs: _aio.UnaryUnaryMultiCallable[_sampling_service_pb2.ComputeLogprobsRequest, _sampling_service_pb2.ComputeLogprobsResponse]  # type: ignore[assignment]
     """Log-probabilities of given tokens under a policy, as the sampler computes them. Errors as Sample."""
@@ -67,8 +71,10 @@ class SamplingServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_sampling_service_pb2.SampleResponse], _abc.AsyncIterator[_sampling_service_pb2.SampleResponse]]:
         """Draws completions and streams their tokens. INVALID_ARGUMENT names the field: an empty prompt,
         a token outside the vocabulary, a prompt that leaves no room in the context, a parameter out of
-        range. NOT_FOUND: no such adapter or published version. RESOURCE_EXHAUSTED: the queue is full;
-        try again after RetryInfo. Cancelling the call, or its deadline, stops the generation.
+        range. NOT_FOUND: nobody serves the base model; no such adapter or published version; one that
+        its trainer keeps no longer and no sampler holds. RESOURCE_EXHAUSTED: the queue is full; try again
+        after RetryInfo. UNAVAILABLE: no sampler serves; or the sampler was lost after chunks had been
+        sent, which are then to be thrown away. Cancelling the call, or its deadline, stops the generation.
         """
 
     @_abc_1.abstractmethod

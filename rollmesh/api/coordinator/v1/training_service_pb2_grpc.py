@@ -30,6 +30,9 @@ class TrainingServiceStub:
     of their sequence; a repeat of the newest sequence with the same body answers the stored result,
     with another body ALREADY_EXISTS; a gap is FAILED_PRECONDITION with `expected_sequence` in its
     ErrorInfo. An op that fails with INVALID_ARGUMENT changes nothing and does not use up its sequence.
+    Each of them: NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: the adapter is lost, its
+    trainer was restarted or is gone. RESOURCE_EXHAUSTED: `max_queued_ops` wait in the trainer; try
+    again after RetryInfo. UNAVAILABLE: the trainer is away; try again.
     """
 
     def __init__(self, channel):
@@ -60,6 +63,9 @@ class TrainingServiceServicer:
     of their sequence; a repeat of the newest sequence with the same body answers the stored result,
     with another body ALREADY_EXISTS; a gap is FAILED_PRECONDITION with `expected_sequence` in its
     ErrorInfo. An op that fails with INVALID_ARGUMENT changes nothing and does not use up its sequence.
+    Each of them: NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: the adapter is lost, its
+    trainer was restarted or is gone. RESOURCE_EXHAUSTED: `max_queued_ops` wait in the trainer; try
+    again after RetryInfo. UNAVAILABLE: the trainer is away; try again.
     """
 
     def ForwardBackward(self, request, context):
@@ -74,6 +80,7 @@ class TrainingServiceServicer:
 
     def Forward(self, request, context):
         """Computes the log-probabilities of a batch; changes nothing and takes no sequence.
+        INVALID_ARGUMENT as ForwardBackward.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -81,6 +88,7 @@ class TrainingServiceServicer:
 
     def OptimStep(self, request, context):
         """One AdamW step with the pending gradients, which it clears: the policy_version grows by one.
+        INVALID_ARGUMENT: a setting out of range.
         FAILED_PRECONDITION: a gap in sequence; no gradients are pending; a job owns the adapter; the
         gradient is not finite, in which case the adapter stays as it was and the gradients are cleared.
         """
@@ -119,6 +127,9 @@ class TrainingService:
     of their sequence; a repeat of the newest sequence with the same body answers the stored result,
     with another body ALREADY_EXISTS; a gap is FAILED_PRECONDITION with `expected_sequence` in its
     ErrorInfo. An op that fails with INVALID_ARGUMENT changes nothing and does not use up its sequence.
+    Each of them: NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: the adapter is lost, its
+    trainer was restarted or is gone. RESOURCE_EXHAUSTED: `max_queued_ops` wait in the trainer; try
+    again after RetryInfo. UNAVAILABLE: the trainer is away; try again.
     """
 
     @staticmethod

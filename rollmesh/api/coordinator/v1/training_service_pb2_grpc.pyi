@@ -31,6 +31,9 @@ class TrainingServiceStub:
     of their sequence; a repeat of the newest sequence with the same body answers the stored result,
     with another body ALREADY_EXISTS; a gap is FAILED_PRECONDITION with `expected_sequence` in its
     ErrorInfo. An op that fails with INVALID_ARGUMENT changes nothing and does not use up its sequence.
+    Each of them: NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: the adapter is lost, its
+    trainer was restarted or is gone. RESOURCE_EXHAUSTED: `max_queued_ops` wait in the trainer; try
+    again after RetryInfo. UNAVAILABLE: the trainer is away; try again.
     """
 
     @_typing.overload
@@ -44,9 +47,12 @@ class TrainingServiceStub:
     FAILED_PRECONDITION: a gap in sequence; a job owns the adapter; the loss is not finite.
     """
     Forward: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.ForwardRequest, _training_service_pb2.ForwardResponse]
-    """Computes the log-probabilities of a batch; changes nothing and takes no sequence."""
+    """Computes the log-probabilities of a batch; changes nothing and takes no sequence.
+    INVALID_ARGUMENT as ForwardBackward.
+    """
     OptimStep: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.OptimStepRequest, _training_service_pb2.OptimStepResponse]
     """One AdamW step with the pending gradients, which it clears: the policy_version grows by one.
+    INVALID_ARGUMENT: a setting out of range.
     FAILED_PRECONDITION: a gap in sequence; no gradients are pending; a job owns the adapter; the
     gradient is not finite, in which case the adapter stays as it was and the gradients are cleared.
     """
@@ -57,6 +63,9 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     of their sequence; a repeat of the newest sequence with the same body answers the stored result,
     with another body ALREADY_EXISTS; a gap is FAILED_PRECONDITION with `expected_sequence` in its
     ErrorInfo. An op that fails with INVALID_ARGUMENT changes nothing and does not use up its sequence.
+    Each of them: NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: the adapter is lost, its
+    trainer was restarted or is gone. RESOURCE_EXHAUSTED: `max_queued_ops` wait in the trainer; try
+    again after RetryInfo. UNAVAILABLE: the trainer is away; try again.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -67,9 +76,12 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     FAILED_PRECONDITION: a gap in sequence; a job owns the adapter; the loss is not finite.
     """
     Forward: _aio.UnaryUnaryMultiCallable[_training_service_pb2.ForwardRequest, _training_service_pb2.ForwardResponse]  # type: ignore[assignment]
-    """Computes the log-probabilities of a batch; changes nothing and takes no sequence."""
+    """Computes the log-probabilities of a batch; changes nothing and takes no sequence.
+    INVALID_ARGUMENT as ForwardBackward.
+    """
     OptimStep: _aio.UnaryUnaryMultiCallable[_training_service_pb2.OptimStepRequest, _training_service_pb2.OptimStepResponse]  # type: ignore[assignment]
     """One AdamW step with the pending gradients, which it clears: the policy_version grows by one.
+    INVALID_ARGUMENT: a setting out of range.
     FAILED_PRECONDITION: a gap in sequence; no gradients are pending; a job owns the adapter; the
     gradient is not finite, in which case the adapter stays as it was and the gradients are cleared.
     """
@@ -79,6 +91,9 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     of their sequence; a repeat of the newest sequence with the same body answers the stored result,
     with another body ALREADY_EXISTS; a gap is FAILED_PRECONDITION with `expected_sequence` in its
     ErrorInfo. An op that fails with INVALID_ARGUMENT changes nothing and does not use up its sequence.
+    Each of them: NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: the adapter is lost, its
+    trainer was restarted or is gone. RESOURCE_EXHAUSTED: `max_queued_ops` wait in the trainer; try
+    again after RetryInfo. UNAVAILABLE: the trainer is away; try again.
     """
 
     @_abc_1.abstractmethod
@@ -99,7 +114,9 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_service_pb2.ForwardRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_service_pb2.ForwardResponse, _abc.Awaitable[_training_service_pb2.ForwardResponse]]:
-        """Computes the log-probabilities of a batch; changes nothing and takes no sequence."""
+        """Computes the log-probabilities of a batch; changes nothing and takes no sequence.
+        INVALID_ARGUMENT as ForwardBackward.
+        """
 
     @_abc_1.abstractmethod
     def OptimStep(
@@ -108,6 +125,7 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_training_service_pb2.OptimStepResponse, _abc.Awaitable[_training_service_pb2.OptimStepResponse]]:
         """One AdamW step with the pending gradients, which it clears: the policy_version grows by one.
+        INVALID_ARGUMENT: a setting out of range.
         FAILED_PRECONDITION: a gap in sequence; no gradients are pending; a job owns the adapter; the
         gradient is not finite, in which case the adapter stays as it was and the gradients are cleared.
         """

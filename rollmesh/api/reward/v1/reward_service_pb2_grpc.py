@@ -54,7 +54,7 @@ class RewardServiceServicer:
     def Score(self, request, context):
         """Scores a batch with one function, in order. INVALID_ARGUMENT: an unknown function, with those that
         exist; wrong parameters, with their names and what they may be; an item that the function cannot
-        score, with its index.
+        score, with its index. RESOURCE_EXHAUSTED: `max_batches` are under way; try again after RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

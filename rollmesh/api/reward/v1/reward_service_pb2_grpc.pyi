@@ -36,7 +36,7 @@ class RewardServiceStub:
     Score: _grpc.UnaryUnaryMultiCallable[_reward_service_pb2.ScoreRequest, _reward_service_pb2.ScoreResponse]
     """Scores a batch with one function, in order. INVALID_ARGUMENT: an unknown function, with those that
     exist; wrong parameters, with their names and what they may be; an item that the function cannot
-    score, with its index.
+    score, with its index. RESOURCE_EXHAUSTED: `max_batches` are under way; try again after RetryInfo.
     """
     ListFunctions: _grpc.UnaryUnaryMultiCallable[_reward_service_pb2.ListFunctionsRequest, _reward_service_pb2.ListFunctionsResponse]
     """The functions that exist, with their parameters."""
@@ -49,7 +49,7 @@ class RewardServiceAsyncStub(RewardServiceStub):
     Score: _aio.UnaryUnaryMultiCallable[_reward_service_pb2.ScoreRequest, _reward_service_pb2.ScoreResponse]  # type: ignore[assignment]
     """Scores a batch with one function, in order. INVALID_ARGUMENT: an unknown function, with those that
     exist; wrong parameters, with their names and what they may be; an item that the function cannot
-    score, with its index.
+    score, with its index. RESOURCE_EXHAUSTED: `max_batches` are under way; try again after RetryInfo.
     """
     ListFunctions: _aio.UnaryUnaryMultiCallable[_reward_service_pb2.ListFunctionsRequest, _reward_service_pb2.ListFunctionsResponse]  # type: ignore[assignment]
     """The functions that exist, with their parameters."""
@@ -65,7 +65,7 @@ class RewardServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_reward_service_pb2.ScoreResponse, _abc.Awaitable[_reward_service_pb2.ScoreResponse]]:
         """Scores a batch with one function, in order. INVALID_ARGUMENT: an unknown function, with those that
         exist; wrong parameters, with their names and what they may be; an item that the function cannot
-        score, with its index.
+        score, with its index. RESOURCE_EXHAUSTED: `max_batches` are under way; try again after RetryInfo.
         """
 
     @_abc_1.abstractmethod

@@ -94,7 +94,7 @@ class GetSamplerResponse(_message.Message):
     backend: _builtins.str
     """"vllm" or "transformers"."""
     num_running: _builtins.int
-    """Completions being drawn."""
+    """Completions being drawn or waiting here."""
     max_rank: _builtins.int
     """Largest LoRA rank that it can load."""
     @_builtins.property

@@ -76,9 +76,12 @@ class SamplerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LoadAdapter(self, request, context):
-        """Pulls a version, verifies its digest, and loads it into the engine; answers when it is live.
-        Repeating it is free. UNAVAILABLE: the source could not be reached, or its stream was torn.
-        FAILED_PRECONDITION: what arrived or was loaded is not what the digest says.
+        """Pulls a version, verifies what arrived against its digest, and loads it into the engine; answers
+        when it is live. Repeating it is free. INVALID_ARGUMENT: a malformed source, another base model,
+        too large a rank. NOT_FOUND: the trainer keeps it no longer. FAILED_PRECONDITION: what arrived is
+        not what the digest says, or the engine cannot use it. RESOURCE_EXHAUSTED: as many versions as fit
+        are in use, or the cache is full. UNAVAILABLE: the engine is starting or going away; with the
+        reason SOURCE_UNAVAILABLE: the trainer could not be reached, or its stream was torn.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -86,6 +89,7 @@ class SamplerServiceServicer:
 
     def UnloadAdapter(self, request, context):
         """Unloads a version once no request uses it. One that is not loaded is OK too.
+        INVALID_ARGUMENT: not an adapter's name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -93,15 +97,17 @@ class SamplerServiceServicer:
 
     def Sample(self, request, context):
         """Draws completions and streams their tokens; a version that is not loaded is pulled first.
-        INVALID_ARGUMENT names the field. Cancelling the call, or its deadline, aborts the generation in
-        the engine. UNAVAILABLE: the engine is going away; ask another sampler.
+        INVALID_ARGUMENT names the field. RESOURCE_EXHAUSTED: `max_queued` requests are here; ask another
+        sampler. UNAVAILABLE: the engine is starting or going away; ask another. Where a version is
+        pulled, LoadAdapter's errors too. Cancelling the call, or its deadline, aborts the generation in
+        the engine.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ComputeLogprobs(self, request, context):
-        """Log-probabilities of given tokens under a policy.
+        """Log-probabilities of given tokens under a policy. Errors as Sample.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

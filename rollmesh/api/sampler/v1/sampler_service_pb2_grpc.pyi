@@ -38,19 +38,26 @@ class SamplerServiceStub:
     GetSampler: _grpc.UnaryUnaryMultiCallable[_sampler_service_pb2.GetSamplerRequest, _sampler_service_pb2.GetSamplerResponse]
     """What this sampler serves and how busy it is."""
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_sampler_service_pb2.LoadAdapterRequest, _sampler_service_pb2.LoadAdapterResponse]
-    """Pulls a version, verifies its digest, and loads it into the engine; answers when it is live.
-    Repeating it is free. UNAVAILABLE: the source could not be reached, or its stream was torn.
-    FAILED_PRECONDITION: what arrived or was loaded is not what the digest says.
+    """Pulls a version, verifies what arrived against its digest, and loads it into the engine; answers
+    when it is live. Repeating it is free. INVALID_ARGUMENT: a malformed source, another base model,
+    too large a rank. NOT_FOUND: the trainer keeps it no longer. FAILED_PRECONDITION: what arrived is
+    not what the digest says, or the engine cannot use it. RESOURCE_EXHAUSTED: as many versions as fit
+    are in use, or the cache is full. UNAVAILABLE: the engine is starting or going away; with the
+    reason SOURCE_UNAVAILABLE: the trainer could not be reached, or its stream was torn.
     """
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_sampler_service_pb2.UnloadAdapterRequest, _sampler_service_pb2.UnloadAdapterResponse]
-    """Unloads a version once no request uses it. One that is not loaded is OK too."""
+    """Unloads a version once no request uses it. One that is not loaded is OK too.
+    INVALID_ARGUMENT: not an adapter's name.
+    """
     Sample: _grpc.UnaryStreamMultiCallable[_sampler_service_pb2.SampleRequest, _sampler_service_pb2.SampleResponse]
     """Draws completions and streams their tokens; a version that is not loaded is pulled first.
-    INVALID_ARGUMENT names the field. Cancelling the call, or its deadline, aborts the generation in
-    the engine. UNAVAILABLE: the engine is going away; ask another sampler.
+    INVALID_ARGUMENT names the field. RESOURCE_EXHAUSTED: `max_queued` requests are here; ask another
+    sampler. UNAVAILABLE: the engine is starting or going away; ask another. Where a version is
+    pulled, LoadAdapter's errors too. Cancelling the call, or its deadline, aborts the generation in
+    the engine.
     """
     ComputeLogprobs: _grpc.UnaryUnaryMultiCallable[_sampler_service_pb2.ComputeLogprobsRequest, _sampler_service_pb2.ComputeLogprobsResponse]
-    """Log-probabilities of given tokens under a policy."""
+    """Log-probabilities of given tokens under a policy. Errors as Sample."""
 
 @_typing.type_check_only
 class SamplerServiceAsyncStub(SamplerServiceStub):
@@ -62,19 +69,26 @@ class SamplerServiceAsyncStub(SamplerServiceStub):
     GetSampler: _aio.UnaryUnaryMultiCallable[_sampler_service_pb2.GetSamplerRequest, _sampler_service_pb2.GetSamplerResponse]  # type: ignore[assignment]
     """What this sampler serves and how busy it is."""
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_sampler_service_pb2.LoadAdapterRequest, _sampler_service_pb2.LoadAdapterResponse]  # type: ignore[assignment]
-    """Pulls a version, verifies its digest, and loads it into the engine; answers when it is live.
-    Repeating it is free. UNAVAILABLE: the source could not be reached, or its stream was torn.
-    FAILED_PRECONDITION: what arrived or was loaded is not what the digest says.
+    """Pulls a version, verifies what arrived against its digest, and loads it into the engine; answers
+    when it is live. Repeating it is free. INVALID_ARGUMENT: a malformed source, another base model,
+    too large a rank. NOT_FOUND: the trainer keeps it no longer. FAILED_PRECONDITION: what arrived is
+    not what the digest says, or the engine cannot use it. RESOURCE_EXHAUSTED: as many versions as fit
+    are in use, or the cache is full. UNAVAILABLE: the engine is starting or going away; with the
+    reason SOURCE_UNAVAILABLE: the trainer could not be reached, or its stream was torn.
     """
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_sampler_service_pb2.UnloadAdapterRequest, _sampler_service_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
-    """Unloads a version once no request uses it. One that is not loaded is OK too."""
+    """Unloads a version once no request uses it. One that is not loaded is OK too.
+    INVALID_ARGUMENT: not an adapter's name.
+    """
     Sample: _aio.UnaryStreamMultiCallable[_sampler_service_pb2.SampleRequest, _sampler_service_pb2.SampleResponse]  # type: ignore[assignment]
     """Draws completions and streams their tokens; a version that is not loaded is pulled first.
-    INVALID_ARGUMENT names the field. Cancelling the call, or its deadline, aborts the generation in
-    the engine. UNAVAILABLE: the engine is going away; ask another sampler.
+    INVALID_ARGUMENT names the field. RESOURCE_EXHAUSTED: `max_queued` requests are here; ask another
+    sampler. UNAVAILABLE: the engine is starting or going away; ask another. Where a version is
+    pulled, LoadAdapter's errors too. Cancelling the call, or its deadline, aborts the generation in
+    the engine.
     """
     ComputeLogprobs: _aio.UnaryUnaryMultiCallable[_sampler_service_pb2.ComputeLogprobsRequest, _sampler_service_pb2.ComputeLogprobsResponse]  # type: ignore[assignment]
-    """Log-probabilities of given tokens under a policy."""
+    """Log-probabilities of given tokens under a policy. Errors as Sample."""
 
 class SamplerServiceServicer(metaclass=_abc_1.ABCMeta):
     """One base model in an inference engine, with LoRA adapters hot-swapped by version. Stateless:
@@ -95,9 +109,12 @@ class SamplerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sampler_service_pb2.LoadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sampler_service_pb2.LoadAdapterResponse, _abc.Awaitable[_sampler_service_pb2.LoadAdapterResponse]]:
-        """Pulls a version, verifies its digest, and loads it into the engine; answers when it is live.
-        Repeating it is free. UNAVAILABLE: the source could not be reached, or its stream was torn.
-        FAILED_PRECONDITION: what arrived or was loaded is not what the digest says.
+        """Pulls a version, verifies what arrived against its digest, and loads it into the engine; answers
+        when it is live. Repeating it is free. INVALID_ARGUMENT: a malformed source, another base model,
+        too large a rank. NOT_FOUND: the trainer keeps it no longer. FAILED_PRECONDITION: what arrived is
+        not what the digest says, or the engine cannot use it. RESOURCE_EXHAUSTED: as many versions as fit
+        are in use, or the cache is full. UNAVAILABLE: the engine is starting or going away; with the
+        reason SOURCE_UNAVAILABLE: the trainer could not be reached, or its stream was torn.
         """
 
     @_abc_1.abstractmethod
@@ -106,7 +123,9 @@ class SamplerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sampler_service_pb2.UnloadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sampler_service_pb2.UnloadAdapterResponse, _abc.Awaitable[_sampler_service_pb2.UnloadAdapterResponse]]:
-        """Unloads a version once no request uses it. One that is not loaded is OK too."""
+        """Unloads a version once no request uses it. One that is not loaded is OK too.
+        INVALID_ARGUMENT: not an adapter's name.
+        """
 
     @_abc_1.abstractmethod
     def Sample(
@@ -115,8 +134,10 @@ class SamplerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_sampler_service_pb2.SampleResponse], _abc.AsyncIterator[_sampler_service_pb2.SampleResponse]]:
         """Draws completions and streams their tokens; a version that is not loaded is pulled first.
-        INVALID_ARGUMENT names the field. Cancelling the call, or its deadline, aborts the generation in
-        the engine. UNAVAILABLE: the engine is going away; ask another sampler.
+        INVALID_ARGUMENT names the field. RESOURCE_EXHAUSTED: `max_queued` requests are here; ask another
+        sampler. UNAVAILABLE: the engine is starting or going away; ask another. Where a version is
+        pulled, LoadAdapter's errors too. Cancelling the call, or its deadline, aborts the generation in
+        the engine.
         """
 
     @_abc_1.abstractmethod
@@ -125,6 +146,6 @@ class SamplerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sampler_service_pb2.ComputeLogprobsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sampler_service_pb2.ComputeLogprobsResponse, _abc.Awaitable[_sampler_service_pb2.ComputeLogprobsResponse]]:
-        """Log-probabilities of given tokens under a policy."""
+        """Log-probabilities of given tokens under a policy. Errors as Sample."""
 
 def add_SamplerServiceServicer_to_server(servicer: SamplerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

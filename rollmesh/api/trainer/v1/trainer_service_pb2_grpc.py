@@ -31,6 +31,8 @@ class TrainerServiceStub:
     Ops of one adapter carry its next sequence: a repeat of the newest one with the same body answers
     the stored result, with another body ALREADY_EXISTS, a gap is FAILED_PRECONDITION with
     `expected_sequence` in its ErrorInfo. An op refused with INVALID_ARGUMENT changes nothing.
+    A call that computes is refused with RESOURCE_EXHAUSTED while `max_queued_ops` wait, and whatever
+    names an adapter that is not held here with NOT_FOUND, unless it says otherwise.
     """
 
     def __init__(self, channel):
@@ -92,6 +94,8 @@ class TrainerServiceServicer:
     Ops of one adapter carry its next sequence: a repeat of the newest one with the same body answers
     the stored result, with another body ALREADY_EXISTS, a gap is FAILED_PRECONDITION with
     `expected_sequence` in its ErrorInfo. An op refused with INVALID_ARGUMENT changes nothing.
+    A call that computes is refused with RESOURCE_EXHAUSTED while `max_queued_ops` wait, and whatever
+    names an adapter that is not held here with NOT_FOUND, unless it says otherwise.
     """
 
     def GetTrainer(self, request, context):
@@ -125,21 +129,23 @@ class TrainerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ForwardBackward(self, request, context):
-        """Loss and gradients of a batch, added to the pending ones.
+        """Loss and gradients of a batch, added to the pending ones. INVALID_ARGUMENT names the datum and
+        field. FAILED_PRECONDITION: a gap in sequence; the loss is not finite.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Forward(self, request, context):
-        """Log-probabilities of a batch; no state changes.
+        """Log-probabilities of a batch; no state changes. INVALID_ARGUMENT names the datum and field.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def OptimStep(self, request, context):
-        """One AdamW step with the pending gradients.
+        """One AdamW step with the pending gradients. INVALID_ARGUMENT: a setting out of range.
+        FAILED_PRECONDITION: a gap in sequence; no gradients are pending; the gradient is not finite.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -223,6 +229,8 @@ class TrainerService:
     Ops of one adapter carry its next sequence: a repeat of the newest one with the same body answers
     the stored result, with another body ALREADY_EXISTS, a gap is FAILED_PRECONDITION with
     `expected_sequence` in its ErrorInfo. An op refused with INVALID_ARGUMENT changes nothing.
+    A call that computes is refused with RESOURCE_EXHAUSTED while `max_queued_ops` wait, and whatever
+    names an adapter that is not held here with NOT_FOUND, unless it says otherwise.
     """
 
     @staticmethod

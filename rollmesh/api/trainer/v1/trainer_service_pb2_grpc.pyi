@@ -32,6 +32,8 @@ class TrainerServiceStub:
     Ops of one adapter carry its next sequence: a repeat of the newest one with the same body answers
     the stored result, with another body ALREADY_EXISTS, a gap is FAILED_PRECONDITION with
     `expected_sequence` in its ErrorInfo. An op refused with INVALID_ARGUMENT changes nothing.
+    A call that computes is refused with RESOURCE_EXHAUSTED while `max_queued_ops` wait, and whatever
+    names an adapter that is not held here with NOT_FOUND, unless it says otherwise.
     """
 
     @_typing.overload
@@ -50,11 +52,15 @@ class TrainerServiceStub:
     DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.DeleteAdapterRequest, _trainer_service_pb2.DeleteAdapterResponse]
     """Frees an adapter and its versions. One that is not held is OK too."""
     ForwardBackward: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.ForwardBackwardRequest, _trainer_service_pb2.ForwardBackwardResponse]
-    """Loss and gradients of a batch, added to the pending ones."""
+    """Loss and gradients of a batch, added to the pending ones. INVALID_ARGUMENT names the datum and
+    field. FAILED_PRECONDITION: a gap in sequence; the loss is not finite.
+    """
     Forward: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.ForwardRequest, _trainer_service_pb2.ForwardResponse]
-    """Log-probabilities of a batch; no state changes."""
+    """Log-probabilities of a batch; no state changes. INVALID_ARGUMENT names the datum and field."""
     OptimStep: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.OptimStepRequest, _trainer_service_pb2.OptimStepResponse]
-    """One AdamW step with the pending gradients."""
+    """One AdamW step with the pending gradients. INVALID_ARGUMENT: a setting out of range.
+    FAILED_PRECONDITION: a gap in sequence; no gradients are pending; the gradient is not finite.
+    """
     PublishAdapter: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.PublishAdapterRequest, _trainer_service_pb2.PublishAdapterResponse]
     """Makes the current weights an exportable version; repeating it for the same version is free.
     FAILED_PRECONDITION: gradients are pending.
@@ -71,6 +77,8 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     Ops of one adapter carry its next sequence: a repeat of the newest one with the same body answers
     the stored result, with another body ALREADY_EXISTS, a gap is FAILED_PRECONDITION with
     `expected_sequence` in its ErrorInfo. An op refused with INVALID_ARGUMENT changes nothing.
+    A call that computes is refused with RESOURCE_EXHAUSTED while `max_queued_ops` wait, and whatever
+    names an adapter that is not held here with NOT_FOUND, unless it says otherwise.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -86,11 +94,15 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     DeleteAdapter: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.DeleteAdapterRequest, _trainer_service_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
     """Frees an adapter and its versions. One that is not held is OK too."""
     ForwardBackward: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.ForwardBackwardRequest, _trainer_service_pb2.ForwardBackwardResponse]  # type: ignore[assignment]
-    """Loss and gradients of a batch, added to the pending ones."""
+    """Loss and gradients of a batch, added to the pending ones. INVALID_ARGUMENT names the datum and
+    field. FAILED_PRECONDITION: a gap in sequence; the loss is not finite.
+    """
     Forward: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.ForwardRequest, _trainer_service_pb2.ForwardResponse]  # type: ignore[assignment]
-    """Log-probabilities of a batch; no state changes."""
+    """Log-probabilities of a batch; no state changes. INVALID_ARGUMENT names the datum and field."""
     OptimStep: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.OptimStepRequest, _trainer_service_pb2.OptimStepResponse]  # type: ignore[assignment]
-    """One AdamW step with the pending gradients."""
+    """One AdamW step with the pending gradients. INVALID_ARGUMENT: a setting out of range.
+    FAILED_PRECONDITION: a gap in sequence; no gradients are pending; the gradient is not finite.
+    """
     PublishAdapter: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.PublishAdapterRequest, _trainer_service_pb2.PublishAdapterResponse]  # type: ignore[assignment]
     """Makes the current weights an exportable version; repeating it for the same version is free.
     FAILED_PRECONDITION: gradients are pending.
@@ -106,6 +118,8 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
     Ops of one adapter carry its next sequence: a repeat of the newest one with the same body answers
     the stored result, with another body ALREADY_EXISTS, a gap is FAILED_PRECONDITION with
     `expected_sequence` in its ErrorInfo. An op refused with INVALID_ARGUMENT changes nothing.
+    A call that computes is refused with RESOURCE_EXHAUSTED while `max_queued_ops` wait, and whatever
+    names an adapter that is not held here with NOT_FOUND, unless it says otherwise.
     """
 
     @_abc_1.abstractmethod
@@ -149,7 +163,9 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trainer_service_pb2.ForwardBackwardRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_service_pb2.ForwardBackwardResponse, _abc.Awaitable[_trainer_service_pb2.ForwardBackwardResponse]]:
-        """Loss and gradients of a batch, added to the pending ones."""
+        """Loss and gradients of a batch, added to the pending ones. INVALID_ARGUMENT names the datum and
+        field. FAILED_PRECONDITION: a gap in sequence; the loss is not finite.
+        """
 
     @_abc_1.abstractmethod
     def Forward(
@@ -157,7 +173,7 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trainer_service_pb2.ForwardRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_service_pb2.ForwardResponse, _abc.Awaitable[_trainer_service_pb2.ForwardResponse]]:
-        """Log-probabilities of a batch; no state changes."""
+        """Log-probabilities of a batch; no state changes. INVALID_ARGUMENT names the datum and field."""
 
     @_abc_1.abstractmethod
     def OptimStep(
@@ -165,7 +181,9 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trainer_service_pb2.OptimStepRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_service_pb2.OptimStepResponse, _abc.Awaitable[_trainer_service_pb2.OptimStepResponse]]:
-        """One AdamW step with the pending gradients."""
+        """One AdamW step with the pending gradients. INVALID_ARGUMENT: a setting out of range.
+        FAILED_PRECONDITION: a gap in sequence; no gradients are pending; the gradient is not finite.
+        """
 
     @_abc_1.abstractmethod
     def PublishAdapter(
