@@ -149,16 +149,18 @@ class VllmBackend:
             output_kind=RequestOutputKind.DELTA,
             stream_interval=self._config.chunk_tokens,
         )
-        async for output in self._generate(adapter, prompt_token_ids, params):
-            for piece in output.outputs:
-                if piece.finish_reason not in {None, *_STOP_REASONS}:
-                    raise Unavailable(f"the engine broke off: {piece.finish_reason}")
-                yield Delta(
-                    index=piece.index,
-                    token_ids=piece.token_ids,
-                    logprobs=piece.logprobs.logprobs,
-                    stop_reason=_STOP_REASONS.get(piece.finish_reason),
-                )
+        outputs = self._generate(adapter, prompt_token_ids, params)
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                for piece in output.outputs:
+                    if piece.finish_reason not in {None, *_STOP_REASONS}:
+                        raise Unavailable(f"the engine broke off: {piece.finish_reason}")
+                    yield Delta(
+                        index=piece.index,
+                        token_ids=piece.token_ids,
+                        logprobs=piece.logprobs.logprobs,
+                        stop_reason=_STOP_REASONS.get(piece.finish_reason),
+                    )
 
     async def compute_logprobs(
         self, adapter: LoadedAdapter | None, token_ids: Sequence[int]
