@@ -76,3 +76,20 @@ def export(
             "Digest": exported.digest,
         }
     )
+
+
+@app.command()
+def delete(
+    adapter: AdapterName,
+    address: Address = ADDRESS,
+    project: Project = PROJECT,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Delete an adapter with all its versions, which frees its place on the trainer."""
+    name = adapter_name(adapter, project)
+    ask(address, lambda client: client.adapters.delete(name))
+    if as_json:
+        print_json({"deleted": name})
+        return
+    print_fields({"Deleted": name})

@@ -174,6 +174,12 @@ class FakeCoordinator(JobServiceServicer, AdapterServiceServicer, FleetServiceSe
             adapters=map(convert.adapter_to_pb, page), next_page_token=token
         )
 
+    async def DeleteAdapter(self, request, context):
+        if request.name not in self.adapters:
+            raise NotFound(f"there is no adapter {request.name}", resource=request.name)
+        del self.adapters[request.name]
+        return adapter_service_pb2.DeleteAdapterResponse()
+
     async def ExportAdapter(self, request, context):
         if request.name not in self.adapters:
             raise NotFound(f"there is no adapter {request.name}", resource=request.name)
@@ -191,7 +197,7 @@ class FakeCoordinator(JobServiceServicer, AdapterServiceServicer, FleetServiceSe
     async def CreateAdapter(self, request, context):
         raise NotImplementedError
 
-    GetAdapter = DeleteAdapter = PublishAdapter = CreateAdapter
+    GetAdapter = PublishAdapter = CreateAdapter
 
 
 def page_of(items, token):
@@ -347,6 +353,15 @@ async def test_a_job_named_short_or_in_full_is_answered_as_one_json_object(
     assert ended.json == {**ended.json, "name": "projects/default/jobs/sums", "state": state}
     assert ended.json["spec"]["dataset"]["generator"]["name"] == "arithmetic"
     assert state in (await rollmesh("job", "get", name)).stdout
+
+
+async def test_a_deleted_adapter_is_gone(coordinator, rollmesh):
+    coordinator.adapters["projects/default/adapters/sums"] = adapter("sums")
+    coordinator.adapters["projects/default/adapters/kept"] = adapter("kept")
+    ended = await rollmesh("adapter", "delete", "sums", "--json")
+    assert ended.json == {"deleted": "projects/default/adapters/sums"}
+    assert list(coordinator.adapters) == ["projects/default/adapters/kept"]
+    assert (await rollmesh("adapter", "delete", "sums")).status == 1
 
 
 async def test_jobs_and_adapters_of_all_pages_are_listed(coordinator, rollmesh, job_file):
