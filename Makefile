@@ -3,6 +3,8 @@ SHELL := bash
 BIN := .venv/bin
 # Each torch process gets one or two threads, or they starve each other.
 export OMP_NUM_THREADS ?= 2
+# Idle OpenMP threads sleep: spinning, they take the cores from the processes that have work.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help
 help: ## Show the targets

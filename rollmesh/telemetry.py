@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import json
 import logging
 import sys
@@ -27,7 +28,7 @@ from pydantic import AfterValidator, PositiveFloat
 from rollmesh.config import Config, check_peer_address
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from opentelemetry.util.types import AttributeValue
 
@@ -127,16 +128,21 @@ def record(name: str, value: float, **attributes: AttributeValue) -> None:
 
     A counter adds the values up, a gauge keeps the last, a histogram their distribution.
     """
+    _recorder(name)(value, attributes)
+
+
+@functools.cache
+def _recorder(name: str) -> Callable[[float, Mapping[str, AttributeValue]], None]:
+    """Made once: without a provider, OpenTelemetry keeps every meter and instrument asked for."""
     kind, unit, description = METRICS[name]
     meter = metrics.get_meter("rollmesh")
-    # The SDK answers the instrument that it has when the same one is asked for again.
     match kind:
         case "counter":
-            meter.create_counter(name, unit, description).add(value, attributes)
+            return meter.create_counter(name, unit, description).add
         case "gauge":
-            meter.create_gauge(name, unit, description).set(value, attributes)
+            return meter.create_gauge(name, unit, description).set
         case _:
-            meter.create_histogram(name, unit, description).record(value, attributes)
+            return meter.create_histogram(name, unit, description).record
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from services.local.sentinel import kill_session
+from services.local.sentinel import kill_session, members
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 # The child tells the sentinel of itself before it becomes the program, and holds the sentinel's
 # input open until then: there is no moment at which it could be forgotten.
 _BECOME = 'echo "+$$" >&0; exec "$@" </dev/null'
+
+
+LEFTOVERS_S = 3.0
+"""For the children of a process that has ended to end by themselves."""
+POLL_S = 0.05
 
 
 class Processes:
@@ -51,7 +56,13 @@ class Processes:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 await process.wait()
-        # Also after a process that has ended well: nobody else ends what it has left behind.
+        if process.returncode is not None:
+            # What it left behind may tidy up after it, as vLLM does with its shared memory.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LEFTOVERS_S):
+                    while members(process.pid):  # noqa: ASYNC110 - they are no children of ours
+                        await asyncio.sleep(POLL_S)
+        # Also after a process that has ended well: nobody else ends what is still there.
         kill_session(process.pid)
         await process.wait()
         os.write(self._to_sentinel, f"-{process.pid}\n".encode())

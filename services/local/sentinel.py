@@ -18,22 +18,23 @@ def kill_session(session: int) -> None:
     """Kill every process of `session`, whichever process group it has moved to."""
     killed: set[int] = set()
     # Again, for those that one of them has started meanwhile.
-    while found := set(_members(session)) - killed:
+    while found := set(members(session)) - killed:
         for process in found:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         killed |= found
 
 
-def _members(session: int) -> list[int]:
-    members = []
+def members(session: int) -> list[int]:
+    """The processes of `session`."""
+    found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             # PID (NAME) STATE PARENT GROUP SESSION …; a name may hold spaces and brackets.
             fields = stat.read_text().rpartition(")")[2].split()
             if int(fields[3]) == session:
-                members.append(int(stat.parent.name))
-    return members
+                found.append(int(stat.parent.name))
+    return found
 
 
 def main() -> None:
