@@ -80,7 +80,7 @@ STEP = StepCompleted(
     },
 )
 EVALUATION = EvaluationCompleted(step=0, reward_mean=0.35, num_tasks=100, duration_s=1.5)
-WARNING = Warned(reason="SAMPLER_LOST", message="sampler 127.0.0.1:1 is away;\nothers go on")
+WARNING = Warned(reason="SAMPLER_UNAVAILABLE", message="sampler 127.0.0.1:1 is away;\nothers go on")
 RUNNING = StateChanged(from_state="PENDING", to_state="RUNNING")
 SUCCEEDED = StateChanged(from_state="RUNNING", to_state="SUCCEEDED", reason="stop.max_steps")
 
@@ -470,7 +470,7 @@ async def test_watch_prints_a_line_an_event_and_ends_with_the_status_of_the_job(
             "step 1/3  reward 0.250  loss -0.5  kl 1.00e-04  staleness 0  tokens/s 1,234  1.00 s "
             "(wait 0.50, forward_backward 0.30, optim_step 0.10, publish 0.02, load 0.08)"
         ),
-        "warning SAMPLER_LOST: sampler 127.0.0.1:1 is away; others go on",
+        "warning SAMPLER_UNAVAILABLE: sampler 127.0.0.1:1 is away; others go on",
         f"state RUNNING -> {final}: because",
     ]
 
@@ -608,7 +608,7 @@ async def test_watch_on_a_terminal_draws_a_live_view(coordinator, rollmesh, job_
         "tokens/s",
         "forward_backward",
         "evaluation after step 0: reward 0.350",
-        "warning SAMPLER_LOST",
+        "warning SAMPLER_UNAVAILABLE",
     ):
         assert said in screen
 

@@ -145,7 +145,9 @@ def test_the_view_shows_the_newest_metrics_and_what_phases_cost():
 
 
 def test_the_view_stays_small_however_long_the_job():
-    warnings = [event(n, Warned(reason="SAMPLER_LOST", message="away")) for n in range(1, 100)]
+    warnings = [
+        event(n, Warned(reason="SAMPLER_UNAVAILABLE", message="away")) for n in range(1, 100)
+    ]
     steps = [event(n, step(n, reward_mean=0.5)) for n in range(100, 1000)]
     evaluations = [event(n, evaluation(n)) for n in range(1000, 1100)]
     view = view_after(*warnings, *steps, *evaluations)

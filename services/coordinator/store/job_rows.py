@@ -75,7 +75,6 @@ def consequences(happening: Happening, row: Row[Any]) -> dict[str, Any]:
             return {
                 "first_evaluation": row.first_evaluation or text,
                 "last_evaluation": text,
-                "num_evaluations": row.num_evaluations + 1,
             }
         case _:
             return {}

@@ -67,7 +67,6 @@ class StoredJob:
 
     job: Job
     spec: JobSpec
-    num_evaluations: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +140,6 @@ class JobStore:
                     adapter="",
                     step=0,
                     metrics="{}",
-                    num_evaluations=0,
                     last_event=0,
                 )
             )
@@ -168,7 +166,7 @@ class JobStore:
             found = await connection.execute(select(jobs.c.spec).where(jobs.c.name == name))
         # Megabytes of tasks would hold up everybody else.
         spec = await asyncio.to_thread(JobSpec.model_validate_json, found.scalar_one())
-        return StoredJob(job_of(row), spec, row.num_evaluations)
+        return StoredJob(job_of(row), spec)
 
     async def page(self, project: str, *, limit: int, after: str) -> list[Job]:
         """Jobs of a project, newest first, from the one behind the job with id `after` ("": all).

@@ -44,7 +44,6 @@ jobs = Table(
     Column("metrics", Text, nullable=False),
     Column("first_evaluation", Text),
     Column("last_evaluation", Text),
-    Column("num_evaluations", Integer, nullable=False),
     Column("last_event", BigInteger, nullable=False),
     Index("jobs_by_project", "project", "id"),
     Index("jobs_by_phase", "phase", "id"),

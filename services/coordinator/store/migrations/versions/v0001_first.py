@@ -32,7 +32,6 @@ def upgrade() -> None:
         sa.Column("metrics", sa.Text, nullable=False),
         sa.Column("first_evaluation", sa.Text),
         sa.Column("last_evaluation", sa.Text),
-        sa.Column("num_evaluations", sa.Integer, nullable=False),
         sa.Column("last_event", sa.BigInteger, nullable=False),
     )
     op.create_index("jobs_by_project", "jobs", ["project", "id"])
