@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from rollmesh.errors import CapacityExhausted, FailedPrecondition, MeshError, Unavailable
@@ -182,7 +183,9 @@ class Runner:
         while state == "RUNNING":
             stored = await self._store.load(name)
             context = Context(stored, _adapter(stored), lambda: name in self._pausing)
-            recorder = StoreRecorder(self._store, name, self._clock)
+            recorder = StoreRecorder(
+                self._store, name, self._clock, partial(self._note_pausing, name)
+            )
             with log_fields(adapter=context.adapter):
                 log.info("runs from step %d", context.step)
                 outcome = await self._play(context, recorder)
@@ -191,6 +194,10 @@ class Runner:
             job = await self._store.command(name, command, now=self._clock(), reason=outcome.reason)
             # Still RUNNING: it was resumed before it had paused.
             state = job.state
+
+    def _note_pausing(self, name: str, pausing: bool) -> None:  # noqa: FBT001 - what a store says
+        """Known with the event that ends a step: a pause asked for in the step is never missed."""
+        (self._pausing.add if pausing else self._pausing.discard)(name)
 
     async def _fail(self, name: str, reason: str) -> None:
         # Refused where the job has ended, or was paused before it began: then that stands.
@@ -238,10 +245,11 @@ class StoreRecorder:
     _store: JobStore
     _job: str
     _clock: Callable[[], float]
+    _note_pausing: Callable[[bool], None]
 
     async def record(self, happening: Happening) -> None:
-        """Store the next event of the job."""
-        await self._store.record(self._job, happening, now=self._clock())
+        """Store the next event of the job, and take note of whether it is to pause."""
+        self._note_pausing(await self._store.record(self._job, happening, now=self._clock()))
 
 
 def _adapter(stored: StoredJob) -> str:

@@ -273,6 +273,16 @@ class TestJobs:
         with pytest.raises(NotFound, match=J):
             await calls[method]()
 
+    async def test_the_event_that_ends_a_step_says_whether_a_pause_was_asked_for_in_it(self, store):
+        await create(store)
+        await store.jobs.command(J, "start", now=1.0)
+        told = [await store.jobs.record(J, step(1), now=2.0)]
+        await store.jobs.command(J, "pause", now=3.0)
+        told.append(await store.jobs.record(J, step(2), now=4.0))
+        await store.jobs.command(J, "resume", now=5.0)
+        told.append(await store.jobs.record(J, step(3), now=6.0))
+        assert told == [False, True, False]
+
     async def test_events_change_what_the_job_says(self, store):
         await create(store)
         await store.jobs.command(J, "start", now=1.0)

@@ -243,14 +243,14 @@ class JobStore:
 
         await self._database.transact(work)
 
-    async def record(self, name: str, happening: Happening, *, now: float) -> None:
-        """The next event of a running job, and what follows from it.
+    async def record(self, name: str, happening: Happening, *, now: float) -> bool:
+        """The next event of a running job, and what follows from it; whether it is to pause.
 
         Raises:
             FailedPrecondition: the job does not run (any more): its last event stays its last.
         """
 
-        async def work(connection: AsyncConnection) -> None:
+        async def work(connection: AsyncConnection) -> bool:
             row = await row_of(connection, name, lock=True)
             if state_of(row.phase) != "RUNNING":
                 raise FailedPrecondition(
@@ -259,9 +259,11 @@ class JobStore:
             values = {"update_time": now, **consequences(happening, row)}
             await connection.execute(update(jobs).where(jobs.c.id == row.id).values(**values))
             await append(connection, row, happening, now=now)
+            pausing: bool = row.phase == "PAUSING"
+            return pausing
 
         try:
-            await self._database.transact(work)
+            return await self._database.transact(work)
         finally:
             self.changes.wake(name)
 
