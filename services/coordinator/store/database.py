@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sqlite3
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import aiosqlite
 from sqlalchemy import event, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -58,7 +61,10 @@ class Database:
 
     def __init__(self, url: str) -> None:
         checked = check_url(url)
-        self._engine = create_async_engine(checked, pool_pre_ping=True)
+        settings: dict[str, Any] = {}
+        if checked.get_backend_name() == "sqlite":
+            settings["async_creator"] = partial(_connect_to_sqlite, checked.database or "")
+        self._engine = create_async_engine(checked, pool_pre_ping=True, **settings)
         self._reader = self._engine.execution_options(read_only=True)
         self._turn: contextlib.AbstractAsyncContextManager[object] = contextlib.nullcontext()
         if checked.get_backend_name() == "sqlite":
@@ -106,6 +112,24 @@ def _errors() -> Iterator[None]:
     except (OperationalError, PoolTimeoutError) as error:
         cause = getattr(error, "orig", None) or error
         raise StoreUnavailable(f"the coordinator's database does not answer: {cause}") from error
+
+
+class _SqliteConnection(aiosqlite.Connection):
+    """One that may be stopped while it is being closed.
+
+    SQLAlchemy does both to a connection whose user is cancelled twice. aiosqlite then waits for an
+    answer of its thread, which has ended, and no cancellation gets it out of there.
+    """
+
+    def stop(self) -> asyncio.Future[Any] | None:
+        """End the thread; None: it was told before."""
+        return super().stop() if self._running else None
+
+
+async def _connect_to_sqlite(path: str) -> aiosqlite.Connection:
+    connection = _SqliteConnection(lambda: sqlite3.connect(path), iter_chunk_size=64)
+    connection._thread.daemon = True  # noqa: SLF001 - as SQLAlchemy does with one of its own
+    return await connection
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
