@@ -27,6 +27,10 @@ demo-smollm2: setup ## The same with a pretrained model, SmolLM2-135M-Instruct; 
 test: setup ## Run all tests
 	@$(BIN)/python -m pytest
 
+.PHONY: chaos
+chaos: setup ## Kill trainers and coordinator N times at random points (SEED=), and compare the weights
+	@CHAOS_KILLS=$(or $(N),60) CHAOS_SEED=$(or $(SEED),20) $(BIN)/python -m pytest -s tests/chaos
+
 .PHONY: check
 check: setup ## Lint, types, protos (lint and breaking), import rules, drift of generated files
 	$(BIN)/ruff format --check .

@@ -75,7 +75,8 @@ async def demo(config_file: Path, job_file: Path, state_dir: Path) -> tuple[Job,
         job = await client.jobs.get(job.name)
         if job.state != "SUCCEEDED":
             raise FailedPrecondition(f"{job.name} is {job.state}: {job.state_reason}")
-        exported = await export_peft(client.adapters, job.adapter, state_dir / "adapter")
+        parts = client.adapters.export(job.adapter)
+        exported = await export_peft(parts, job.adapter, state_dir / "adapter")
     return job, exported.folder
 
 

@@ -62,6 +62,12 @@ class SequenceGap(FailedPrecondition):
     reason = "SEQUENCE_GAP"
 
 
+class Fenced(FailedPrecondition):
+    """The adapter has another owner by now, or this trainer is not yet it; the epoch says so."""
+
+    reason = "FENCED"
+
+
 class NonFinite(FailedPrecondition):
     """A loss or gradient is NaN or infinite; the adapter is as it was before the op."""
 
@@ -119,6 +125,7 @@ BY_REASON: dict[str, type[MeshError]] = {
         AlreadyExists,
         FailedPrecondition,
         SequenceGap,
+        Fenced,
         NonFinite,
         DigestMismatch,
         Overloaded,

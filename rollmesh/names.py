@@ -1,4 +1,4 @@
-"""Resource names: `projects/{p}`, `projects/{p}/adapters/{a}`, `projects/{p}/jobs/{j}`.
+"""Resource names: `projects/{p}`, under it `jobs/{j}` and `adapters/{a}`, then `checkpoints/{c}`.
 
 An id never holds a slash, a dot or an upper-case letter, so no name can climb out of a folder,
 and two names never differ in case alone.
@@ -54,6 +54,24 @@ def parse_project(name: str, *, field: str = "parent") -> str:
 def parse_adapter(name: str, *, field: str = "name") -> tuple[str, str]:
     """Ids of project and adapter in `projects/{p}/adapters/{a}`."""
     return _parse(name, "adapters", field)
+
+
+def checkpoint_name(adapter: str, checkpoint: str) -> str:
+    """`{adapter}/checkpoints/{checkpoint}`, where `adapter` is a resource name."""
+    return f"{adapter}/checkpoints/{checkpoint}"
+
+
+def parse_checkpoint(name: str, *, field: str = "name") -> tuple[str, str, str]:
+    """Ids of project, adapter and checkpoint in `projects/{p}/adapters/{a}/checkpoints/{c}`."""
+    adapter, _, checkpoint = name.partition("/checkpoints/")
+    ids = adapter.split("/")
+    if (
+        len(ids) == 4
+        and ids[::2] == ["projects", "adapters"]
+        and all(_ID.fullmatch(part) for part in (ids[1], ids[3], checkpoint))
+    ):
+        return ids[1], ids[3], checkpoint
+    raise _malformed(name, field, "projects/{project}/adapters/{adapter}/checkpoints/{id}")
 
 
 def parse_job(name: str, *, field: str = "name") -> tuple[str, str]:

@@ -39,6 +39,8 @@ SPANS = {
     "trainer.forward_backward": "Loss and gradients of one batch.",
     "trainer.optim_step": "One AdamW step.",
     "trainer.publish": "Making a version exportable.",
+    "trainer.snapshot": "Writing an adapter's state to the blob store.",
+    "trainer.restore": "Taking over an adapter from its snapshot.",
     "sampler.pull": "Fetching a version from its trainer.",
     "sampler.load": "Loading a version into the engine.",
     "sampler.sample": "Drawing the completions of one request.",

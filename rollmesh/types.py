@@ -7,7 +7,7 @@ the messages of the same name in protos/.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     FloatArray = NDArray[np.float32]
     IntArray = NDArray[np.int32]
 
-LossName = Literal["cross_entropy", "importance_sampling"]
+LossName = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo"]
 StopReason = Literal["stop", "length"]
 MemberRole = Literal["trainer", "sampler", "reward"]
 
@@ -137,10 +137,19 @@ class Datum:
 
 @dataclass(frozen=True, slots=True)
 class LossConfig:
-    """What a ForwardBackward minimises. kl_coefficient None: no KL to the base is computed."""
+    """What a ForwardBackward minimises; None: the loss's default, or the option is off.
+
+    A field that `loss` does not take must be None. kl_coefficient None: no KL to the base is
+    computed, max_importance_ratio None: ratios are not truncated.
+    """
 
     loss: LossName
     kl_coefficient: float | None = None
+    clip_low_threshold: float | None = None
+    clip_high_threshold: float | None = None
+    beta: float | None = None
+    max_importance_ratio: float | None = None
+    entropy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,13 +201,68 @@ class AdapterExport:
 
 @dataclass(frozen=True, slots=True)
 class TrainerAdapter:
-    """An adapter as its trainer holds it; `lora` has its defaults filled in."""
+    """An adapter as its trainer holds it, under `epoch`; `lora` has its defaults filled in."""
 
     name: str
     lora: LoraConfig
     policy_version: int
     next_sequence: int
     has_pending_gradients: bool
+    epoch: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class HeldAdapter:
+    """That a trainer holds an adapter, and under which epoch."""
+
+    name: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Where an adapter's state lies in the blob store, and what it must be."""
+
+    key: str
+    digest: str
+    next_sequence: int
+    policy_version: int
+    num_bytes: int
+    weights_digest: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ForwardBackward:
+    """A training op: loss and gradients of a batch."""
+
+    data: Sequence[Datum]
+    loss_config: LossConfig
+
+
+@dataclass(frozen=True, slots=True)
+class OptimStep:
+    """A training op: one AdamW step."""
+
+    adam: AdamConfig
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSnapshot:
+    """A training op: other weights, and on demand the optimizer state that belongs to them."""
+
+    snapshot: Snapshot
+    with_optimizer: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LoadResult:
+    """The adapter's version after a LoadSnapshot."""
+
+    policy_version: int
+
+
+TrainingOp: TypeAlias = "ForwardBackward | OptimStep | LoadSnapshot"
+TrainingResult: TypeAlias = "ForwardBackwardResult | OptimStepResult | LoadResult"
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +277,11 @@ class TrainerInfo:
     max_adapters: int
     target_modules: tuple[str, ...]
     kept_versions: int
+    instance_id: str = ""
+    draining: bool = False
+    held: tuple[HeldAdapter, ...] = ()
+    adapter_bytes: int = 0
+    max_adapter_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +336,21 @@ class Adapter:
     next_sequence: int
     create_time: float
     job: str = ""
+    idle_ttl_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An adapter kept as it was. Times: Unix seconds; expire_time None: kept until deleted."""
+
+    name: str
+    base_model: str
+    lora: LoraConfig
+    policy_version: int
+    digest: str
+    num_bytes: int
+    create_time: float
+    expire_time: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

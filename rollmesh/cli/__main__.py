@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from rollmesh.cli import adapters, fleet, jobs
+from rollmesh.cli import adapters, checkpoints, fleet, jobs
 from rollmesh.errors import MeshError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 app.add_typer(jobs.app, name="job")
 app.add_typer(adapters.app, name="adapter")
+app.add_typer(checkpoints.app, name="checkpoint")
 app.command("fleet")(fleet.fleet)
 
 

@@ -1,22 +1,25 @@
 """`rollmesh adapter`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rollmesh.cli.export import export_peft
+from rollmesh.cli.export import export_peft, print_exported
 from rollmesh.cli.options import (
     ADDRESS,
     PROJECT,
     AdapterName,
     Address,
+    CheckpointName,
+    Folder,
     Json,
     Project,
     adapter_name,
     ask,
+    checkpoint_name,
     collect,
     parent_name,
+    seconds_of,
 )
 from rollmesh.cli.output import local_time, print_fields, print_json, print_table
 
@@ -50,9 +53,7 @@ def list_(address: Address = ADDRESS, project: Project = PROJECT, *, as_json: Js
 @app.command()
 def export(
     adapter: AdapterName,
-    output: Annotated[
-        Path, typer.Option(metavar="DIR", help="The PEFT folder to make; must not exist yet.")
-    ],
+    output: Folder,
     version: Annotated[
         int | None, typer.Option(metavar="N", min=0, help="A published version; else the newest.")
     ] = None,
@@ -63,17 +64,51 @@ def export(
 ) -> None:
     """Write an adapter as a PEFT folder, which is put in place only once its digest is verified."""
     name = adapter_name(adapter, project)
-    exported = ask(address, lambda client: export_peft(client.adapters, name, output, version))
+    exported = ask(
+        address, lambda client: export_peft(client.adapters.export(name, version), name, output)
+    )
     if as_json:
         print_json(exported)
         return
+    print_exported(exported)
+
+
+@app.command()
+def fork(
+    adapter: AdapterName,
+    checkpoint: CheckpointName,
+    idle_ttl: Annotated[
+        str,
+        typer.Option(metavar="TIME", help="Delete it after so long without use, such as 12h."),
+    ] = "",
+    address: Address = ADDRESS,
+    project: Project = PROJECT,
+    *,
+    with_optimizer: Annotated[
+        bool, typer.Option("--with-optimizer", help="Take over the optimizer state too.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a new adapter of a checkpoint, which may be any adapter's of the project."""
+    name = adapter_name(adapter, project)
+    source = checkpoint_name(checkpoint, project)
+    idle_ttl_s = seconds_of(idle_ttl, field="idle-ttl")
+    made = ask(
+        address,
+        lambda client: client.adapters.fork(
+            name, source, with_optimizer=with_optimizer, idle_ttl_s=idle_ttl_s
+        ),
+    )
+    if as_json:
+        print_json(made)
+        return
     print_fields(
         {
-            "Folder": str(exported.folder),
-            "Adapter": exported.adapter,
-            "Version": str(exported.policy_version),
-            "Base model": exported.base_model,
-            "Digest": exported.digest,
+            "Adapter": made.name,
+            "Forked from": source,
+            "Base model": made.base_model,
+            "Rank": str(made.lora.rank),
+            "Created": local_time(made.create_time),
         }
     )
 

@@ -1,4 +1,4 @@
-"""An adapter version as a PEFT folder on disk: verified first, then put in place as a whole."""
+"""An export as a PEFT folder on disk: verified first, then put in place as a whole."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rollmesh.cli.output import print_fields
 from rollmesh.digest import safetensors_digest
 from rollmesh.errors import AlreadyExists, DigestMismatch, Unavailable
 from rollmesh.types import AdapterExport
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from rollmesh.client import AdapterClient
+    from collections.abc import AsyncIterator, Iterator
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +30,34 @@ class ExportedAdapter:
 
 
 async def export_peft(
-    adapters: AdapterClient, name: str, folder: Path, policy_version: int | None = None
+    parts: AsyncIterator[AdapterExport | bytes | str], name: str, folder: Path
 ) -> ExportedAdapter:
-    """Write the adapter `name` to `folder`, which is new or empty.
+    """Write what is exported of `name`, an adapter or checkpoint, to `folder`: new or empty.
+
+    `parts` are a header, chunks of adapter_model.safetensors, and the digest.
 
     Raises:
         AlreadyExists: there is something at `folder`.
-        DigestMismatch: the bytes that came are not those of the version; nothing is left behind.
+        DigestMismatch: the bytes that came are not those announced; nothing is left behind.
         Unavailable: the transfer was cut off.
     """
     with _becoming(folder) as partial:
-        header, digest = await _receive(adapters, name, policy_version, partial)
+        header, digest = await _receive(parts, name, partial)
         _verify(partial / "adapter_model.safetensors", header, digest)
     return ExportedAdapter(folder, header.adapter, header.policy_version, header.base_model, digest)
+
+
+def print_exported(exported: ExportedAdapter) -> None:
+    """What was exported, for people."""
+    print_fields(
+        {
+            "Folder": str(exported.folder),
+            "Adapter": exported.adapter,
+            "Version": str(exported.policy_version),
+            "Base model": exported.base_model,
+            "Digest": exported.digest,
+        }
+    )
 
 
 @contextlib.contextmanager
@@ -63,13 +77,13 @@ def _becoming(folder: Path) -> Iterator[Path]:
 
 
 async def _receive(
-    adapters: AdapterClient, name: str, policy_version: int | None, folder: Path
+    parts: AsyncIterator[AdapterExport | bytes | str], name: str, folder: Path
 ) -> tuple[AdapterExport, str]:
     """Write the files into `folder`; the header and the digest that was promised."""
     header: AdapterExport | None = None
     digest = ""
     with (folder / "adapter_model.safetensors").open("wb") as weights:
-        async for part in adapters.export(name, policy_version):
+        async for part in parts:
             match part:
                 case AdapterExport():
                     header = part

@@ -1,13 +1,15 @@
 """What the commands share: options, names given short or in full, and one call to the mesh."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from rollmesh import names
-from rollmesh.errors import Unavailable
+from rollmesh.errors import InvalidRequest, Unavailable
 
 if TYPE_CHECKING:
     from rollmesh.client import Client
@@ -30,6 +32,18 @@ JobName = Annotated[str, typer.Argument(metavar="JOB", help="Id, or projects/P/j
 AdapterName = Annotated[
     str, typer.Argument(metavar="ADAPTER", help="Id, or projects/P/adapters/A.")
 ]
+CheckpointName = Annotated[
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT", help="ADAPTER/ID, or projects/P/adapters/A/checkpoints/C."
+    ),
+]
+Folder = Annotated[
+    Path,
+    typer.Option("--output", metavar="DIR", help="The PEFT folder to make; must not exist yet."),
+]
+
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def ask(address: str, question: Callable[["Client"], Awaitable[T]]) -> T:
@@ -75,3 +89,28 @@ def adapter_name(name: str, project: str) -> str:
         return names.adapter_name(*names.parse_adapter(name, field="adapter"))
     parent_name(project)
     return names.adapter_name(project, names.check_id(name, field="adapter"))
+
+
+def checkpoint_name(name: str, project: str) -> str:
+    """The resource name of a checkpoint that is named ADAPTER/ID in `project`, or in full."""
+    if name.count("/") == 1:
+        parent_name(project)
+        adapter, checkpoint = (names.check_id(part, field="checkpoint") for part in name.split("/"))
+    else:
+        project, adapter, checkpoint = names.parse_checkpoint(name, field="checkpoint")
+    return names.checkpoint_name(names.adapter_name(project, adapter), checkpoint)
+
+
+def seconds_of(duration: str, *, field: str) -> float | None:
+    """Seconds of a duration such as 90s, 30m, 12h or 7d; "": None."""
+    if not duration:
+        return None
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,6})?)([smhd])", duration)
+    if match is None:
+        raise InvalidRequest(
+            f"{field}: {duration!r} is not a duration such as 90s, 30m, 12h or 7d",
+            field=field,
+            value=duration,
+            allowed="a number and s, m, h or d",
+        )
+    return float(match[1]) * _UNITS_S[match[2]]

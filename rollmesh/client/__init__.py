@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Self
 
 from rollmesh.client.adapters import AdapterClient
+from rollmesh.client.checkpoints import CheckpointClient
 from rollmesh.client.fleet import FleetClient
 from rollmesh.client.jobs import JobClient
 from rollmesh.client.reward import RewardClient
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterClient",
+    "CheckpointClient",
     "Client",
     "FleetClient",
     "JobClient",
@@ -40,13 +42,15 @@ class Client:
     """All that a coordinator offers, over one channel; an async context manager.
 
     Attributes:
-        jobs, adapters, training, sampling, fleet: the client of the service of that name.
+        jobs, adapters, checkpoints, training, sampling, fleet: the client of the service of that
+            name.
     """
 
     def __init__(self, address: str) -> None:
         self._channel = channel(address)
         self.jobs = JobClient(self._channel)
         self.adapters = AdapterClient(self._channel)
+        self.checkpoints = CheckpointClient(self._channel)
         self.training = TrainingClient(self._channel)
         self.sampling = SamplingClient(self._channel)
         self.fleet = FleetClient(self._channel)

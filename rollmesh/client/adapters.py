@@ -25,7 +25,13 @@ class AdapterClient:
         self._stub: AdapterServiceAsyncStub = AdapterServiceStub(channel)
 
     async def create(
-        self, name: str, base_model: str, lora: types.LoraConfig, request_id: str | None = None
+        self,
+        name: str,
+        base_model: str,
+        lora: types.LoraConfig,
+        request_id: str | None = None,
+        *,
+        idle_ttl_s: float | None = None,
     ) -> types.Adapter:
         """A fresh adapter on a trainer of its base model."""
         request = pb.CreateAdapterRequest(
@@ -33,9 +39,30 @@ class AdapterClient:
             name=name,
             base_model=base_model,
             lora=convert.lora_to_pb(lora),
+            idle_ttl=None if idle_ttl_s is None else convert.duration_to_pb(idle_ttl_s),
         )
         with mesh_errors():
             return convert.adapter_from_pb((await self._stub.CreateAdapter(request)).adapter)
+
+    async def fork(
+        self,
+        name: str,
+        checkpoint: str,
+        request_id: str | None = None,
+        *,
+        with_optimizer: bool = False,
+        idle_ttl_s: float | None = None,
+    ) -> types.Adapter:
+        """A new adapter with the weights of a checkpoint of the same project."""
+        request = pb.ForkAdapterRequest(
+            request_id=request_id or str(uuid.uuid4()),
+            name=name,
+            checkpoint=checkpoint,
+            with_optimizer=with_optimizer,
+            idle_ttl=None if idle_ttl_s is None else convert.duration_to_pb(idle_ttl_s),
+        )
+        with mesh_errors():
+            return convert.adapter_from_pb((await self._stub.ForkAdapter(request)).adapter)
 
     async def get(self, name: str) -> types.Adapter:
         """One adapter."""

@@ -28,11 +28,36 @@ class TrainerClient:
         with mesh_errors():
             return convert.trainer_info_from_pb(await self._stub.GetTrainer(pb.GetTrainerRequest()))
 
-    async def create_adapter(self, name: str, lora: types.LoraConfig) -> types.TrainerAdapter:
-        """A fresh adapter, or the one that exists with the same configuration."""
-        request = pb.CreateAdapterRequest(name=name, lora=convert.lora_to_pb(lora))
+    async def create_adapter(
+        self,
+        name: str,
+        lora: types.LoraConfig | None,
+        *,
+        epoch: int,
+        fork_of: types.Snapshot | None = None,
+        with_optimizer: bool = False,
+    ) -> types.TrainerAdapter:
+        """A fresh adapter, or one with a snapshot's shape and weights; or that which is held."""
+        request = pb.CreateAdapterRequest(
+            name=name,
+            lora=None if lora is None else convert.lora_to_pb(lora),
+            epoch=epoch,
+            fork_of=None if fork_of is None else convert.snapshot_to_pb(fork_of),
+            with_optimizer=with_optimizer,
+        )
         with mesh_errors():
             response = await self._stub.CreateAdapter(request)
+        return convert.trainer_adapter_from_pb(response.adapter)
+
+    async def restore_adapter(
+        self, name: str, snapshot: types.Snapshot, *, epoch: int
+    ) -> types.TrainerAdapter:
+        """The adapter as its snapshot has it, or as it is held under this epoch."""
+        request = pb.RestoreAdapterRequest(
+            name=name, epoch=epoch, snapshot=convert.snapshot_to_pb(snapshot)
+        )
+        with mesh_errors():
+            response = await self._stub.RestoreAdapter(request)
         return convert.trainer_adapter_from_pb(response.adapter)
 
     async def get_adapter(self, name: str) -> types.TrainerAdapter:
@@ -41,10 +66,10 @@ class TrainerClient:
             response = await self._stub.GetAdapter(pb.GetAdapterRequest(name=name))
         return convert.trainer_adapter_from_pb(response.adapter)
 
-    async def delete_adapter(self, name: str) -> None:
+    async def delete_adapter(self, name: str, *, epoch: int) -> None:
         """Free an adapter and its versions."""
         with mesh_errors():
-            await self._stub.DeleteAdapter(pb.DeleteAdapterRequest(name=name))
+            await self._stub.DeleteAdapter(pb.DeleteAdapterRequest(name=name, epoch=epoch))
 
     async def forward_backward(
         self,
@@ -52,6 +77,8 @@ class TrainerClient:
         sequence: int,
         data: Sequence[types.Datum],
         loss_config: types.LossConfig,
+        *,
+        epoch: int,
     ) -> types.ForwardBackwardResult:
         """Loss and gradients of a batch, added to the adapter's pending ones."""
         request = pb.ForwardBackwardRequest(
@@ -59,6 +86,7 @@ class TrainerClient:
             sequence=sequence,
             data=[convert.datum_to_pb(datum) for datum in data],
             loss_config=convert.loss_to_pb(loss_config),
+            epoch=epoch,
         )
         with mesh_errors():
             response = await self._stub.ForwardBackward(request)
@@ -78,20 +106,51 @@ class TrainerClient:
         return convert.arrays_from_pb(response.logprobs)
 
     async def optim_step(
-        self, adapter: str, sequence: int, adam: types.AdamConfig
+        self, adapter: str, sequence: int, adam: types.AdamConfig, *, epoch: int
     ) -> types.OptimStepResult:
         """One AdamW step with the pending gradients."""
         request = pb.OptimStepRequest(
-            adapter=adapter, sequence=sequence, adam=convert.adam_to_pb(adam)
+            adapter=adapter, sequence=sequence, adam=convert.adam_to_pb(adam), epoch=epoch
         )
         with mesh_errors():
             response = await self._stub.OptimStep(request)
         return types.OptimStepResult(response.policy_version, dict(response.metrics))
 
-    async def publish_adapter(self, name: str) -> types.PublishedVersion:
+    async def load_snapshot(
+        self,
+        adapter: str,
+        sequence: int,
+        snapshot: types.Snapshot,
+        *,
+        with_optimizer: bool,
+        epoch: int,
+    ) -> types.LoadResult:
+        """Another's weights in place of the adapter's."""
+        request = pb.LoadSnapshotRequest(
+            adapter=adapter,
+            sequence=sequence,
+            snapshot=convert.snapshot_to_pb(snapshot),
+            with_optimizer=with_optimizer,
+            epoch=epoch,
+        )
+        with mesh_errors():
+            response = await self._stub.LoadSnapshot(request)
+        return types.LoadResult(response.policy_version)
+
+    async def snapshot_adapter(self, name: str, *, epoch: int) -> types.Snapshot:
+        """The adapter as its newest op left it, durable in the blob store."""
+        with mesh_errors():
+            response = await self._stub.SnapshotAdapter(
+                pb.SnapshotAdapterRequest(name=name, epoch=epoch)
+            )
+        return convert.snapshot_from_pb(response.snapshot)
+
+    async def publish_adapter(self, name: str, *, epoch: int) -> types.PublishedVersion:
         """Make the current weights an exportable version."""
         with mesh_errors():
-            response = await self._stub.PublishAdapter(pb.PublishAdapterRequest(name=name))
+            response = await self._stub.PublishAdapter(
+                pb.PublishAdapterRequest(name=name, epoch=epoch)
+            )
         return types.PublishedVersion(response.policy_version, response.digest)
 
     async def export_adapter(

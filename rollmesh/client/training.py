@@ -64,3 +64,17 @@ class TrainingClient:
         with mesh_errors():
             response = await self._stub.OptimStep(request)
         return types.OptimStepResult(response.policy_version, dict(response.metrics))
+
+    async def load_checkpoint(
+        self, adapter: str, sequence: int, checkpoint: str, *, with_optimizer: bool
+    ) -> types.LoadResult:
+        """A checkpoint's weights in place of the adapter's."""
+        request = pb.LoadCheckpointRequest(
+            adapter=adapter,
+            sequence=sequence,
+            checkpoint=checkpoint,
+            with_optimizer=with_optimizer,
+        )
+        with mesh_errors():
+            response = await self._stub.LoadCheckpoint(request)
+        return types.LoadResult(response.policy_version)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rollmesh import types
 from rollmesh.api.common.v1 import policy_pb2
 from rollmesh.api.sampler.v1 import sampler_service_pb2
+from rollmesh.convert.values import optional
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
 
 
 def lora_to_pb(lora: types.LoraConfig) -> policy_pb2.LoraConfig:
@@ -22,6 +28,12 @@ def lora_from_pb(message: policy_pb2.LoraConfig) -> types.LoraConfig:
         target_modules=tuple(message.target_modules),
         seed=message.seed,
     )
+
+
+def optional_lora_from_pb(message: Message, name: str) -> types.LoraConfig | None:
+    """The field's LoraConfig; None: absent."""
+    value = optional(message, name)
+    return None if value is None else lora_from_pb(value)
 
 
 def policy_to_pb(policy: types.PolicyRef) -> policy_pb2.PolicyRef:

@@ -20,13 +20,13 @@ _DTYPES: dict[tensor_pb2.DataType.ValueType, np.dtype[Any]] = {
     tensor_pb2.DATA_TYPE_INT32: np.dtype("<i4"),
     tensor_pb2.DATA_TYPE_INT64: np.dtype("<i8"),
 }
+_KINDS = {f"<{known.kind}{known.itemsize}": kind for kind, known in _DTYPES.items()}
 
 
 def tensor_to_pb(values: NDArray[Any] | Sequence[float], dtype: str = "<f4") -> tensor_pb2.Tensor:
     """`values` as a tensor of `dtype` ("<f4" or "<i4")."""
     array = np.ascontiguousarray(values, dtype=np.dtype(dtype))
-    kind = next(kind for kind, known in _DTYPES.items() if known == array.dtype)
-    return tensor_pb2.Tensor(dtype=kind, shape=array.shape, data=array.tobytes())
+    return tensor_pb2.Tensor(dtype=_KINDS[dtype], shape=array.shape, data=array.tobytes())
 
 
 def tensor_from_pb(message: tensor_pb2.Tensor, *, field: str, dtype: str) -> NDArray[Any]:

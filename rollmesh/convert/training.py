@@ -16,7 +16,18 @@ if TYPE_CHECKING:
 _LOSSES: dict[types.LossName, training_pb2.Loss.ValueType] = {
     "cross_entropy": training_pb2.LOSS_CROSS_ENTROPY,
     "importance_sampling": training_pb2.LOSS_IMPORTANCE_SAMPLING,
+    "ppo": training_pb2.LOSS_PPO,
+    "cispo": training_pb2.LOSS_CISPO,
+    "dro": training_pb2.LOSS_DRO,
+    "gspo": training_pb2.LOSS_GSPO,
 }
+_LOSS_OPTIONS = (
+    "kl_coefficient",
+    "clip_low_threshold",
+    "clip_high_threshold",
+    "beta",
+    "max_importance_ratio",
+)
 
 
 def datum_to_pb(datum: types.Datum) -> training_pb2.Datum:
@@ -55,20 +66,35 @@ def _datum_from_pb(message: training_pb2.Datum, path: str) -> types.Datum:
 
 def loss_to_pb(config: types.LossConfig) -> training_pb2.LossConfig:
     """LossConfig."""
-    return training_pb2.LossConfig(loss=_LOSSES[config.loss], kl_coefficient=config.kl_coefficient)
+    if config.loss not in _LOSSES:
+        raise _unknown_loss(config.loss)
+    return training_pb2.LossConfig(
+        loss=_LOSSES[config.loss],
+        entropy=config.entropy,
+        **{name: getattr(config, name) for name in _LOSS_OPTIONS},
+    )
 
 
 def loss_from_pb(message: training_pb2.LossConfig) -> types.LossConfig:
     """LossConfig."""
     names = {number: name for name, number in _LOSSES.items()}
     if message.loss not in names:
-        raise InvalidRequest(
-            f"loss_config.loss: {message.loss} is not one of {', '.join(names.values())}",
-            field="loss_config.loss",
-            value=message.loss,
-            allowed=", ".join(names.values()),
-        )
-    return types.LossConfig(names[message.loss], optional(message, "kl_coefficient"))
+        raise _unknown_loss(message.loss)
+    return types.LossConfig(
+        names[message.loss],
+        entropy=message.entropy,
+        **{name: optional(message, name) for name in _LOSS_OPTIONS},
+    )
+
+
+def _unknown_loss(value: object) -> InvalidRequest:
+    allowed = ", ".join(_LOSSES)
+    return InvalidRequest(
+        f"loss_config.loss: {value} is not one of {allowed}",
+        field="loss_config.loss",
+        value=value,
+        allowed=allowed,
+    )
 
 
 def adam_to_pb(config: types.AdamConfig) -> training_pb2.AdamConfig:

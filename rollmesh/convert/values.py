@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf import json_format
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.struct_pb2 import Struct
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -51,6 +52,19 @@ def time_to_pb(seconds: float) -> Timestamp:
 def time_from_pb(message: Timestamp) -> float:
     """A Timestamp as Unix seconds."""
     return message.ToMicroseconds() / 1e6
+
+
+def duration_to_pb(seconds: float) -> Duration:
+    """Seconds as a Duration, to the microsecond."""
+    message = Duration()
+    message.FromMicroseconds(round(seconds * 1e6))
+    return message
+
+
+def optional_duration_from_pb(message: Message, name: str) -> float | None:
+    """The field's seconds; None: absent."""
+    value = optional(message, name)
+    return None if value is None else value.ToMicroseconds() / 1e6
 
 
 def optional(message: Message, name: str) -> Any:

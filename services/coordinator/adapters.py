@@ -1,6 +1,7 @@
 """Adapters for their users and for the loops of jobs: the core of two of the services.
 
-An adapter lives on one trainer. What a job owns the job alone trains, until the job has ended.
+An adapter lives on one trainer at a time. What a job owns the job alone trains, until the job has
+ended.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rollmesh import types
@@ -21,17 +22,39 @@ from rollmesh.errors import (
     Unavailable,
 )
 from rollmesh.names import parse_adapter, parse_project
+from services.coordinator.delivery import Delivery
 from services.coordinator.making import make
+from services.coordinator.ownership import Ownership
 from services.coordinator.paging import page_size_of
-from services.coordinator.store import Request, check_free
+from services.coordinator.recovery import Recovery
+from services.coordinator.snapshots import Snapshots
+from services.coordinator.store import Origin, Request, check_free
+from services.coordinator.time_to_live import USE_NOTED_EVERY_S, check_ttl
+from services.coordinator.turns import Turns
+from services.coordinator.upkeep import Upkeep
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
     from services.coordinator.base_models import BaseModels
     from services.coordinator.fleet.static import StaticFleet
+    from services.coordinator.journal import Journal
     from services.coordinator.ports import Sampling, TrainerPort
-    from services.coordinator.store import AdapterStore, StoredAdapter
+    from services.coordinator.store import Store, StoredAdapter
+
+MAX_WAITING = 64
+"""Calls that wait for one adapter."""
+_DELETE_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Durability:
+    """Settings of the same names in CoordinatorConfig."""
+
+    trainer_lease_s: float
+    snapshot_every_ops: int
+    snapshot_every_bytes: int
+    result_retention_s: float
 
 
 class Adapters:
@@ -39,31 +62,67 @@ class Adapters:
 
     Args:
         store: where they are written down.
-        fleet: which trainers a new adapter may go to.
+        journal: their ops.
+        fleet: which trainers may have them.
         trainers: every configured trainer by address, serving or not.
         sampling: what is told to forget a deleted adapter.
         base_models: those that the mesh knows.
+        durability: settings.
         clock: Unix seconds.
     """
 
     def __init__(
         self,
-        store: AdapterStore,
+        store: Store,
+        journal: Journal,
         fleet: StaticFleet,
         trainers: Mapping[str, TrainerPort],
         sampling: Sampling,
         *,
         base_models: BaseModels,
+        durability: Durability,
         clock: Callable[[], float],
     ) -> None:
-        self._store = store
-        self._fleet = fleet
+        self._store = store.adapters
         self._trainers = trainers
         self._sampling = sampling
         self._base_models = base_models
         self._clock = clock
-        # Creating and deleting one adapter exclude each other; a lock lives while somebody uses it.
-        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        self._turns = Turns(max_waiting=MAX_WAITING)
+        self._ownership = Ownership(fleet, lease_s=durability.trainer_lease_s)
+        self._recovery = Recovery(store.adapters, journal, self._ownership, trainers, clock=clock)
+        self._snapshots = Snapshots(
+            store.adapters,
+            self._recovery,
+            self._ownership,
+            trainers,
+            self._turns,
+            every_ops=durability.snapshot_every_ops,
+            every_bytes=durability.snapshot_every_bytes,
+        )
+        self._delivery = Delivery(journal, self._recovery, self._snapshots)
+        self._upkeep = Upkeep(
+            store.adapters,
+            store.ops,
+            fleet,
+            self._ownership,
+            self._recovery,
+            self._delivery,
+            self._snapshots,
+            self._turns,
+            result_retention_s=durability.result_retention_s,
+            clock=clock,
+        )
+
+    async def run(self) -> None:
+        """Keep adapters safe and where they belong, until cancelled, which ends what goes on."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._ownership.run())
+                tasks.create_task(self._snapshots.run())
+                tasks.create_task(self._upkeep.run())
+        finally:
+            await self._turns.close()
 
     async def create_adapter(
         self,
@@ -74,54 +133,70 @@ class Adapters:
         job: str,
         request_id: str,
         num_versions: int = 1,
+        idle_ttl_s: float | None = None,
+        fork_of: types.Snapshot | None = None,
+        with_optimizer: bool = False,
     ) -> types.Adapter:
-        """A fresh adapter on the emptiest trainer; the one that `job` or the request made before.
+        """A new adapter on the emptiest trainer; the one that `job` or the request made before.
 
-        The trainer keeps at least `num_versions` of its versions.
+        It is fresh, or begins with the weights of `fork_of`, and `with_optimizer` with the moments
+        too; `lora` is then that of the snapshot. Its trainer keeps at least `num_versions` of its
+        versions.
 
         Raises:
-            InvalidRequest: the name, the base model, or what the trainers say of `lora`.
+            InvalidRequest: the name, the base model, `idle_ttl_s` (seconds without use after which
+                it is deleted; None: never), or what the trainers say of `lora`.
             AlreadyExists: the name or the request_id is taken.
             CapacityExhausted: no trainer has room.
             Unavailable: no trainer of the base model answers.
         """
         project, _ = parse_adapter(name)
+        check_ttl(idle_ttl_s, field="idle_ttl")
         self._base_models.check(base_model, field="base_model", refusal=InvalidRequest)
+        origin = None if fork_of is None else Origin(fork_of, with_optimizer)
         request = None
         if not job:
-            content = (name, base_model, dataclasses.asdict(lora))
-            request = Request.of(project, request_id, "CreateAdapter", *content)
-        async with self._lock(name):
+            content = [name, base_model, dataclasses.asdict(lora), idle_ttl_s]
+            forked = None if origin is None else dataclasses.asdict(origin)
+            request = Request.of(project, request_id, "CreateAdapter", *content, forked)
+
+        async with self._turns.hold(name):
             stored = await self._store.reserve(
-                name, base_model, lora, job=job, request=request, now=self._clock()
+                name,
+                base_model,
+                lora,
+                job=job,
+                request=request,
+                now=self._clock(),
+                num_versions=num_versions,
+                idle_ttl_s=idle_ttl_s,
+                origin=origin,
             )
             if stored.ready:
                 return stored.adapter
             try:
-                made = await make(
-                    stored,
-                    lora,
-                    self._store,
-                    self._fleet,
-                    self._trainers,
-                    num_versions=num_versions,
-                )
+                made = await make(stored, self._store, self._ownership, clock=self._clock)
             except MeshError:
                 await self._store.release(name)
                 raise
-            return (await self._store.confirm(name, job=job, made=made)).adapter
+            stored = await self._store.confirm(name, job=job, made=made)
+            self._recovery.found(stored)
+            return stored.adapter
 
     async def get_adapter(self, name: str) -> types.Adapter:
-        """One adapter, as its trainer has it now."""
-        stored, trainer = await self._on_trainer(name)
-        with _lost(stored):
-            held = await trainer.get_adapter(name)
-        await self._store.seen(
-            name, next_sequence=held.next_sequence, policy_version=held.policy_version
-        )
-        return dataclasses.replace(
-            stored.adapter, policy_version=held.policy_version, next_sequence=held.next_sequence
-        )
+        """One adapter, as its ops left it, the last of which is settled before.
+
+        Raises:
+            NotFound: there is none of that name.
+            Unavailable: that one's trainer is away.
+        """
+        await self._existing(name)
+
+        async def work() -> types.Adapter:
+            await self._delivery.settle(name)
+            return (await self._existing(name)).adapter
+
+        return await self._turns.take(name, work)
 
     async def page(
         self, parent: str, page_size: int, page_token: str
@@ -134,18 +209,65 @@ class Adapters:
         return found[:size], parse_adapter(found[size - 1].name)[1] if more else ""
 
     async def delete_adapter(self, name: str, *, request_id: str) -> None:
-        """Delete an adapter with its versions, on its trainer and on every sampler."""
+        """Delete an adapter with its versions, on its trainer and on every sampler.
+
+        Where its trainer does not answer that holds a copy which nobody owns: `run` frees it later.
+        """
         project, _ = parse_adapter(name)
         request = Request.of(project, request_id, "DeleteAdapter", name)
-        async with self._lock(name):
-            if await self._store.repeated(request):
-                return
+
+        async def work() -> None:
+            if not await self._store.repeated(request):
+                await self._delete(await self._store.get(name), request)
+
+        await self._turns.take(name, work)
+
+    async def delete_idle_adapter(self, name: str) -> None:
+        """Delete an adapter that nobody used for its time to live.
+
+        Raises:
+            FailedPrecondition: somebody used it meanwhile, or a job that has not ended owns it.
+        """
+
+        async def work() -> None:
             stored = await self._store.get(name)
-            check_free(stored)
-            if stored.trainer in self._trainers:
-                await self._trainers[stored.trainer].delete_adapter(name)
-            await self._sampling.unload(stored.adapter.base_model, name, None)
-            await self._store.delete(name, request, now=self._clock())
+            ttl_s = stored.adapter.idle_ttl_s
+            if ttl_s is None or self._clock() < stored.use_time + USE_NOTED_EVERY_S + ttl_s:
+                raise FailedPrecondition(f"{name} is in use", resource=name)
+            await self._delete(stored, None)
+
+        await self._turns.take(name, work)
+
+    async def _delete(self, stored: StoredAdapter, request: Request | None) -> None:
+        name = stored.adapter.name
+        check_free(stored)
+        await self._store.delete(name, request, now=self._clock())
+        self._recovery.forget(name)
+        self._snapshots.forget(name)
+        if stored.trainer in self._trainers:
+            with contextlib.suppress(MeshError, TimeoutError):
+                async with asyncio.timeout(_DELETE_TIMEOUT_S):
+                    trainer = self._trainers[stored.trainer]
+                    await trainer.delete_adapter(name, epoch=stored.epoch)
+        await self._sampling.unload(stored.adapter.base_model, name, None)
+
+    async def train(
+        self, adapter: str, sequence: int, op: types.TrainingOp, *, job: str
+    ) -> types.TrainingResult:
+        """Run an op, exactly once; `job` or ("") an interactive client asks for it.
+
+        Raises:
+            NotFound: there is no such adapter.
+            FailedPrecondition: another job owns it; it cannot be recovered; what the op needs.
+            SequenceGap: the op is not the next.
+            AlreadyExists: another op has its sequence.
+            Unavailable: it may run or not; the same call again will tell.
+            Overloaded: too much waits, here or at the trainer.
+        """
+        parse_adapter(adapter, field="adapter")
+        return await self._turns.take(
+            adapter, lambda: self._delivery.train(adapter, sequence, op, job=job)
+        )
 
     async def forward_backward(
         self,
@@ -156,42 +278,67 @@ class Adapters:
         *,
         job: str,
     ) -> types.ForwardBackwardResult:
-        """Loss and gradients of a batch. FailedPrecondition: a job other than `job` owns it."""
-        stored, trainer = await self._on_trainer(adapter)
-        _check_owner(stored, job)
-        with _lost(stored):
-            result = await trainer.forward_backward(adapter, sequence, data, loss_config)
-        await self._store.seen(adapter, next_sequence=sequence + 1)
+        """Loss and gradients of a batch; see `train`."""
+        op = types.ForwardBackward(data, loss_config)
+        result = await self.train(adapter, sequence, op, job=job)
+        assert isinstance(result, types.ForwardBackwardResult)  # noqa: S101 - what its op has
         return result
 
     async def forward(
         self, adapter: str, data: Sequence[types.Datum]
     ) -> tuple[types.FloatArray, ...]:
         """Per datum the targets' log-probabilities; anybody in the project may ask."""
-        stored, trainer = await self._on_trainer(adapter)
-        with _lost(stored):
-            return await trainer.forward(adapter, data)
+        try:
+            return await self._forward(adapter, data)
+        except NotFound:
+            self._recovery.doubt(adapter)
+            return await self._forward(adapter, data)
+
+    async def _forward(
+        self, adapter: str, data: Sequence[types.Datum]
+    ) -> tuple[types.FloatArray, ...]:
+        stored = await self._at_home(adapter)
+        async with self._ownership.call(stored.trainer):
+            return await self._trainers[stored.trainer].forward(adapter, data)
 
     async def optim_step(
         self, adapter: str, sequence: int, adam: types.AdamConfig, *, job: str
     ) -> types.OptimStepResult:
-        """One AdamW step. FailedPrecondition: a job other than `job` owns the adapter."""
-        stored, trainer = await self._on_trainer(adapter)
-        _check_owner(stored, job)
-        with _lost(stored):
-            result = await trainer.optim_step(adapter, sequence, adam)
-        await self._store.seen(
-            adapter, next_sequence=sequence + 1, policy_version=result.policy_version
-        )
+        """One AdamW step; see `train`."""
+        result = await self.train(adapter, sequence, types.OptimStep(adam), job=job)
+        assert isinstance(result, types.OptimStepResult)  # noqa: S101 - what its op has
         return result
+
+    async def snapshot(self, adapter: str) -> tuple[StoredAdapter, types.Snapshot]:
+        """A new snapshot of the adapter, with every op in it that was begun before.
+
+        Raises:
+            NotFound: there is no such adapter.
+            FailedPrecondition: it cannot be recovered.
+            Unavailable: its trainer or the blob store is away.
+        """
+        parse_adapter(adapter)
+
+        async def work() -> tuple[StoredAdapter, types.Snapshot]:
+            await self._delivery.settle(adapter)
+            return await self._snapshots.take(adapter)
+
+        return await self._turns.take(adapter, work)
 
     async def publish_adapter(self, name: str) -> types.PublishedVersion:
         """Make the current weights a version that can be sampled and exported."""
-        stored, trainer = await self._on_trainer(name)
-        with _lost(stored):
-            version = await trainer.publish_adapter(name)
-        await self._store.publish(name, version, now=self._clock())
-        return version
+        parse_adapter(name)
+
+        async def publish(stored: StoredAdapter, trainer: TrainerPort) -> types.PublishedVersion:
+            return await trainer.publish_adapter(name, epoch=stored.epoch)
+
+        async def work() -> types.PublishedVersion:
+            await self._delivery.settle(name)
+            _, version = await self._recovery.call(name, publish)
+            await self._store.publish(name, version, now=self._clock())
+            return version
+
+        return await self._turns.take(name, work)
 
     async def export_adapter(
         self, name: str, policy_version: int | None
@@ -203,10 +350,10 @@ class Adapters:
             Unavailable: the stream was torn.
             DigestMismatch: the trainer sent something else than it had published.
         """
-        stored, trainer = await self._on_trainer(name)
+        stored = await self._at_home(name)
         version = await self._store.version(name, policy_version)
         digest = ""
-        exported = trainer.export_adapter(name, version.policy_version)
+        exported = self._trainers[stored.trainer].export_adapter(name, version.policy_version)
         async with contextlib.aclosing(exported) as parts:
             async for part in parts:
                 if isinstance(part, str):
@@ -255,48 +402,28 @@ class Adapters:
                 allowed=base_model,
             )
         version = await self._store.version(policy.adapter, policy.policy_version)
+        if self._clock() - stored.use_time >= USE_NOTED_EVERY_S:
+            await self._store.touch(policy.adapter, now=self._clock())
         source = types.AdapterSource(
             policy.adapter, version.policy_version, version.digest, stored.trainer
         )
         return base_model, source
 
-    async def _on_trainer(self, name: str) -> tuple[StoredAdapter, TrainerPort]:
-        """An adapter that exists, and its trainer, whether that answers or not."""
+    def locate(self, source: types.AdapterSource) -> types.AdapterSource:
+        """The same version, at the trainer that has the adapter now, as far as that is known."""
+        address = self._recovery.address(source.adapter) or source.trainer_address
+        return dataclasses.replace(source, trainer_address=address)
+
+    async def _existing(self, name: str) -> StoredAdapter:
         parse_adapter(name)
         stored = await self._store.get(name)
         if not stored.ready:
             raise NotFound(f"there is no {name}", resource=name)
-        if stored.trainer not in self._trainers:
-            raise FailedPrecondition(
-                f"{name} is lost: the trainer at {stored.trainer}, which held it, is no part of "
-                "this mesh any more",
-                resource=name,
-            )
-        return stored, self._trainers[stored.trainer]
+        return stored
 
-    def _lock(self, name: str) -> asyncio.Lock:
-        return self._locks.setdefault(name, asyncio.Lock())
-
-
-def _check_owner(stored: StoredAdapter, job: str) -> None:
-    if stored.adapter.job != job:
-        check_free(stored)
-    if job and not (stored.owned and stored.adapter.job == job):
-        raise FailedPrecondition(
-            f"{job} has ended, or does not own {stored.adapter.name}",
-            resource=stored.adapter.name,
-            job=job,
-        )
-
-
-@contextlib.contextmanager
-def _lost(stored: StoredAdapter) -> Iterator[None]:
-    """A trainer that does not know an adapter which it had was restarted."""
-    try:
-        yield
-    except NotFound as error:
-        raise FailedPrecondition(
-            f"{stored.adapter.name} is lost: its trainer at {stored.trainer} was restarted and "
-            "does not hold it any more",
-            resource=stored.adapter.name,
-        ) from error
+    async def _at_home(self, name: str) -> StoredAdapter:
+        """An adapter that exists, after it was recovered if need be."""
+        stored = await self._existing(name)
+        if self._recovery.is_current(stored):
+            return stored
+        return await self._turns.take(name, lambda: self._recovery.at_home(name))

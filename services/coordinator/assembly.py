@@ -8,16 +8,21 @@ import secrets
 import time
 from typing import TYPE_CHECKING
 
+from rollmesh.blobs import Blobs
+from rollmesh.convert import journal as codec
 from rollmesh.rpc.server import serving
-from services.coordinator.adapters import Adapters
+from services.coordinator.adapters import Adapters, Durability
 from services.coordinator.base_models import BaseModels
+from services.coordinator.checkpoints import Checkpoints
 from services.coordinator.fleet.static import StaticFleet
 from services.coordinator.jobs import Jobs
+from services.coordinator.journal import Journal
 from services.coordinator.policies import Policies
 from services.coordinator.runner import Runner
 from services.coordinator.sampling import FleetSampling
 from services.coordinator.scheduler import Scheduler
 from services.coordinator.servicers import SERVICES, register
+from services.coordinator.sweeper import Sweeper
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
@@ -27,6 +32,8 @@ if TYPE_CHECKING:
     from services.coordinator.ports import RewardPort, SamplerPort, Sampling, TrainerPort, Training
     from services.coordinator.runner import Play
     from services.coordinator.store import Store
+
+_SWEEP_EVERY_S = 60.0
 
 
 @contextlib.asynccontextmanager
@@ -49,10 +56,39 @@ async def coordinator(
         max_running_completions=config.max_running_completions,
         max_queued_requests=config.max_queued_requests,
     )
-    sampling = FleetSampling(fleet, scheduler)
+    sampling = FleetSampling(
+        fleet,
+        scheduler,
+        locate=lambda source: adapters.locate(source),  # noqa: PLW0108 - they are made below
+    )
     base_models = BaseModels(fleet, [model.name for model in config.base_models])
+    blobs = Blobs(config.blobs_url)
+    journal = Journal(
+        store.ops, blobs, codec, clock=time.time, new_id=lambda: secrets.token_hex(16)
+    )
     adapters = Adapters(
-        store.adapters, fleet, trainers, sampling, base_models=base_models, clock=time.time
+        store,
+        journal,
+        fleet,
+        trainers,
+        sampling,
+        base_models=base_models,
+        durability=Durability(
+            trainer_lease_s=config.trainer_lease_s,
+            snapshot_every_ops=config.snapshot_every_ops,
+            snapshot_every_bytes=config.snapshot_every_bytes,
+            result_retention_s=config.result_retention_s,
+        ),
+        clock=time.time,
+    )
+    checkpoints = Checkpoints(store.checkpoints, adapters, store.adapters, blobs, clock=time.time)
+    sweeper = Sweeper(
+        store.references,
+        store.checkpoints,
+        adapters,
+        blobs,
+        interval_s=_SWEEP_EVERY_S,
+        clock=time.time,
     )
     jobs = Jobs(
         store.jobs,
@@ -74,12 +110,14 @@ async def coordinator(
     services = register(
         jobs,
         adapters,
+        checkpoints,
         Policies(adapters, sampling),
         lambda: fleet.snapshot(sampling.num_queued_requests),
     )
     async with contextlib.AsyncExitStack() as stack:
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        stack.callback(tasks.create_task(fleet.run()).cancel)
+        for part in (fleet, adapters, sweeper):
+            stack.callback(tasks.create_task(part.run()).cancel)
         server = await stack.enter_async_context(
             serving(services, services=SERVICES, address=config.listen, drain_s=config.drain_s)
         )

@@ -33,10 +33,15 @@ class CoordinatorConfig(Config):
     listen: Address = "127.0.0.1:7400"
     """Address to serve at, host:port. Port 0: a free one."""
     state_dir: Path = Path(".rollmesh")
-    """Folder of the SQLite file where no database is named. Made if missing."""
+    """Folder of the SQLite file where no database is named, and of the blobs where no store is.
+    Made if missing."""
     database: Annotated[str, AfterValidator(_check_database)] = ""
     """sqlite:///FILE or postgresql://USER@HOST/NAME (the password in the environment variable
     PGPASSWORD). One coordinator per database. Empty: coordinator.sqlite in state_dir."""
+    blobs: str = ""
+    """Folder, or URL that fsspec understands (s3://BUCKET/PREFIX), of the mesh's blob store:
+    snapshots of adapters, and large bodies of ops. The trainers' must be the same. Empty: blobs
+    in state_dir."""
     trainers: list[PeerAddress] = Field(min_length=1)
     """Addresses of the trainers, host:port."""
     samplers: list[PeerAddress] = Field(min_length=1)
@@ -57,6 +62,16 @@ class CoordinatorConfig(Config):
     OVERLOADED."""
     request_retention_s: PositiveFloat = 30 * 86400.0
     """How long a request_id is remembered; a repeat after that is a new request."""
+    trainer_lease_s: PositiveFloat = 10.0
+    """How long a trainer that does not answer keeps its adapters; then others take them over."""
+    snapshot_every_ops: PositiveInt = 20
+    """Training ops of an adapter after which it is written to the blob store: a recovery runs the
+    ops after that again, at most about twice as many."""
+    snapshot_every_bytes: PositiveInt = 64 * 2**20
+    """Bytes of their bodies after which it is written, if that comes first."""
+    result_retention_s: PositiveFloat = 3600.0
+    """How long the result of a training op is kept for a repeat; that of an adapter's newest op is
+    kept until a later one is answered."""
     drain_s: NonNegativeFloat = 10.0
     """Seconds that calls under way get to finish when the coordinator is told to end."""
     telemetry: TelemetryConfig = TelemetryConfig()
@@ -66,6 +81,11 @@ class CoordinatorConfig(Config):
     def database_url(self) -> str:
         """Where the store is."""
         return self.database or f"sqlite:///{self.state_dir / 'coordinator.sqlite'}"
+
+    @property
+    def blobs_url(self) -> str:
+        """Where the blobs are."""
+        return self.blobs or str((self.state_dir / "blobs").absolute())
 
     def tokenizer_of(self, base_model: str) -> str:
         """Local folder or hub id of the tokenizer of `base_model`."""

@@ -46,7 +46,7 @@ class Learner:
         self._live = set(range(oldest, context.step))
 
     async def progress(self, step: int) -> Progress:
-        """What the trainer has of step `step`, the first one that is not recorded as finished.
+        """What was trained of step `step`, the first one that is not recorded as finished.
 
         Raises:
             FailedPrecondition: the adapter is neither before, in nor after that step.
@@ -54,7 +54,7 @@ class Learner:
         try:
             adapter = await self._patience.call(lambda: self._training.get_adapter(self._adapter))
         except NotFound as error:
-            raise self._lost(error) from error
+            raise self._gone(error) from error
         match adapter.policy_version - step, adapter.next_sequence - 2 * step:
             case 0, 1:
                 return "clean"
@@ -63,7 +63,7 @@ class Learner:
             case 1, 3:
                 return "stepped"
         raise FailedPrecondition(
-            f"the trainer lost the state of {self._adapter}: after {step} steps it should be at "
+            f"{self._adapter} is not where the job left it: after {step} steps it should be at "
             f"version {step} with next sequence {2 * step + 1}, and is at version "
             f"{adapter.policy_version} with next sequence {adapter.next_sequence}",
             resource=self._adapter,
@@ -139,9 +139,9 @@ class Learner:
         try:
             return await self._patience.call(attempt)
         except (NotFound, SequenceGap) as error:
-            raise self._lost(error) from error
+            raise self._gone(error) from error
 
-    def _lost(self, error: Exception) -> FailedPrecondition:
+    def _gone(self, error: Exception) -> FailedPrecondition:
         return FailedPrecondition(
-            f"the trainer lost the state of {self._adapter}: {error}", resource=self._adapter
+            f"{self._adapter} is not where the job left it: {error}", resource=self._adapter
         )

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from typing import TYPE_CHECKING
 
 from rollmesh.errors import CapacityExhausted, InvalidRequest, Unavailable
+from services.coordinator.recovery import create
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable
 
     from rollmesh import types
-    from services.coordinator.fleet.static import StaticFleet
-    from services.coordinator.ports import TrainerPort
+    from services.coordinator.ownership import Ownership
     from services.coordinator.store import AdapterStore, StoredAdapter
 
 log = logging.getLogger(__name__)
@@ -21,17 +20,15 @@ log = logging.getLogger(__name__)
 
 async def make(
     stored: StoredAdapter,
-    lora: types.LoraConfig,
     store: AdapterStore,
-    fleet: StaticFleet,
-    trainers: Mapping[str, TrainerPort],
+    ownership: Ownership,
     *,
-    num_versions: int,
+    clock: Callable[[], float],
 ) -> types.TrainerAdapter:
     """Make a reserved adapter on the trainer with the most room, which is written down first.
 
-    Trainers differ: one that does not take `lora`, or keeps fewer than `num_versions` versions, is
-    passed over.
+    Trainers differ: one that does not take its shape, or keeps too few versions, is passed over.
+    What an earlier attempt left somewhere is under an older epoch.
 
     Raises:
         CapacityExhausted: no trainer that would take it has room.
@@ -39,33 +36,30 @@ async def make(
         Unavailable: no trainer of the base model answers.
     """
     name, base_model = stored.adapter.name, stored.adapter.base_model
-    if stored.trainer in trainers:
-        # A creation before this one died, and may have left a copy.
-        with contextlib.suppress(Unavailable):
-            await trainers[stored.trainer].delete_adapter(name)
-    serving = fleet.trainers(base_model)
-    if not serving:
+    candidates = ownership.candidates(base_model)
+    if not candidates:
         raise Unavailable(f"no trainer of {base_model!r} answers", value=base_model)
     refusals: list[InvalidRequest] = []
-    for trainer in sorted(serving, key=lambda trainer: -_room(trainer.info)):
+    for trainer in candidates:
         kept = trainer.info.kept_versions if trainer.info else 0
-        if kept < num_versions:
-            refusals.append(_too_few(kept, num_versions))
+        if kept < stored.num_versions:
+            refusals.append(_too_few(kept, stored.num_versions))
             continue
-        await store.place(name, trainer.address)
-        # A trainer answers an equal adapter that it has, however far that was trained. Nobody knows
-        # of one here, so what it may have is not this one.
-        await trainer.port.delete_adapter(name)
+        stored = await store.give(stored, trainer.address, now=clock())
         try:
-            return await trainer.port.create_adapter(name, lora)
+            async with ownership.call(trainer.address):
+                made = await create(trainer.port, stored)
         except CapacityExhausted as error:
             log.info("no room for %s at %s: %s", name, trainer.address, error)
         except InvalidRequest as error:
             refusals.append(error)
-    if len(refusals) == len(serving):
+        else:
+            ownership.note_given(trainer)
+            return made
+    if len(refusals) == len(candidates):
         raise refusals[0]
     raise CapacityExhausted(
-        f"every trainer of {base_model!r} is full: {len(serving) - len(refusals)} of them were "
+        f"every trainer of {base_model!r} is full: {len(candidates) - len(refusals)} of them were "
         "asked",
         value=base_model,
     )
@@ -76,7 +70,3 @@ def _too_few(kept: int, num_versions: int) -> InvalidRequest:
         f"algorithm.max_staleness: it needs {num_versions} versions, the trainer keeps {kept}",
         field="algorithm.max_staleness",
     )
-
-
-def _room(info: types.TrainerInfo | None) -> int:
-    return info.max_adapters - info.num_adapters if info else 0

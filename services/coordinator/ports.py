@@ -6,7 +6,7 @@ fakes that behave. No core module knows gRPC.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from rollmesh import types
     from rollmesh.job import Happening, JobSpec
 
+
+OpKind: TypeAlias = Literal["forward_backward", "optim_step", "load_snapshot"]
 
 Lost: TypeAlias = "Callable[[str], Awaitable[None]]"
 """Hears why a call waits for a peer."""
@@ -24,11 +26,23 @@ class TrainerPort(Protocol):
 
     async def get_trainer(self) -> types.TrainerInfo: ...
 
-    async def create_adapter(self, name: str, lora: types.LoraConfig) -> types.TrainerAdapter: ...
+    async def create_adapter(
+        self,
+        name: str,
+        lora: types.LoraConfig | None,
+        *,
+        epoch: int,
+        fork_of: types.Snapshot | None = None,
+        with_optimizer: bool = False,
+    ) -> types.TrainerAdapter: ...
+
+    async def restore_adapter(
+        self, name: str, snapshot: types.Snapshot, *, epoch: int
+    ) -> types.TrainerAdapter: ...
 
     async def get_adapter(self, name: str) -> types.TrainerAdapter: ...
 
-    async def delete_adapter(self, name: str) -> None: ...
+    async def delete_adapter(self, name: str, *, epoch: int) -> None: ...
 
     async def forward_backward(
         self,
@@ -36,6 +50,8 @@ class TrainerPort(Protocol):
         sequence: int,
         data: Sequence[types.Datum],
         loss_config: types.LossConfig,
+        *,
+        epoch: int,
     ) -> types.ForwardBackwardResult: ...
 
     async def forward(
@@ -43,16 +59,40 @@ class TrainerPort(Protocol):
     ) -> tuple[types.FloatArray, ...]: ...
 
     async def optim_step(
-        self, adapter: str, sequence: int, adam: types.AdamConfig
+        self, adapter: str, sequence: int, adam: types.AdamConfig, *, epoch: int
     ) -> types.OptimStepResult: ...
 
-    async def publish_adapter(self, name: str) -> types.PublishedVersion: ...
+    async def load_snapshot(
+        self,
+        adapter: str,
+        sequence: int,
+        snapshot: types.Snapshot,
+        *,
+        with_optimizer: bool,
+        epoch: int,
+    ) -> types.LoadResult: ...
+
+    async def snapshot_adapter(self, name: str, *, epoch: int) -> types.Snapshot: ...
+
+    async def publish_adapter(self, name: str, *, epoch: int) -> types.PublishedVersion: ...
 
     def export_adapter(
         self, name: str, policy_version: int
     ) -> AsyncGenerator[types.AdapterExport | bytes | str]:
         """A header, then chunks of the safetensors file, then the digest."""
         ...
+
+
+class OpCodec(Protocol):
+    """Ops and results to bytes and back: the module `rollmesh.convert.journal` is one."""
+
+    def op_to_bytes(self, op: types.TrainingOp) -> tuple[OpKind, bytes]: ...
+
+    def op_from_bytes(self, kind: OpKind, body: bytes) -> types.TrainingOp: ...
+
+    def result_to_bytes(self, result: types.TrainingResult) -> bytes: ...
+
+    def result_from_bytes(self, kind: OpKind, body: bytes) -> types.TrainingResult: ...
 
 
 class SamplerPort(Protocol):
@@ -110,7 +150,11 @@ class Training(Protocol):
         ...
 
     async def get_adapter(self, name: str) -> types.Adapter:
-        """As its trainer has it now: policy_version and next_sequence are the trainer's."""
+        """As its journaled ops left it, all of which are settled.
+
+        Raises:
+            Unavailable: one of them is not: it waits for a trainer that is away.
+        """
         ...
 
     async def forward_backward(

@@ -26,7 +26,7 @@ from services.coordinator.placement import Placement
 from services.coordinator.retry import RETRY_FOR_S, backoff
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
     from services.coordinator.fleet.static import Sampler, StaticFleet
     from services.coordinator.ports import Lost
@@ -53,10 +53,24 @@ class _Draw:
 
 
 class FleetSampling:
-    """`ports.Sampling` over one fleet and one scheduler, which nobody else uses."""
+    """`ports.Sampling` over one fleet and one scheduler, which nobody else uses.
 
-    def __init__(self, fleet: StaticFleet, scheduler: Scheduler) -> None:
+    Args:
+        fleet: the samplers.
+        scheduler: whose turn it is.
+        locate: the same version, at the trainer that has its adapter by now: a request that waits
+            for long may outlive the one it was given.
+    """
+
+    def __init__(
+        self,
+        fleet: StaticFleet,
+        scheduler: Scheduler,
+        *,
+        locate: Callable[[types.AdapterSource], types.AdapterSource],
+    ) -> None:
         self._fleet = fleet
+        self._locate = locate
         self._scheduler = scheduler
         self._placement = Placement(fleet, scheduler)
 
@@ -229,7 +243,10 @@ class FleetSampling:
         unfinished = draw.num_completions
         async with self._placement.sampler_for(request) as sampler:
             chunks = sampler.port.sample(
-                draw.source, draw.prompt_token_ids, draw.num_completions, draw.params
+                draw.source and self._locate(draw.source),
+                draw.prompt_token_ids,
+                draw.num_completions,
+                draw.params,
             )
             # Left in the middle it has to be closed at once for the sampler to stop.
             async with contextlib.aclosing(chunks) as closing:

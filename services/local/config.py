@@ -20,8 +20,8 @@ ServiceConfig = CoordinatorConfig | TrainerConfig | SamplerConfig | RewardConfig
 
 _NOBODY = "127.0.0.1:0"
 _CHOSEN = {
-    "coordinator": ("listen", "state_dir", "trainers", "samplers", "reward"),
-    "trainers": ("listen",),
+    "coordinator": ("listen", "state_dir", "blobs", "trainers", "samplers", "reward"),
+    "trainers": ("listen", "blobs"),
     "samplers": ("listen",),
     "reward": ("listen",),
 }
@@ -72,14 +72,19 @@ class LocalConfig(Config):
 def complete(
     config: LocalConfig, addresses: Mapping[str, str], state_dir: Path
 ) -> dict[str, ServiceConfig]:
-    """The services' configurations by name, with the address of each."""
+    """The services' configurations by name, with the address of each and what is in `state_dir`."""
     complete = {
         name: member.model_copy(update={"listen": addresses[name]})
         for name, member in config.members().items()
     }
+    blobs = str(state_dir / "blobs")
+    for name, member in complete.items():
+        if name.startswith("trainer-"):
+            complete[name] = member.model_copy(update={"blobs": blobs})
     complete["coordinator"] = complete["coordinator"].model_copy(
         update={
             "state_dir": state_dir,
+            "blobs": blobs,
             "trainers": [addresses[name] for name in complete if name.startswith("trainer-")],
             "samplers": [addresses[name] for name in complete if name.startswith("sampler-")],
             "reward": addresses["reward"],

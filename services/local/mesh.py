@@ -84,7 +84,7 @@ async def mesh(
 ) -> AsyncIterator[Mesh]:
     """A mesh whose members are all SERVING; it ends with the block. `say` hears what happens.
 
-    In `state_dir`: config/, logs/, coordinator.sqlite, and while the mesh runs endpoints.json.
+    In `state_dir`: config/, logs/, blobs/, coordinator.sqlite, and endpoints.json while it runs.
 
     Raises:
         FailedPrecondition: another mesh runs in `state_dir`.

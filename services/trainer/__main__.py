@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import uuid
 
 from rollmesh.config import from_command_line, run
 from services.trainer.config import TrainerConfig
@@ -33,38 +34,62 @@ async def serve(config: TrainerConfig) -> None:
     from rollmesh.api.trainer.v1.trainer_service_pb2_grpc import (
         add_TrainerServiceServicer_to_server,
     )
+    from rollmesh.blobs import Blobs
     from rollmesh.rpc.server import serving, terminated
     from rollmesh.telemetry import log_fields, telemetry
     from services.trainer.adapters import Adapters
     from services.trainer.engine import Engine
     from services.trainer.model import load
     from services.trainer.servicer import TrainerServicer
+    from services.trainer.snapshots import Snapshots
+    from services.trainer.uninterrupted import Uninterrupted
 
-    with telemetry("trainer", config.telemetry), contextlib.ExitStack() as stack:
-        model = load(config)
-        adapters = Adapters(
-            model,
-            base_model=config.base_model.name,
-            max_rank=config.max_rank,
-            max_adapters=config.max_adapters,
-            kept_versions=config.kept_versions,
-        )
-        engine = Engine(max_queued_ops=config.max_queued_ops)
-        # Last of all: an op that outlived drain_s ends before its next pass.
-        stack.callback(engine.close)
-        stack.callback(model.stop)
-        async with serving(
-            lambda server: add_TrainerServiceServicer_to_server(
-                TrainerServicer(adapters, engine), server
-            ),
-            services=[pb.DESCRIPTOR.services_by_name["TrainerService"].full_name],
-            address=config.listen,
-            drain_s=config.drain_s,
-        ) as running:
+    with telemetry("trainer", config.telemetry):
+        async with contextlib.AsyncExitStack() as stack:
+            blobs = Blobs(config.blobs)
+            model = load(config)
+            engine = Engine(model, max_queued_ops=config.max_queued_ops)
+            stack.callback(engine.close)
+            snapshots = Snapshots(
+                blobs,
+                model.lora,
+                base_model=config.base_model.name,
+                new_id=lambda: uuid.uuid4().hex,
+                max_queued=config.max_queued_ops,
+            )
+            stack.callback(snapshots.close)
+            uninterrupted = await stack.enter_async_context(Uninterrupted())
+            # After drain_s, and before all of the above: an op that outlived it ends before its
+            # next pass.
+            stack.callback(model.stop)
+            adapters = Adapters(
+                model,
+                engine,
+                snapshots,
+                uninterrupted,
+                base_model=config.base_model.name,
+                max_rank=config.max_rank,
+                max_adapters=config.max_adapters,
+                max_adapter_bytes=config.max_adapter_bytes,
+                kept_versions=config.kept_versions,
+                max_queued_ops=config.max_queued_ops,
+                instance_id=uuid.uuid4().hex,
+            )
+            running = await stack.enter_async_context(
+                serving(
+                    lambda server: add_TrainerServiceServicer_to_server(
+                        TrainerServicer(adapters), server
+                    ),
+                    services=[pb.DESCRIPTOR.services_by_name["TrainerService"].full_name],
+                    address=config.listen,
+                    drain_s=config.drain_s / 2,
+                )
+            )
             await running.ready()
             with log_fields(port=running.port):
                 log.info("serving")
             await terminated()
+            await adapters.moved_away(config.drain_s / 2)
 
 
 if __name__ == "__main__":

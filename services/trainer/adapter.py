@@ -1,23 +1,28 @@
-"""One adapter: its weights, optimizer state and pending gradients, and the ops that change them.
+"""One adapter: its state, and the ops that change it, one after the other.
 
-A deterministic state machine without threads: the same ops in the same order give the same bits.
-An op either does all of its work or raises and leaves the adapter as it was (a step that cannot be
-taken clears the gradients), and only an op that succeeded uses up its sequence.
+A deterministic state machine: the same ops in the same order give the same bits. An op either does
+all of its work or raises and leaves the adapter as it was, and only an op that succeeded uses up
+its sequence. Its state is replaced as a whole, on the event loop; all computing is done elsewhere.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, TypeVar, cast
 
+import torch
+
 from rollmesh.errors import (
     AlreadyExists,
     FailedPrecondition,
+    Fenced,
     InvalidRequest,
     NonFinite,
     NotFound,
+    Overloaded,
     SequenceGap,
 )
 from rollmesh.telemetry import log_fields, record, span, timed
@@ -25,6 +30,8 @@ from rollmesh.types import (
     AdamConfig,
     Datum,
     ForwardBackwardResult,
+    LoadResult,
+    LoadSnapshot,
     LoraConfig,
     LossConfig,
     OptimStepResult,
@@ -33,133 +40,217 @@ from rollmesh.types import (
 )
 from services.trainer.checks import check_adam, check_batch, check_tokens
 from services.trainer.export import AdapterVersion, make_version
-from services.trainer.optimizer import adam_step, fresh_state
+from services.trainer.optimizer import adam_step
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from torch import Tensor
 
-    from rollmesh.types import FloatArray
+    from rollmesh.types import FloatArray, Snapshot, TrainingResult
+    from services.trainer.engine import Engine
     from services.trainer.model import Model
+    from services.trainer.snapshots import Snapshots
+    from services.trainer.state import State
+    from services.trainer.uninterrupted import Uninterrupted
 
 log = logging.getLogger(__name__)
-Result = TypeVar("Result", ForwardBackwardResult, OptimStepResult)
+T = TypeVar("T")
+Result = TypeVar("Result", ForwardBackwardResult, OptimStepResult, LoadResult)
 
 
 class Adapter:
-    """An adapter with the configuration `lora`, whose defaults are filled in.
+    """An adapter with the configuration `lora`, whose defaults are filled in, held under `epoch`.
 
-    Attributes:
-        view: what other threads read; an op replaces it as a whole when all else is done.
+    An op whose caller goes away while it waits for its turn never runs; one that has begun goes to
+    its end, so that a retry finds its result. At most `max_queued_ops` wait.
     """
 
     def __init__(
-        self, name: str, lora: LoraConfig, model: Model, *, base_model: str, kept_versions: int
+        self,
+        name: str,
+        lora: LoraConfig,
+        state: State,
+        *,
+        epoch: int,
+        model: Model,
+        engine: Engine,
+        snapshots: Snapshots,
+        uninterrupted: Uninterrupted,
+        base_model: str,
+        kept_versions: int,
+        max_queued_ops: int,
     ) -> None:
-        self.view = TrainerAdapter(
-            name, lora, policy_version=0, next_sequence=1, has_pending_gradients=False
-        )
+        self.name = name
+        self.lora = lora
+        self.epoch = epoch
+        self._state = state
         self._model = model
+        self._engine = engine
+        self._snapshots = snapshots
+        self._uninterrupted = uninterrupted
         self._base_model = base_model
         self._kept_versions = kept_versions
-        self._weights = model.lora.fresh(
-            rank=lora.rank,
-            alpha=cast("float", lora.alpha),
-            target_modules=lora.target_modules,
-            seed=lora.seed,
-        )
-        self._adam = fresh_state(self._weights.parameters())
-        self._pending: list[Tensor] | None = None
-        self._newest: tuple[bytes, ForwardBackwardResult | OptimStepResult] | None = None
+        self._max_queued_ops = max_queued_ops
+        self._turn = asyncio.Lock()  # First come, first served.
+        self._queued = 0
+        self._newest: tuple[bytes, TrainingResult] | None = None
         self._versions: dict[int, AdapterVersion] = {}
+        self._gone: type[NotFound | Fenced] | None = None
 
-    def forward(self, data: Sequence[Datum]) -> tuple[FloatArray, ...]:
-        """Per datum the log-probability of each target, float32 [T]."""
+    @property
+    def view(self) -> TrainerAdapter:
+        """The adapter as its newest finished op left it."""
+        state = self._state
+        return TrainerAdapter(
+            self.name,
+            self.lora,
+            policy_version=state.policy_version,
+            next_sequence=state.next_sequence,
+            has_pending_gradients=state.pending is not None,
+            epoch=self.epoch,
+        )
+
+    def let_go(self, reason: type[NotFound | Fenced]) -> None:
+        """It is no longer held: whatever waits or runs ends with `reason`."""
+        self._gone = reason
+
+    async def forward(self, data: Sequence[Datum]) -> tuple[FloatArray, ...]:
+        """Per datum the log-probability of each target, float32 [T], after the ops before it."""
         model = self._model
         check_tokens(data, vocab_size=model.vocab_size, max_length=model.max_length)
+        await self._acquire_turn()
+        weights = self._state.weights
+        self._turn.release()
+        self._check_held()
         with timed("rollmesh.trainer.op", op="forward"):
-            return model.forward(self._weights, data)
+            return await self._engine.forward(self.name, weights, data)
 
-    def forward_backward(
-        self, sequence: int, data: Sequence[Datum], config: LossConfig
+    async def forward_backward(
+        self, epoch: int, sequence: int, data: Sequence[Datum], config: LossConfig
     ) -> ForwardBackwardResult:
         """Add the gradients of the batch's loss to the pending ones.
 
         Raises:
-            NonFinite: a loss or gradient; the pending gradients are as they were.
+            NonFinite: a loss, a gradient, or the sum; the pending gradients are as they were.
         """
 
-        def compute() -> tuple[ForwardBackwardResult, TrainerAdapter]:
+        async def compute(state: State) -> tuple[ForwardBackwardResult, State]:
             model = self._model
             check_batch(data, config, vocab_size=model.vocab_size, max_length=model.max_length)
             with (
-                span("trainer.forward_backward", adapter=self.view.name),
+                span("trainer.forward_backward", adapter=self.name),
                 timed("rollmesh.trainer.op", op="forward_backward"),
             ):
-                found = model.forward_backward(self._weights, data, config)
+                found = await self._engine.forward_backward(self.name, state.weights, data, config)
+                # Not in the engine, which may be full by now, and all of this be for nothing.
+                pending = await asyncio.to_thread(_accumulated, state.pending, found.gradients)
             record("rollmesh.trainer.tokens", sum(len(datum.token_ids) for datum in data))
-            self._pending = (
-                found.gradients
-                if self._pending is None
-                else [a + b for a, b in zip(self._pending, found.gradients, strict=True)]
-            )
             result = ForwardBackwardResult(found.logprobs, found.metrics)
-            return result, replace(self.view, has_pending_gradients=True)
+            return result, replace(state, pending=pending)
 
-        return self._once(sequence, _digest("forward_backward", data, config), compute)
+        digest = _digest("forward_backward", data, config)
+        return await self._once(epoch, sequence, digest, compute)
 
-    def optim_step(self, sequence: int, config: AdamConfig) -> OptimStepResult:
+    async def optim_step(self, epoch: int, sequence: int, config: AdamConfig) -> OptimStepResult:
         """One AdamW step with the pending gradients, which it clears.
 
         Raises:
             FailedPrecondition: none are pending.
-            NonFinite: the gradients or the step's result; cleared, the weights as they were.
+            NonFinite: the gradients' norm or the step's result; all is as it was.
         """
 
-        def compute() -> tuple[OptimStepResult, TrainerAdapter]:
+        async def compute(state: State) -> tuple[OptimStepResult, State]:
             check_adam(config)
-            name = self.view.name
-            pending = self._pending
-            if pending is None:
-                raise FailedPrecondition(f"{name} has no pending gradients", resource=name)
+            if state.pending is None:
+                raise FailedPrecondition(
+                    f"{self.name} has no pending gradients", resource=self.name
+                )
             with (
-                span("trainer.optim_step", adapter=name),
+                span("trainer.optim_step", adapter=self.name),
                 timed("rollmesh.trainer.op", op="optim_step"),
             ):
-                try:
-                    step = adam_step(self._weights.parameters(), pending, self._adam, config)
-                except NonFinite:
-                    self._pending = None
-                    self.view = replace(self.view, has_pending_gradients=False)
-                    raise
-            self._weights = self._weights.replaced(step.parameters)
-            self._adam = step.state
-            self._pending = None
-            version = self.view.policy_version + 1
+                step = await self._engine.run(
+                    adam_step, state.weights.parameters(), state.pending, state.adam, config
+                )
+            version = state.policy_version + 1
             metrics = {"grad_norm": step.grad_norm, "learning_rate": config.learning_rate}
-            view = replace(self.view, policy_version=version, has_pending_gradients=False)
-            return OptimStepResult(version, metrics), view
+            weights = state.weights.replaced(step.parameters)
+            return OptimStepResult(version, metrics), replace(
+                state, weights=weights, adam=step.state, pending=None, policy_version=version
+            )
 
-        return self._once(sequence, _digest("optim_step", (), config), compute)
+        return await self._once(epoch, sequence, _digest("optim_step", (), config), compute)
 
-    def publish(self) -> PublishedVersion:
+    async def load_snapshot(
+        self, epoch: int, sequence: int, snapshot: Snapshot, *, with_optimizer: bool
+    ) -> LoadResult:
+        """Replace the weights by a snapshot's, and the optimizer by the snapshot's or a new one.
+
+        Raises:
+            FailedPrecondition: gradients are pending; the snapshot is of another shape.
+            Else as Snapshots.manifest and Snapshots.read.
+        """
+
+        async def compute(state: State) -> tuple[LoadResult, State]:
+            if state.pending is not None:
+                raise self._pending_gradients()
+            with timed("rollmesh.trainer.op", op="load_snapshot"):
+                manifest = await self._snapshots.manifest(snapshot)
+                check_shape(snapshot, manifest.lora.lora(), self.lora)
+                loaded = await self._snapshots.read_to_begin(
+                    snapshot, manifest, with_optimizer=with_optimizer
+                )
+            version = state.policy_version + 1
+            return LoadResult(version), replace(
+                loaded, policy_version=version, next_sequence=state.next_sequence
+            )
+
+        body = _digest("load_snapshot", (), LoadSnapshot(snapshot, with_optimizer))
+        return await self._once(epoch, sequence, body, compute)
+
+    async def snapshot(self, epoch: int) -> Snapshot:
+        """Write the adapter as its newest finished op left it; ops go on meanwhile."""
+        self._check_epoch(epoch)
+
+        def take() -> State:
+            self._check_epoch(epoch)
+            return self._state
+
+        with (
+            span("trainer.snapshot", adapter=self.name),
+            timed("rollmesh.trainer.op", op="snapshot"),
+        ):
+            return await self._snapshots.write(self.name, self.lora, take)
+
+    async def publish(self, epoch: int) -> PublishedVersion:
         """Make the current weights an exportable version; the one that already is costs nothing.
 
         Raises:
             FailedPrecondition: gradients are pending.
         """
-        name, number = self.view.name, self.view.policy_version
-        if number not in self._versions:
-            if self._pending is not None:
-                raise FailedPrecondition(f"{name} has pending gradients", resource=name)
-            with span("trainer.publish", adapter=name), timed("rollmesh.trainer.op", op="publish"):
-                version = make_version(self.view, self._weights, self._base_model)
-            versions = {**self._versions, number: version}
-            self._versions = dict(list(versions.items())[-self._kept_versions :])
-            with log_fields(adapter=name, policy_version=number, digest=version.digest):
-                log.info("published")
-        return PublishedVersion(number, self._versions[number].digest)
+
+        async def work() -> PublishedVersion:
+            self._check_epoch(epoch)
+            number = self._state.policy_version
+            if number not in self._versions:
+                if self._state.pending is not None:
+                    raise self._pending_gradients()
+                with (
+                    span("trainer.publish", adapter=self.name),
+                    timed("rollmesh.trainer.op", op="publish"),
+                ):
+                    version = await self._engine.run(
+                        make_version, self.view, self._state.weights, self._base_model
+                    )
+                self._check_held()
+                versions = {**self._versions, number: version}
+                self._versions = dict(list(versions.items())[-self._kept_versions :])
+                with log_fields(adapter=self.name, policy_version=number, digest=version.digest):
+                    log.info("published")
+            return PublishedVersion(number, self._versions[number].digest)
+
+        return await self._in_turn(work)
 
     def version(self, policy_version: int) -> AdapterVersion:
         """A published version.
@@ -170,21 +261,39 @@ class Adapter:
         versions = self._versions
         if policy_version not in versions:
             raise NotFound(
-                f"{self.view.name} has no published version {policy_version} here",
-                resource=self.view.name,
+                f"{self.name} has no published version {policy_version} here",
+                resource=self.name,
                 value=policy_version,
                 allowed=", ".join(map(str, versions)),
             )
         return versions[policy_version]
 
-    def _once(
+    async def _once(
         self,
+        epoch: int,
         sequence: int,
         digest: bytes,
-        compute: Callable[[], tuple[Result, TrainerAdapter]],
+        compute: Callable[[State], Awaitable[tuple[Result, State]]],
     ) -> Result:
         """The result of the op `sequence`, computed once however often it is asked for."""
-        name, expected = self.view.name, self.view.next_sequence
+
+        async def work() -> Result:
+            self._check_epoch(epoch)
+            state = self._state
+            stored = self._stored(sequence, digest)
+            if stored is not None:
+                return cast("Result", stored)
+            result, changed = await compute(state)
+            self._check_held()
+            self._newest = (digest, result)
+            self._state = replace(changed, next_sequence=state.next_sequence + 1)
+            return result
+
+        return await self._in_turn(work)
+
+    def _stored(self, sequence: int, digest: bytes) -> TrainingResult | None:
+        """The result if `sequence` was the newest op; None if it is the next."""
+        expected = self._state.next_sequence
         if sequence < 1:
             raise InvalidRequest(
                 f"sequence: {sequence}, must be ≥ 1",
@@ -196,26 +305,103 @@ class Adapter:
             newest, stored = self._newest
             if digest != newest:
                 raise AlreadyExists(
-                    f"sequence {sequence} of {name} was another op",
-                    resource=name,
+                    f"sequence {sequence} of {self.name} was another op",
+                    resource=self.name,
                     value=sequence,
                     expected_sequence=expected,
                 )
-            return cast("Result", stored)
+            return stored
         if sequence != expected:
             raise SequenceGap(
-                f"sequence {sequence} of {name}, expected is {expected}",
-                resource=name,
+                f"sequence {sequence} of {self.name}, expected is {expected}",
+                resource=self.name,
                 value=sequence,
                 expected_sequence=expected,
             )
-        result, view = compute()
-        self._newest = (digest, result)
-        self.view = replace(view, next_sequence=expected + 1)
-        return result
+        return None
+
+    async def _in_turn(self, work: Callable[[], Awaitable[T]]) -> T:
+        """What `work` returns when the ops before it have ended."""
+        await self._acquire_turn()
+
+        async def then_release() -> T:
+            try:
+                return await work()
+            finally:
+                self._turn.release()
+
+        return await self._uninterrupted.run(then_release())
+
+    async def _acquire_turn(self) -> None:
+        if self._queued >= self._max_queued_ops:
+            raise Overloaded(
+                f"{self._queued} ops of {self.name} wait, max_queued_ops is {self._max_queued_ops}",
+                resource="queued ops",
+                value=self._queued,
+                allowed=self._max_queued_ops,
+            )
+        self._queued += 1
+        try:
+            await self._turn.acquire()
+        finally:
+            self._queued -= 1
+
+    def _check_epoch(self, epoch: int) -> None:
+        self._check_held()
+        if epoch != self.epoch:
+            raise fenced(self.name, epoch, held=self.epoch)
+
+    def _check_held(self) -> None:
+        if self._gone is not None:
+            raise self._gone(f"{self.name} was taken from this trainer", resource=self.name)
+
+    def _pending_gradients(self) -> FailedPrecondition:
+        return FailedPrecondition(f"{self.name} has pending gradients", resource=self.name)
 
 
-def _digest(op: str, data: Sequence[Datum], config: LossConfig | AdamConfig) -> bytes:
+def fenced(name: str, epoch: int, *, held: int) -> Fenced:
+    """The error for a call under another epoch than the one that is held."""
+    return Fenced(
+        f"{name} is held under epoch {held}, not {epoch}",
+        resource=name,
+        field="epoch",
+        value=epoch,
+        allowed=held,
+    )
+
+
+def check_shape(snapshot: Snapshot, found: LoraConfig, wanted: LoraConfig) -> None:
+    """Refuse a snapshot of another rank, alpha or target modules; the seed may differ."""
+    for field in ("rank", "alpha", "target_modules"):
+        is_there, must_be = getattr(found, field), getattr(wanted, field)
+        if is_there != must_be:
+            raise FailedPrecondition(
+                f"{snapshot.key} has the {field} {is_there}, wanted is {must_be}",
+                resource=snapshot.key,
+                field=f"lora.{field}",
+                value=is_there,
+                allowed=must_be,
+            )
+
+
+def _accumulated(
+    pending: Sequence[Tensor] | None, gradients: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The sums, contiguous: the order in which a norm adds up depends on the strides."""
+    if pending is not None:
+        gradients = [a + b for a, b in zip(pending, gradients, strict=True)]
+        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            raise NonFinite(
+                "data: their gradients are finite, but not their sum with the pending ones, which "
+                "are as they were",
+                field="data",
+            )
+    return tuple(gradient.contiguous() for gradient in gradients)
+
+
+def _digest(
+    op: str, data: Sequence[Datum], config: LossConfig | AdamConfig | LoadSnapshot
+) -> bytes:
     """Of an op's body: equal exactly when a retry asks for the same."""
     sha = hashlib.sha256(f"{op} {config} {len(data)}".encode())
     for datum in data:

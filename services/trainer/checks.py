@@ -8,13 +8,28 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rollmesh.errors import InvalidRequest
+from services.trainer.losses import CLIP_RANGES, clip_range
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rollmesh.types import AdamConfig, Datum, FloatArray, IntArray, LoraConfig, LossConfig
+    from rollmesh.types import (
+        AdamConfig,
+        Datum,
+        FloatArray,
+        IntArray,
+        LoraConfig,
+        LossConfig,
+        LossName,
+    )
 
-_SAMPLED = ("sampling_logprobs", "advantages")
+# The losses that take a field of LossConfig; all take those that are not here.
+_TAKERS: dict[str, tuple[LossName, ...]] = {
+    "clip_low_threshold": ("ppo", "cispo", "gspo"),
+    "clip_high_threshold": ("ppo", "cispo", "gspo"),
+    "beta": ("dro",),
+    "max_importance_ratio": ("cross_entropy", "importance_sampling", "ppo", "gspo"),
+}
 # A log-probability of 0, made by a sampler in low precision, may come out a little above it.
 _MAX_LOGPROB = 1e-3
 # torch refuses scalars, and products of them, that overflow float32.
@@ -25,26 +40,60 @@ def check_batch(
     data: Sequence[Datum], config: LossConfig, *, vocab_size: int, max_length: int
 ) -> None:
     """Refuse a batch that `config`'s loss cannot be computed of."""
-    coefficient = config.kl_coefficient
-    if coefficient is not None:
-        _check_number("loss_config.kl_coefficient", coefficient, at_least=0)
+    check_loss(config)
     check_tokens(data, vocab_size=vocab_size, max_length=max_length)
+    needs = {
+        "sampling_logprobs": config.loss != "cross_entropy"
+        or config.max_importance_ratio is not None,
+        "advantages": config.loss != "cross_entropy",
+    }
     for index, datum in enumerate(data):
         path = f"data[{index}]"
         if datum.weights is not None:
             _check_floats(f"{path}.weights", datum.weights, datum, low=0.0)
-        for name in _SAMPLED:
+        for name, needed in needs.items():
             values: FloatArray | None = getattr(datum, name)
-            if (values is not None) != (config.loss == "importance_sampling"):
-                verb = "needs" if values is None else "takes no"
+            if (values is not None) != needed:
+                verb = "needs" if needed else "takes no"
                 raise InvalidRequest(
-                    f"{path}.{name}: {config.loss} {verb} {name}", field=f"{path}.{name}"
+                    f"{path}.{name}: {config.loss} {verb} {name}",
+                    field=f"{path}.{name}",
+                    value="present" if values is not None else "absent",
+                    allowed="present" if needed else "absent",
                 )
         if datum.sampling_logprobs is not None:
             values = datum.sampling_logprobs
             _check_floats(f"{path}.sampling_logprobs", values, datum, high=_MAX_LOGPROB)
         if datum.advantages is not None:
             _check_floats(f"{path}.advantages", datum.advantages, datum)
+
+
+def check_loss(config: LossConfig) -> None:
+    """Refuse fields that the loss does not take, and values outside the ranges of LossConfig."""
+    for name, takers in _TAKERS.items():
+        value: float | None = getattr(config, name)
+        if value is not None and config.loss not in takers:
+            raise InvalidRequest(
+                f"loss_config.{name}: {config.loss} takes no {name}; {', '.join(takers)} do",
+                field=f"loss_config.{name}",
+                value=value,
+                allowed="absent",
+            )
+    if config.kl_coefficient is not None:
+        _check_number("loss_config.kl_coefficient", config.kl_coefficient, at_least=0)
+    if config.beta is not None:
+        _check_number("loss_config.beta", config.beta, at_least=0)
+    high = 0.0
+    if config.loss in CLIP_RANGES:
+        low, high = clip_range(config)
+        # Of two that contradict each other the one at fault is the one that was given.
+        least = low if config.clip_low_threshold is None else 0
+        _check_number("loss_config.clip_high_threshold", high, at_least=least)
+        _check_number("loss_config.clip_low_threshold", low, at_least=0, at_most=high)
+    if config.max_importance_ratio is not None:
+        _check_number(
+            "loss_config.max_importance_ratio", config.max_importance_ratio, above=0, at_least=high
+        )
 
 
 def check_tokens(data: Sequence[Datum], *, vocab_size: int, max_length: int) -> None:
@@ -77,8 +126,17 @@ def check_adam(config: AdamConfig) -> None:
         _check_number("adam.max_grad_norm", config.max_grad_norm, above=0)
 
 
-def resolve_lora(lora: LoraConfig, *, max_rank: int, target_modules: Sequence[str]) -> LoraConfig:
-    """`lora` with its defaults filled in, its targets in the order of `target_modules`."""
+def resolve_lora(
+    lora: LoraConfig,
+    *,
+    max_rank: int,
+    target_modules: Sequence[str],
+    unembedding: str | None = None,
+) -> LoraConfig:
+    """`lora` with its defaults filled in, its targets in the order of the model.
+
+    Without targets of its own it has `target_modules`; the unembedding only where it is named.
+    """
     if not 1 <= lora.rank <= max_rank:
         raise InvalidRequest(
             f"lora.rank: {lora.rank}, must be 1 to {max_rank}",
@@ -88,9 +146,10 @@ def resolve_lora(lora: LoraConfig, *, max_rank: int, target_modules: Sequence[st
         )
     alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
     _check_number("lora.alpha", alpha, above=0)
+    targets = (*target_modules, *([] if unembedding is None else [unembedding]))
     for name in lora.target_modules:
-        if name not in target_modules:
-            allowed = ", ".join(target_modules)
+        if name not in targets:
+            allowed = ", ".join(targets)
             raise InvalidRequest(
                 f"lora.target_modules: no linear layer is called {name!r}; there are {allowed}",
                 field="lora.target_modules",
@@ -101,7 +160,7 @@ def resolve_lora(lora: LoraConfig, *, max_rank: int, target_modules: Sequence[st
     return type(lora)(
         rank=lora.rank,
         alpha=alpha,
-        target_modules=tuple(name for name in target_modules if name in wanted),
+        target_modules=tuple(name for name in targets if name in wanted),
         seed=lora.seed,
     )
 
@@ -112,11 +171,12 @@ def _check_number(
     *,
     at_least: float = -math.inf,
     above: float = -math.inf,
+    at_most: float = math.inf,
     below: float = math.inf,
 ) -> None:
-    if math.isfinite(value) and at_least <= value < below and value > above:
+    if math.isfinite(value) and at_least <= value <= at_most and above < value < below:
         return
-    bounds = {"≥": at_least, ">": above, "<": below}
+    bounds = {"≥": at_least, ">": above, "≤": at_most, "<": below}
     said = [f"{sign} {bound:g}" for sign, bound in bounds.items() if math.isfinite(bound)]
     allowed = ", ".join(["finite", *said])
     raise InvalidRequest(

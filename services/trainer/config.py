@@ -25,6 +25,12 @@ class TrainerConfig(Config):
     """Largest LoRA rank accepted. No larger than what the samplers can load."""
     max_adapters: PositiveInt = 64
     """Adapters held at once; one more is refused with CAPACITY_EXHAUSTED."""
+    max_adapter_bytes: PositiveInt = 8 * 2**30
+    """Bytes that the adapters may take, all their published versions and pending gradients counted
+    from the start: 4 bytes × parameters × (4 + kept_versions) each, where an adapter has rank ×
+    (inputs + outputs) parameters for each layer that it adapts. One adapter too many is refused
+    with CAPACITY_EXHAUSTED. What a pass needs, and the copies of two adapters whose snapshots are
+    written or read, come on top."""
     kept_versions: Annotated[int, Field(ge=2)] = 8
     """Published versions kept of each adapter, in main memory, the newest ones. A job's
     max_staleness may be at most 2 less: what is sampled must not be forgotten."""
@@ -32,10 +38,17 @@ class TrainerConfig(Config):
     """Tokens of one pass, padding included: a larger batch is cut into several passes, a longer
     sequence is refused. A pass needs about 12 bytes × vocabulary for each token."""
     max_queued_ops: PositiveInt = 64
-    """Ops that may wait for the one that runs; one more is refused with OVERLOADED."""
+    """Ops that may wait for the one that runs, and as many of each adapter for that adapter's own;
+    one more is refused with OVERLOADED."""
     num_threads: PositiveInt = 2
     """Threads of torch on the CPU. Bits of results depend on it."""
+    blobs: str = ".rollmesh/blobs"
+    """Where snapshots go: a folder, or a URL that fsspec understands (s3://…, gs://…; its driver,
+    such as s3fs, must be installed). The coordinator and all trainers must share it."""
     drain_s: NonNegativeFloat = 20.0
-    """Seconds that ops under way get to finish when the service is told to end."""
+    """Seconds to end in. When told to end, the trainer first says so in GetTrainer and serves on,
+    for at most half of them, while the coordinator moves its adapters away; it stays SERVING. It
+    goes on once it holds none, or nobody has called GetTrainer for 2 s. Then it is NOT_SERVING,
+    takes no new calls, and ops under way get the other half to finish."""
     telemetry: TelemetryConfig = TelemetryConfig()
     """Traces, metrics and logs."""

@@ -15,7 +15,7 @@ from rollmesh.types import AdapterExport
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from rollmesh.types import TrainerAdapter
+    from rollmesh.types import LoraConfig, TrainerAdapter
     from services.trainer.lora import LoraWeights
 
 
@@ -35,23 +35,36 @@ class AdapterVersion:
 
 def make_version(adapter: TrainerAdapter, weights: LoraWeights, base_model: str) -> AdapterVersion:
     """A copy of `weights` as `adapter`'s current version, in PEFT's names and format, float32."""
-    tensors = {}
-    for name, (a, b) in weights.factors.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a.detach().cpu()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b.detach().cpu()
-    file = save(tensors, metadata={"format": "pt"})
+    file = peft_file(weights)
     header = AdapterExport(
         adapter=adapter.name,
         policy_version=adapter.policy_version,
         base_model=base_model,
-        adapter_config_json=_peft_config(adapter, base_model),
+        adapter_config_json=peft_config(adapter.lora, base_model),
         num_bytes=len(file),
     )
     return AdapterVersion(header, file, safetensors_digest(file))
 
 
-def _peft_config(adapter: TrainerAdapter, base_model: str) -> str:
-    lora = adapter.lora
+def parameter_names(weights: LoraWeights) -> list[str]:
+    """What PEFT calls them, in the order of LoraWeights.parameters."""
+    return [
+        f"base_model.model.{layer}.lora_{factor}.weight"
+        for layer in weights.factors
+        for factor in "AB"
+    ]
+
+
+def peft_file(weights: LoraWeights) -> bytes:
+    """The contents of adapter_model.safetensors."""
+    parameters = (parameter.detach().cpu() for parameter in weights.parameters())
+    tensors = dict(zip(parameter_names(weights), parameters, strict=True))
+    file: bytes = save(tensors, metadata={"format": "pt"})
+    return file
+
+
+def peft_config(lora: LoraConfig, base_model: str) -> str:
+    """The contents of adapter_config.json."""
     config = PeftLoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_model,

@@ -1,25 +1,50 @@
-"""The losses, as protos/ defines them, and the metrics of a batch.
+"""The losses, as protos/ and docs/losses.md define them, and the metrics of a batch.
 
-p is the log-probability that the adapter gives a target, q its sampling_logprobs, r the base
-model's, A its advantage, w its weight. Legend: B sequences, T positions.
+p is the log-probability that the adapter gives a target, q its sampling_logprobs, b the base
+model's, A its advantage, w its weight. Everything is computed in float64: a ratio times an
+advantage may pass what float32 holds while the loss does not.
+Legend: B sequences, T positions, V vocabulary.
 """
 
-# ruff: noqa: N803 - shape suffixes
+# ruff: noqa: N803, N806 - shape suffixes, and A as the papers have it
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from rollmesh.types import Datum, FloatArray, LossConfig
+    from rollmesh.types import Datum, FloatArray, LossConfig, LossName
+
+    Flags = NDArray[np.bool_]
+
+CLIP_RANGES: Mapping[LossName, tuple[float, float]] = {
+    "ppo": (0.8, 1.2),
+    "cispo": (0.0, 4.0),
+    "gspo": (0.9997, 1.0004),
+}
+"""Bounds of the ratio where a LossConfig has none: of PPO 1 ± ε with ε = 0.2 (arXiv 1707.06347),
+of GSPO 1 − 3e-4 and 1 + 4e-4 (arXiv 2507.18071, section 5.1)."""
+DEFAULT_BETA = 0.05
+# Values of a block of softmax: what `entropies` needs at a time, besides the logits.
+_MAX_BLOCK_VALUES = 2**22
+
+
+def clip_range(config: LossConfig) -> tuple[float, float]:
+    """Bounds of the ratio under `config`, whose loss is one that clips."""
+    low, high = CLIP_RANGES[config.loss]
+    return (
+        low if config.clip_low_threshold is None else config.clip_low_threshold,
+        high if config.clip_high_threshold is None else config.clip_high_threshold,
+    )
 
 
 def losses(
@@ -31,22 +56,102 @@ def losses(
     advantages_BT: Tensor,
     base_logprobs_BT: Tensor | None,
 ) -> Tensor:
-    """The loss of each sequence [B], a plain sum over its positions.
+    """The loss of each sequence, float64 [B], a plain sum over its positions.
 
     A position of weight 0 adds exactly 0 to it and to every gradient, whatever its other values.
-    base_logprobs_BT is read where `config` asks for a penalty.
+    A row's loss has the same bits whatever rows stand beside it and however far it is padded.
+    base_logprobs_BT is read where `config` asks for a penalty. Where the loss, or a gradient,
+    passes what its type holds it is infinite or NaN.
     """
     counts = weights_BT > 0
-    # Masked before exp: a masked position must not overflow, since 0 × inf is NaN.
-    p = torch.where(counts, logprobs_BT, 0.0)
-    if config.loss == "cross_entropy":
-        terms = -p
-    else:
-        terms = -torch.exp(p - torch.where(counts, sampling_logprobs_BT, 0.0)) * advantages_BT
+
+    def counted(values_BT: Tensor) -> Tensor:
+        # Masked before anything else: 0 × inf is NaN, also in a gradient.
+        return torch.where(counts, values_BT, 0.0).double()
+
+    p = counted(logprobs_BT)
+    terms = _terms(config, p, counted(sampling_logprobs_BT), counted(advantages_BT), counts)
     if base_logprobs_BT is not None and config.kl_coefficient:
-        difference = torch.where(counts, base_logprobs_BT, 0.0) - p
+        difference = counted(base_logprobs_BT) - p
         terms = terms + config.kl_coefficient * (torch.expm1(difference) - difference)
-    return (weights_BT * terms).sum(dim=1)
+    return _row_sums(counted(weights_BT) * terms)
+
+
+def _terms(config: LossConfig, p: Tensor, q: Tensor, A: Tensor, counts: Tensor) -> Tensor:
+    """What each position adds to the loss per unit of weight [B, T].
+
+    importance_sampling and ppo: arXiv 1707.06347 (eq. 6 and 7). cispo: arXiv 2506.13585
+    (MiniMax-M1). dro: arXiv 2405.19107, the policy's part, the value function's being in A.
+    gspo: arXiv 2507.18071, the token variant, a datum being the sequence.
+    """
+    log_ratio = p - q
+    if config.loss == "dro":
+        beta = DEFAULT_BETA if config.beta is None else config.beta
+        return -(p * A - 0.5 * beta * log_ratio**2)
+    if config.loss == "cispo":
+        return -torch.exp(log_ratio.detach()).clamp(*clip_range(config)) * p * A
+    if config.loss == "cross_entropy":
+        if config.max_importance_ratio is None:
+            return -p
+        return -torch.exp(_truncated(log_ratio.detach(), config.max_importance_ratio)) * p
+    if config.loss == "gspo":
+        num_tokens_B1 = counts.sum(dim=1, keepdim=True).clamp(min=1)
+        mean_B1 = _row_sums(log_ratio.detach())[:, None] / num_tokens_B1
+        log_ratio = mean_B1 + (p - p.detach())
+    if config.max_importance_ratio is not None:
+        log_ratio = _truncated(log_ratio, config.max_importance_ratio)
+    # Without an advantage the ratio counts for nothing, also where it overflows.
+    log_ratio = torch.where(A == 0, 0.0, log_ratio)
+    if config.loss == "importance_sampling":
+        return -torch.exp(log_ratio) * A
+    low, high = clip_range(config)
+    clipped = _is_clipped(config, torch.exp(log_ratio.detach()), A)
+    # Not torch.minimum: its gradient is NaN where the ratio that it leaves out overflows.
+    ratio = torch.exp(torch.where(clipped, 0.0, log_ratio))
+    bound = torch.where(A > 0, torch.full_like(A, high), low)
+    return -torch.where(clipped, bound, ratio) * A
+
+
+def _truncated(log_ratio: Tensor, max_ratio: float) -> Tensor:
+    """The log of min(r, C), with the gradient of the log of r.
+
+    E[min(r, C)·A·∇p] over the sampler's tokens is the truncated importance sampling of Yao et al.,
+    "Your efficient RL framework secretly brings you off-policy RL training" (2025), where the
+    policy that samples differs from the one that is trained, whether by numerics or by age.
+    """
+    most = math.log(max_ratio)
+    return torch.where(log_ratio > most, most + (log_ratio - log_ratio.detach()), log_ratio)
+
+
+def _is_clipped(config: LossConfig, ratio: Any, A: Any) -> Any:
+    """Where clipping acts, of tensors or arrays: in cispo on a factor, else on the whole term."""
+    low, high = clip_range(config)
+    if config.loss == "cispo":
+        return (ratio < low) | (ratio > high)
+    return ((A > 0) & (ratio > high)) | ((A < 0) & (ratio < low))
+
+
+def _row_sums(values_BT: Tensor) -> Tensor:
+    """Sums over T [B], from left to right, so that padding with 0 does not change a bit."""
+    return values_BT.cumsum(dim=1)[:, -1]
+
+
+@torch.no_grad()
+def entropies(logits_BTV: Tensor) -> Tensor:
+    """Entropy of the policy at each position, nats, float32 [B, T].
+
+    Needs no more memory than a few tens of MB besides the logits, in blocks of whole rows.
+    """
+    rows = logits_BTV.flatten(0, 1)
+    found = torch.empty(len(rows), device=rows.device)
+    size = max(_MAX_BLOCK_VALUES // rows.shape[1], 1)
+    for start in range(0, len(rows), size):
+        block = rows[start : start + size]
+        # A row by itself is done twice: torch would sum it in another order than among others.
+        probabilities = block.expand(max(len(block), 2), -1).float().softmax(dim=1)
+        sums = torch.special.entr(probabilities).sum(dim=1)
+        found[start : start + size] = sums[: len(block)]
+    return found.view(logits_BTV.shape[:2])
 
 
 def metrics(
@@ -56,33 +161,71 @@ def metrics(
     losses: Sequence[float],
     logprobs: Sequence[FloatArray],
     base_logprobs: Sequence[FloatArray] | None,
+    entropies: Sequence[FloatArray] | None = None,
 ) -> dict[str, float]:
-    """The metrics of TrainingService.ForwardBackward; means over positions of weight > 0, or 0."""
-    counts = np.concatenate(
-        [
-            np.ones(len(datum.token_ids), bool) if datum.weights is None else datum.weights > 0
-            for datum in data
-        ]
-    )
+    """The metrics of TrainingService.ForwardBackward; means over positions of weight > 0, or 0.
+
+    base_logprobs and entropies: per datum [T], where `config` asks for them.
+    """
+    counts = [
+        np.ones(len(datum.token_ids), bool) if datum.weights is None else datum.weights > 0
+        for datum in data
+    ]
 
     def counted(arrays: Sequence[FloatArray]) -> NDArray[np.float64]:
-        values: NDArray[np.float64] = np.concatenate(arrays)[counts].astype(np.float64)
+        values: NDArray[np.float64] = np.concatenate(arrays)[np.concatenate(counts)].astype(float)
         return values
 
-    num_tokens = int(counts.sum())
-    found = {"loss": float(np.sum(losses, dtype=np.float64)), "num_tokens": float(num_tokens)}
     p = counted(logprobs)
-    if config.loss == "importance_sampling":
-        difference = p - counted(
-            [d.sampling_logprobs for d in data if d.sampling_logprobs is not None]
-        )
-        ratio = np.exp(difference)
-        found["kl_sampler"] = float(_k3(difference).sum()) / max(num_tokens, 1)
-        found["ratio_mean"] = float(ratio.sum()) / max(num_tokens, 1)
-        found["ratio_max"] = float(ratio.max(initial=0.0))
-    if base_logprobs is not None:
-        found["kl_base"] = float(_k3(counted(base_logprobs) - p).sum()) / max(num_tokens, 1)
+    found = {"loss": float(np.sum(losses, dtype=np.float64)), "num_tokens": float(len(p))}
+    q = [datum.sampling_logprobs for datum in data if datum.sampling_logprobs is not None]
+    with np.errstate(over="ignore"):  # A ratio beyond float64 is reported as infinite.
+        if q:
+            log_ratios = p - counted(q)
+            found |= _ratio_metrics(log_ratios)
+            # What clipping and truncation see: the loss's own ratio.
+            if config.loss == "gspo":
+                log_ratios = _means_of_data(log_ratios, counts)
+            ratios = np.exp(log_ratios)
+            if config.loss in CLIP_RANGES:
+                A = counted([datum.advantages for datum in data if datum.advantages is not None])
+                found["clip_fraction"] = _mean(_is_clipped(config, ratios, A))
+            if config.max_importance_ratio is not None:
+                found["truncated_fraction"] = _mean(ratios > config.max_importance_ratio)
+        if base_logprobs is not None:
+            found["kl_base"] = _mean(_k3(counted(base_logprobs) - p))
+    if entropies is not None:
+        found["entropy"] = _mean(counted(entropies))
     return found
+
+
+def _ratio_metrics(log_ratios: NDArray[np.float64]) -> dict[str, float]:
+    """Of r = exp(p − q): ess is (Σr)² / (n·Σr²), Kish's effective sample size as a share of n."""
+    ratios = np.exp(log_ratios)
+    # A common factor cancels out: with the largest ratio as 1 neither sum can overflow.
+    scaled = np.exp(log_ratios - log_ratios.max(initial=-np.inf))
+    squares = len(scaled) * float((scaled**2).sum())
+    return {
+        "kl_sampler": _mean(_k3(log_ratios)),
+        "ratio_mean": _mean(ratios),
+        "ratio_max": float(ratios.max(initial=0.0)),
+        "ess": float(scaled.sum()) ** 2 / squares if squares else 0.0,
+    }
+
+
+def _means_of_data(log_ratios: NDArray[np.float64], counts: Sequence[Flags]) -> NDArray[np.float64]:
+    """At each counted position the mean over its datum's."""
+    lengths = [int(count.sum()) for count in counts]
+    ends = np.cumsum(lengths).tolist()
+    means = [
+        _mean(log_ratios[end - length : end]) for end, length in zip(ends, lengths, strict=True)
+    ]
+    spread: NDArray[np.float64] = np.repeat(means, lengths)
+    return spread
+
+
+def _mean(values: NDArray[np.float64] | Flags) -> float:
+    return float(values.sum()) / max(len(values), 1)
 
 
 def _k3(difference: NDArray[np.float64]) -> NDArray[np.float64]:

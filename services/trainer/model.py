@@ -1,46 +1,33 @@
-"""The frozen base model, and passes over it with an adapter on: the only code that runs the model.
+"""The frozen base model with LoRA on its linear layers: the only code that runs the model.
 
 Never any dropout: the log-probabilities of training are those of sampling.
-Legend: B sequences, T positions, V vocabulary.
+Legend: P sequences of a pass, T positions, V vocabulary.
 """
-
-# ruff: noqa: N803, N806 - shape suffixes
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from rollmesh.errors import InvalidRequest, NonFinite, Unavailable
+from rollmesh.errors import InvalidRequest, Unavailable
 from rollmesh.types import Datum, LossConfig
-from services.trainer import losses
-from services.trainer.batches import Chunk, chunks, pad
-from services.trainer.lora import LoraLayers, LoraWeights
+from services.trainer.batches import UNIT_TOKENS, whole_length
+from services.trainer.lora import LoraLayers, LoraWeights, Rows
+from services.trainer.passes import Outcome, Part, run_pass
+from services.trainer.requests import BatchGradients, Request, advance, next_pass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from rollmesh.types import FloatArray
     from services.trainer.config import TrainerConfig
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BatchGradients:
-    """What a batch gives: gradients in the order of LoraWeights.parameters, per datum logprobs."""
-
-    gradients: list[Tensor]
-    logprobs: tuple[FloatArray, ...]
-    metrics: dict[str, float]
 
 
 class Model:
@@ -49,118 +36,75 @@ class Model:
     Attributes:
         lora: its layers that adapters can change.
         vocab_size: tokens that it reads and predicts.
-        max_length: positions of the longest sequence: its context, or what one pass may hold.
+        max_length: positions of the longest sequence: its context, rounded down to a length that
+            units have, or what one pass may hold.
+        max_batch_tokens: tokens of a pass, padding included; one unit may be a little more, its
+            length being rounded up.
     """
 
     def __init__(self, module: Any, *, max_batch_tokens: int) -> None:
         self._module: nn.Module = module.eval().requires_grad_(requires_grad=False)
         self._device: torch.device = module.device
-        self._max_batch_tokens = max_batch_tokens
         self._stopped = threading.Event()
         config = module.config.get_text_config()
+        self._context = whole_length(config.max_position_embeddings)
         self.vocab_size: int = config.vocab_size
-        self.max_length: int = min(config.max_position_embeddings, max_batch_tokens)
+        self.max_length: int = min(self._context, max_batch_tokens)
+        self.max_batch_tokens = max_batch_tokens
         self.lora = LoraLayers(module, module.get_output_embeddings())
 
     def stop(self) -> None:
-        """Let a batch under way fail with Unavailable before its next pass, and all later ones."""
+        """Let what is under way fail with Unavailable before its next pass, and all later ones."""
         self._stopped.set()
 
+    def request(
+        self, weights: LoraWeights, data: Sequence[Datum], config: LossConfig | None
+    ) -> Request:
+        """A ForwardBackward of `data`, or without a config a Forward, cut for this model."""
+        max_tokens = min(UNIT_TOKENS, self.max_batch_tokens)
+        return Request(weights, data, config, max_length=self._context, max_tokens=max_tokens)
+
+    def run_pass(self, parts: Sequence[Part]) -> list[Outcome]:
+        """See passes.run_pass.
+
+        Raises:
+            Unavailable: the model was stopped.
+        """
+        if self._stopped.is_set():
+            raise Unavailable("the trainer is going away")
+        return run_pass(self._logits, parts, self._device)
+
     def forward(self, weights: LoraWeights, data: Sequence[Datum]) -> tuple[FloatArray, ...]:
-        """Per datum the log-probability of each target, float32 [T].
+        """Per datum the log-probability of each target, float32 [T], alone.
 
         Raises:
             NonFinite: one that is not finite; the error names the datum.
         """
-        logprobs: dict[int, FloatArray] = {}
-        for chunk in chunks(data, self._max_batch_tokens):
-            logprobs_BT = self._logprobs(chunk, weights)
-            _check_finite(chunk, logprobs_BT.sum(dim=1), "log-probability")
-            logprobs |= _rows(chunk, logprobs_BT)
-        return tuple(logprobs[index] for index in range(len(data)))
+        return self._alone(self.request(weights, data, None)).logprobs()
 
     def forward_backward(
         self, weights: LoraWeights, data: Sequence[Datum], config: LossConfig
     ) -> BatchGradients:
-        """Gradients of the summed loss of `data`.
+        """Gradients of the summed loss of `data`, alone.
 
         Raises:
             NonFinite: a loss or a gradient; the error names the datum.
         """
-        gradients = [torch.zeros_like(parameter) for parameter in weights.parameters()]
-        logprobs: dict[int, FloatArray] = {}
-        base_logprobs: dict[int, FloatArray] = {}
-        found_losses: dict[int, float] = {}
-        for chunk in chunks(data, self._max_batch_tokens):
-            base_BT = None if config.kl_coefficient is None else self._logprobs(chunk, None)
-            logprobs_BT, losses_B, parts = self._pass(chunk, weights, config, base_BT)
-            if not _all_finite(parts):
-                raise self._culprit(data, chunk, weights, config)
-            gradients = [old + new for old, new in zip(gradients, parts, strict=True)]
-            logprobs |= _rows(chunk, logprobs_BT)
-            base_logprobs |= {} if base_BT is None else _rows(chunk, base_BT)
-            found_losses |= dict(zip(chunk.indices, losses_B.tolist(), strict=True))
-        order = range(len(data))
-        result = tuple(logprobs[index] for index in order)
-        metrics = losses.metrics(
-            config,
-            data,
-            losses=[found_losses[index] for index in order],
-            logprobs=result,
-            base_logprobs=[base_logprobs[index] for index in order] if base_logprobs else None,
-        )
-        return BatchGradients(gradients, result, metrics)
+        return self._alone(self.request(weights, data, config)).gradients({})
 
-    def _pass(
-        self, chunk: Chunk, weights: LoraWeights, config: LossConfig, base_BT: Tensor | None
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Log-probabilities [B, T], losses [B] and the gradients of their sum."""
-        with torch.enable_grad():
-            logprobs_BT = self._logprobs_with_gradient(chunk, weights)
-            losses_B = losses.losses(
-                config,
-                logprobs_BT,
-                weights_BT=self._tensor(chunk.weights_BT),
-                sampling_logprobs_BT=self._tensor(chunk.sampling_logprobs_BT),
-                advantages_BT=self._tensor(chunk.advantages_BT),
-                base_logprobs_BT=base_BT,
-            )
-            _check_finite(chunk, losses_B.detach(), "loss")
-            # A model may hold linear layers that a pass does not reach.
-            gradients = torch.autograd.grad(
-                losses_B.sum(), weights.parameters(), allow_unused=True, materialize_grads=True
-            )
-        return logprobs_BT.detach(), losses_B.detach(), gradients
+    def _alone(self, request: Request) -> Request:
+        while request.next_unit is not None:
+            advance(next_pass([request], self.max_batch_tokens), self.run_pass)
+        if request.error is not None:
+            raise request.error
+        return request
 
-    @torch.no_grad()
-    def _logprobs(self, chunk: Chunk, weights: LoraWeights | None) -> Tensor:
-        """Log-probability of each target, float32 [B, T]; without weights the base model's."""
-        return self._logprobs_with_gradient(chunk, weights)
-
-    def _logprobs_with_gradient(self, chunk: Chunk, weights: LoraWeights | None) -> Tensor:
-        if self._stopped.is_set():
-            raise Unavailable("the trainer is going away")
-        with self.lora.active(weights):
+    def _logits(self, token_ids_PT: Tensor, rows: Sequence[Rows]) -> Tensor:  # noqa: N803
+        """Logits [P, T, V], with each adapter on its rows."""
+        with self.lora.active(rows):
             # No attention mask: padding is on the right, where a causal model never looks.
-            output = self._module(input_ids=self._tensor(chunk.token_ids_BT), use_cache=False)
-        logits_BTV: Tensor = output.logits
-        targets = self._tensor(chunk.target_token_ids_BT).long()
-        rows = logits_BTV.float().flatten(0, 1)
-        return -cross_entropy(rows, targets.flatten(), reduction="none").view_as(targets)
-
-    def _culprit(
-        self, data: Sequence[Datum], chunk: Chunk, weights: LoraWeights, config: LossConfig
-    ) -> NonFinite:
-        """The error that names the datum of `chunk` whose gradient is not finite."""
-        for index in chunk.indices:
-            alone = pad(data, [index])
-            base_BT = None if config.kl_coefficient is None else self._logprobs(alone, None)
-            if not _all_finite(self._pass(alone, weights, config, base_BT)[2]):
-                return _non_finite(index, "gradient")
-        return NonFinite("data: their gradients are finite, but not their sum", field="data")
-
-    def _tensor(self, values: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(values).to(self._device)
+            logits: Tensor = self._module(input_ids=token_ids_PT, use_cache=False).logits
+        return logits
 
 
 def load(config: TrainerConfig) -> Model:
@@ -193,24 +137,3 @@ def load(config: TrainerConfig) -> Model:
     weights = model.lora.fresh(rank=1, alpha=1.0, target_modules=model.lora.target_modules, seed=0)
     model.forward_backward(weights, [Datum(token, token)], LossConfig("cross_entropy"))
     return model
-
-
-def _rows(chunk: Chunk, values_BT: Tensor) -> dict[int, FloatArray]:
-    """The rows of `values_BT` by their place in the batch, without padding."""
-    values = values_BT.cpu().numpy()
-    rows = zip(chunk.indices, chunk.lengths, values, strict=True)
-    return {index: row[:length].copy() for index, length, row in rows}
-
-
-def _all_finite(tensors: Sequence[Tensor]) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
-
-
-def _check_finite(chunk: Chunk, values_B: Tensor, what: str) -> None:
-    finite = torch.isfinite(values_B)
-    if not finite.all():
-        raise _non_finite(chunk.indices[int(finite.int().argmin())], what)
-
-
-def _non_finite(index: int, what: str) -> NonFinite:
-    return NonFinite(f"data[{index}]: its {what} is not finite", field=f"data[{index}]")

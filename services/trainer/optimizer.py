@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from rollmesh.types import AdamConfig
 
+_UNCHANGED = "the adapter and its pending gradients are as they were"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdamState:
@@ -53,16 +55,19 @@ def adam_step(
     state: AdamState,
     config: AdamConfig,
 ) -> AdamStep:
-    """The step from these parameters and this state, which stay as they are.
+    """The step from these parameters and this state; all that is passed in stays as it is.
+
+    That of torch.optim.AdamW (arXiv 1711.05101), with gradients scaled down to max_grad_norm before
+    it: by max_grad_norm / norm, of all of them together.
 
     Raises:
-        NonFinite: the gradients, or the parameters after the step.
+        NonFinite: the gradients, or the parameters or moments after the step.
     """
     # In float64: the square of a finite float32 gradient may not be finite.
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
     norm = float(torch.linalg.vector_norm(torch.stack(norms)))
     if not math.isfinite(norm):
-        raise NonFinite("the gradient is not finite; it is cleared, the adapter as it was")
+        raise NonFinite(f"the gradient is not finite; {_UNCHANGED}")
     if config.max_grad_norm is not None and norm > config.max_grad_norm:
         gradients = [gradient * (config.max_grad_norm / norm) for gradient in gradients]
     updated = [parameter.detach().clone() for parameter in parameters]
@@ -83,10 +88,7 @@ def adam_step(
         eps=config.epsilon,
         maximize=False,
     )
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in (*updated, *second)):
-        raise NonFinite(
-            f"a step with {config} leaves weights that are not finite; "
-            "the gradient is cleared, the adapter as it was"
-        )
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in (*updated, *first, *second)):
+        raise NonFinite(f"a step with {config} leaves a state that is not finite; {_UNCHANGED}")
     moments = AdamState(state.step + 1, tuple(first), tuple(second))
     return AdamStep(tuple(updated), moments, norm)

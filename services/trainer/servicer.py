@@ -1,4 +1,4 @@
-"""TrainerService over the adapters and the engine that runs them: convert, one call, convert."""
+"""TrainerService over the adapters: convert, one call, convert."""
 
 # ruff: noqa: N802, ARG002 - gRPC names the methods and says what they take
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import grpc
 
     from services.trainer.adapters import Adapters
-    from services.trainer.engine import Engine
 
     Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -26,9 +25,8 @@ if TYPE_CHECKING:
 class TrainerServicer(TrainerServiceServicer):
     """TrainerService."""
 
-    def __init__(self, adapters: Adapters, engine: Engine) -> None:
+    def __init__(self, adapters: Adapters) -> None:
         self._adapters = adapters
-        self._engine = engine
 
     async def GetTrainer(
         self, request: pb.GetTrainerRequest, context: Context
@@ -39,32 +37,44 @@ class TrainerServicer(TrainerServiceServicer):
     async def CreateAdapter(
         self, request: pb.CreateAdapterRequest, context: Context
     ) -> pb.CreateAdapterResponse:
-        """Makes a fresh adapter."""
-        lora = convert.lora_from_pb(request.lora)
-        adapter = await self._engine.run(self._adapters.create, request.name, lora)
+        """Makes an adapter, fresh or of a snapshot's weights."""
+        adapter = await self._adapters.create(
+            request.name,
+            convert.optional_lora_from_pb(request, "lora"),
+            epoch=request.epoch,
+            fork_of=convert.optional_snapshot_from_pb(request, "fork_of"),
+            with_optimizer=request.with_optimizer,
+        )
         return pb.CreateAdapterResponse(adapter=convert.trainer_adapter_to_pb(adapter))
+
+    async def RestoreAdapter(
+        self, request: pb.RestoreAdapterRequest, context: Context
+    ) -> pb.RestoreAdapterResponse:
+        """Takes over an adapter from its snapshot."""
+        snapshot = convert.snapshot_from_pb(request.snapshot)
+        adapter = await self._adapters.restore(request.name, snapshot, epoch=request.epoch)
+        return pb.RestoreAdapterResponse(adapter=convert.trainer_adapter_to_pb(adapter))
 
     async def GetAdapter(
         self, request: pb.GetAdapterRequest, context: Context
     ) -> pb.GetAdapterResponse:
         """One adapter."""
-        adapter = self._adapters.get(request.name)
+        adapter = self._adapters.view(request.name)
         return pb.GetAdapterResponse(adapter=convert.trainer_adapter_to_pb(adapter))
 
     async def DeleteAdapter(
         self, request: pb.DeleteAdapterRequest, context: Context
     ) -> pb.DeleteAdapterResponse:
         """Frees an adapter."""
-        await self._engine.run(self._adapters.delete, request.name)
+        self._adapters.delete(request.name, epoch=request.epoch)
         return pb.DeleteAdapterResponse()
 
     async def ForwardBackward(
         self, request: pb.ForwardBackwardRequest, context: Context
     ) -> pb.ForwardBackwardResponse:
         """Loss and gradients of a batch."""
-        result = await self._engine.run(
-            self._adapters.forward_backward,
-            request.adapter,
+        result = await self._adapters.get(request.adapter).forward_backward(
+            request.epoch,
             request.sequence,
             convert.data_from_pb(request.data),
             convert.loss_from_pb(request.loss_config),
@@ -75,7 +85,7 @@ class TrainerServicer(TrainerServiceServicer):
     async def Forward(self, request: pb.ForwardRequest, context: Context) -> pb.ForwardResponse:
         """Log-probabilities of a batch."""
         data = convert.data_from_pb(request.data)
-        logprobs = await self._engine.run(self._adapters.forward, request.adapter, data)
+        logprobs = await self._adapters.get(request.adapter).forward(data)
         return pb.ForwardResponse(logprobs=convert.arrays_to_pb(logprobs))
 
     async def OptimStep(
@@ -83,16 +93,35 @@ class TrainerServicer(TrainerServiceServicer):
     ) -> pb.OptimStepResponse:
         """One AdamW step."""
         adam = convert.adam_from_pb(request.adam)
-        result = await self._engine.run(
-            self._adapters.optim_step, request.adapter, request.sequence, adam
+        result = await self._adapters.get(request.adapter).optim_step(
+            request.epoch, request.sequence, adam
         )
         return pb.OptimStepResponse(policy_version=result.policy_version, metrics=result.metrics)
+
+    async def LoadSnapshot(
+        self, request: pb.LoadSnapshotRequest, context: Context
+    ) -> pb.LoadSnapshotResponse:
+        """Replaces the weights by a snapshot's."""
+        result = await self._adapters.get(request.adapter).load_snapshot(
+            request.epoch,
+            request.sequence,
+            convert.snapshot_from_pb(request.snapshot),
+            with_optimizer=request.with_optimizer,
+        )
+        return pb.LoadSnapshotResponse(policy_version=result.policy_version)
+
+    async def SnapshotAdapter(
+        self, request: pb.SnapshotAdapterRequest, context: Context
+    ) -> pb.SnapshotAdapterResponse:
+        """Writes an adapter to the blob store."""
+        snapshot = await self._adapters.get(request.name).snapshot(request.epoch)
+        return pb.SnapshotAdapterResponse(snapshot=convert.snapshot_to_pb(snapshot))
 
     async def PublishAdapter(
         self, request: pb.PublishAdapterRequest, context: Context
     ) -> pb.PublishAdapterResponse:
         """Makes the current weights an exportable version."""
-        published = await self._engine.run(self._adapters.publish, request.name)
+        published = await self._adapters.get(request.name).publish(request.epoch)
         return pb.PublishAdapterResponse(
             policy_version=published.policy_version, digest=published.digest
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import fcntl
 import io
 import json
@@ -21,10 +22,18 @@ import pytest
 from safetensors.numpy import load_file, save
 
 from rollmesh import convert, types
-from rollmesh.api.coordinator.v1 import adapter_service_pb2, job_service_pb2
+from rollmesh.api.coordinator.v1 import (
+    adapter_service_pb2,
+    checkpoint_service_pb2,
+    job_service_pb2,
+)
 from rollmesh.api.coordinator.v1.adapter_service_pb2_grpc import (
     AdapterServiceServicer,
     add_AdapterServiceServicer_to_server,
+)
+from rollmesh.api.coordinator.v1.checkpoint_service_pb2_grpc import (
+    CheckpointServiceServicer,
+    add_CheckpointServiceServicer_to_server,
 )
 from rollmesh.api.coordinator.v1.fleet_service_pb2_grpc import (
     FleetServiceServicer,
@@ -85,13 +94,17 @@ RUNNING = StateChanged(from_state="PENDING", to_state="RUNNING")
 SUCCEEDED = StateChanged(from_state="RUNNING", to_state="SUCCEEDED", reason="stop.max_steps")
 
 
-class FakeCoordinator(JobServiceServicer, AdapterServiceServicer, FleetServiceServicer):
+class FakeCoordinator(
+    JobServiceServicer, AdapterServiceServicer, CheckpointServiceServicer, FleetServiceServicer
+):
     """Keeps jobs and their events; events are told by the test, states follow from them."""
 
     def __init__(self):
         self.jobs = {}
         self.events = {}
         self.adapters = {}
+        self.checkpoints = {}
+        self.forked = []
         self.fleet = types.Fleet()
         self.weights = WEIGHTS
         self.digest = safetensors_digest(WEIGHTS)
@@ -191,6 +204,61 @@ class FakeCoordinator(JobServiceServicer, AdapterServiceServicer, FleetServiceSe
             if part:
                 yield export_part(part)
 
+    async def ForkAdapter(self, request, context):
+        self.forked.append(request)
+        source = self._checkpoint(request.checkpoint)
+        idle_ttl_s = convert.optional_duration_from_pb(request, "idle_ttl")
+        made = dataclasses.replace(
+            adapter("x"), name=request.name, lora=source.lora, idle_ttl_s=idle_ttl_s
+        )
+        return adapter_service_pb2.ForkAdapterResponse(adapter=convert.adapter_to_pb(made))
+
+    def _checkpoint(self, name):
+        if name not in self.checkpoints:
+            raise NotFound(f"there is no {name}", resource=name)
+        return self.checkpoints[name]
+
+    async def CreateCheckpoint(self, request, context):
+        ttl_s = convert.optional_duration_from_pb(request, "ttl")
+        made = types.Checkpoint(
+            name=request.name,
+            base_model="arith",
+            lora=types.LoraConfig(rank=16, alpha=32.0),
+            policy_version=7,
+            digest=self.digest,
+            num_bytes=123456,
+            create_time=1000.0,
+            expire_time=None if ttl_s is None else 1000.0 + ttl_s,
+        )
+        self.checkpoints[made.name] = made
+        return checkpoint_service_pb2.CreateCheckpointResponse(
+            checkpoint=convert.checkpoint_to_pb(made)
+        )
+
+    async def GetCheckpoint(self, request, context):
+        checkpoint = convert.checkpoint_to_pb(self._checkpoint(request.name))
+        return checkpoint_service_pb2.GetCheckpointResponse(checkpoint=checkpoint)
+
+    async def ListCheckpoints(self, request, context):
+        found = [each for name, each in self.checkpoints.items() if name.startswith(request.parent)]
+        page, token = page_of(found, request.page_token)
+        return checkpoint_service_pb2.ListCheckpointsResponse(
+            checkpoints=map(convert.checkpoint_to_pb, page), next_page_token=token
+        )
+
+    async def DeleteCheckpoint(self, request, context):
+        self._checkpoint(request.name)
+        del self.checkpoints[request.name]
+        return checkpoint_service_pb2.DeleteCheckpointResponse()
+
+    async def ExportCheckpoint(self, request, context):
+        self._checkpoint(request.name)
+        name = request.name.partition("/checkpoints/")[0]
+        header = types.AdapterExport(name, 7, "arith", '{"peft_type": "LORA"}', len(WEIGHTS))
+        for part in (header, self.weights[:10], self.weights[10:], self.digest):
+            if part:
+                yield export_part(part, checkpoint_service_pb2.ExportCheckpointResponse)
+
     async def GetFleet(self, request, context):
         return convert.fleet_to_pb(self.fleet)
 
@@ -206,16 +274,14 @@ def page_of(items, token):
     return items[start : start + PAGE], rest
 
 
-def export_part(part):
+def export_part(part, message=adapter_service_pb2.ExportAdapterResponse):
     match part:
         case types.AdapterExport():
-            return adapter_service_pb2.ExportAdapterResponse(
-                header=convert.export_header_to_pb(part)
-            )
+            return message(header=convert.export_header_to_pb(part))
         case bytes():
-            return adapter_service_pb2.ExportAdapterResponse(chunk=part)
+            return message(chunk=part)
         case str():
-            return adapter_service_pb2.ExportAdapterResponse(trailer={"digest": part})
+            return message(trailer={"digest": part})
 
 
 def adapter(name):
@@ -236,6 +302,7 @@ async def served(coordinator, address="127.0.0.1:0"):
     def register(server):
         add_JobServiceServicer_to_server(coordinator, server)
         add_AdapterServiceServicer_to_server(coordinator, server)
+        add_CheckpointServiceServicer_to_server(coordinator, server)
         add_FleetServiceServicer_to_server(coordinator, server)
 
     async with serving(register, services=[], address=address) as running:
@@ -410,6 +477,31 @@ async def test_the_fleet_is_shown_with_what_is_wrong(coordinator, rollmesh):
         pytest.param(("job", "get", "nobody"), 1, "there is no job", id="no such job"),
         pytest.param(("job", "watch", "nobody"), 1, "there is no job", id="nothing to watch"),
         pytest.param(("job", "create", "gone.yaml"), 2, "gone.yaml: No such file", id="no file"),
+        pytest.param(
+            ("checkpoint", "show", "sums/Best"), 2, "checkpoint: 'Best' is not an id", id="bad id"
+        ),
+        pytest.param(
+            ("checkpoint", "show", "sums"),
+            2,
+            "projects/{project}/adapters/{adapter}/checkpoints/{id}",
+            id="no checkpoint's name",
+        ),
+        pytest.param(
+            ("checkpoint", "delete", "a/../b"), 2, "checkpoint: 'a/../b'", id="climbing name"
+        ),
+        pytest.param(("checkpoint", "show", "a/b"), 1, "there is no", id="no such checkpoint"),
+        pytest.param(
+            ("checkpoint", "create", "a/b", "--ttl", "7w"),
+            2,
+            "ttl: '7w' is not a duration such as 90s, 30m, 12h or 7d",
+            id="no duration",
+        ),
+        pytest.param(
+            ("adapter", "fork", "b", "a/b", "--idle-ttl", "-1s"), 2, "idle-ttl: '-1s'", id="idle"
+        ),
+        pytest.param(
+            ("checkpoint", "export", "a/b", "--output", "out"), 1, "there is no", id="no export"
+        ),
         pytest.param(
             ("adapter", "export", "nobody", "--output", "out"), 1, "no adapter", id="no adapter"
         ),
@@ -591,6 +683,78 @@ async def test_export_never_writes_over_anything(coordinator, rollmesh, tmp_path
     assert ended.status == 1
     assert "exists already" in ended.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("name", ["sums/best", "projects/default/adapters/sums/checkpoints/best"])
+@pytest.mark.usefixtures("coordinator")
+async def test_a_checkpoint_named_short_or_in_full_is_made_shown_and_deleted(rollmesh, name):
+    made = await rollmesh("checkpoint", "create", name, "--json")
+    assert made.json["name"] == "projects/default/adapters/sums/checkpoints/best"
+    assert made.json["policy_version"] == 7
+    assert made.json["expire_time"] is None
+    assert (await rollmesh("checkpoint", "show", name, "--json")).json == made.json
+    shown = (await rollmesh("checkpoint", "show", name)).stdout
+    assert all(said in shown for said in (made.json["name"], "arith", "123,456"))
+    assert "Expires" not in shown
+    ended = await rollmesh("checkpoint", "delete", name, "--json")
+    assert ended.json == {"deleted": made.json["name"]}
+    assert (await rollmesh("checkpoint", "show", name)).status == 1
+
+
+@pytest.mark.parametrize(
+    ("ttl", "seconds"), [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("7d", 604800)]
+)
+@pytest.mark.usefixtures("coordinator")
+async def test_a_time_to_live_has_a_unit(rollmesh, ttl, seconds):
+    made = await rollmesh("checkpoint", "create", "sums/best", "--ttl", ttl, "--json")
+    assert made.json["expire_time"] - made.json["create_time"] == seconds
+    assert "Expires" in (await rollmesh("checkpoint", "show", "sums/best")).stdout
+
+
+@pytest.mark.usefixtures("coordinator")
+async def test_checkpoints_of_all_pages_are_listed(rollmesh):
+    names = [f"sums/c{number}" for number in range(2 * PAGE + 1)]
+    for name in (*names, "other/c"):
+        await rollmesh("checkpoint", "create", name)
+    found = (await rollmesh("checkpoint", "list", "sums", "--json")).json["checkpoints"]
+    assert [checkpoint["name"] for checkpoint in found] == [
+        f"projects/default/adapters/sums/checkpoints/c{number}" for number in range(2 * PAGE + 1)
+    ]
+    shown = (await rollmesh("checkpoint", "list", "sums")).stdout
+    assert all(f"c{number}" in "".join(shown.split()) for number in range(2 * PAGE + 1))
+
+
+async def test_a_fork_takes_what_is_asked_of_the_checkpoint(coordinator, rollmesh):
+    await rollmesh("checkpoint", "create", "sums/best")
+    ended = await rollmesh("adapter", "fork", "more", "sums/best", "--json")
+    assert ended.json["name"] == "projects/default/adapters/more"
+    assert ended.json["idle_ttl_s"] is None
+    ended = await rollmesh(
+        *("adapter", "fork", "more", "sums/best", "--with-optimizer", "--idle-ttl", "12h")
+    )
+    assert "projects/default/adapters/sums/checkpoints/best" in "".join(ended.stdout.split())
+    plain, whole = coordinator.forked
+    assert plain.request_id != whole.request_id
+    assert (plain.with_optimizer, plain.HasField("idle_ttl")) == (False, False)
+    assert (whole.with_optimizer, whole.idle_ttl.ToSeconds()) == (True, 43200)
+
+
+async def test_a_checkpoint_is_exported_as_its_adapter_would_be(coordinator, rollmesh, tmp_path):
+    await rollmesh("checkpoint", "create", "sums/best")
+    folder = tmp_path / "sums"
+    ended = await rollmesh("checkpoint", "export", "sums/best", "--output", str(folder), "--json")
+    assert ended.json == {
+        "folder": str(folder),
+        "adapter": "projects/default/adapters/sums",
+        "policy_version": 7,
+        "base_model": "arith",
+        "digest": coordinator.digest,
+    }
+    assert (folder / "adapter_model.safetensors").read_bytes() == WEIGHTS
+    coordinator.weights = WEIGHTS[:-1] + b"\xff"
+    ended = await rollmesh("checkpoint", "export", "sums/best", "--output", str(tmp_path / "bad"))
+    assert (ended.status, [path.name for path in tmp_path.iterdir()]) == (1, ["sums"])
+    assert "nothing was written" in ended.stderr
 
 
 async def test_watch_on_a_terminal_draws_a_live_view(coordinator, rollmesh, job_file):

@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import random
 
+import numpy as np
 import pytest
 
-from rollmesh import convert
+from rollmesh import convert, types
 from rollmesh.api.coordinator.v1 import job_service_pb2 as pb
 from rollmesh.api.coordinator.v1.job_service_pb2_grpc import JobServiceStub
 from rollmesh.client import Client
@@ -24,9 +25,14 @@ from rollmesh.errors import (
 from rollmesh.job import StateChanged, StepCompleted, Warned
 from rollmesh.rpc.channel import channel
 from rollmesh.rpc.status import mesh_errors
+from services.coordinator.loop import Outcome
 from services.coordinator.play import playing
 from tests.fakes.coordinator import PROJECT, Fakes, running_coordinator, spec_of
 from tests.fakes.mesh import FakeTokenizer
+
+DATUM = types.Datum(np.array([1, 2], np.int32), np.array([2, 3], np.int32))
+LOSS = types.LossConfig("cross_entropy")
+ADAM = types.AdamConfig(learning_rate=0.1)
 
 
 @pytest.fixture
@@ -549,6 +555,34 @@ class TestRestart:
             await second.client.jobs.resume(name("j"))
             fakes.script.step("j", 3)
             await second.until("j", "SUCCEEDED")
+
+    async def test_a_job_does_not_notice_that_its_trainer_was_restarted(self, tmp_path, fakes):
+        stepped, go = asyncio.Event(), asyncio.Event()
+
+        def play(training, _sampling):
+            async def trains(context, recorder):
+                for step in range(3):
+                    adapter, job = context.adapter, context.name
+                    await training.forward_backward(adapter, 2 * step + 1, [DATUM], LOSS, job=job)
+                    await training.optim_step(adapter, 2 * step + 2, ADAM, job=job)
+                    version = (await training.publish_adapter(adapter)).policy_version
+                    await recorder.record(
+                        StepCompleted(step=step + 1, policy_version=version, metrics={}, phases={})
+                    )
+                    stepped.set()
+                    await go.wait()
+                return Outcome("finished", "all steps are done")
+
+            return trains
+
+        async with running_coordinator(tmp_path, fakes, play=play) as mesh:
+            await mesh.client.jobs.create(PROJECT, spec_of(adapter={"id": "a"}), "j")
+            await stepped.wait()
+            fakes.trainer.restart()
+            go.set()
+            assert await mesh.until("j", "SUCCEEDED", "FAILED") == "all steps are done"
+            adapter = await mesh.client.adapters.get(f"{PROJECT}/adapters/a")
+            assert (adapter.policy_version, adapter.next_sequence) == (3, 7)
 
     async def test_a_running_job_waits_where_its_trainer_is_slower_to_come_back(
         self, tmp_path, fakes

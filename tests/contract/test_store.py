@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 import sqlite3
 
@@ -17,9 +18,11 @@ from rollmesh.errors import (
     AlreadyExists,
     DigestMismatch,
     FailedPrecondition,
+    Fenced,
     InvalidRequest,
     NotFound,
     Overloaded,
+    SequenceGap,
 )
 from rollmesh.job import (
     DatasetSpec,
@@ -31,7 +34,14 @@ from rollmesh.job import (
     Task,
     Warned,
 )
-from services.coordinator.store import QUEUE, Request, StoreUnavailable, check_url, open_store
+from services.coordinator.store import (
+    QUEUE,
+    JournaledOp,
+    Request,
+    StoreUnavailable,
+    check_url,
+    open_store,
+)
 from services.coordinator.store.tables import metadata
 from tests.fakes.databases import postgresql_server
 
@@ -362,7 +372,7 @@ class TestAdapters:
 
     async def ready(self, store, *, job=""):
         await self.reserve(store, job=job)
-        await store.adapters.place(A, "trainer:1")
+        await store.adapters.give(await store.adapters.get(A), "trainer:1", now=1.0)
         made = types.TrainerAdapter(A, LORA, 0, 1, has_pending_gradients=False)
         return await store.adapters.confirm(A, job=job, made=made)
 
@@ -392,7 +402,7 @@ class TestAdapters:
 
     async def test_a_creation_that_died_can_be_taken_over(self, store):
         await self.reserve(store)
-        await store.adapters.place(A, "trainer:1")
+        await store.adapters.give(await store.adapters.get(A), "trainer:1", now=1.0)
         lora = types.LoraConfig(rank=8)
         taken = await self.reserve(store, request_id="another", lora=lora)
         # Where the first one may have left a copy is still known.
@@ -420,13 +430,6 @@ class TestAdapters:
             await store.adapters.confirm(
                 A, job="", made=types.TrainerAdapter(A, LORA, 0, 1, has_pending_gradients=False)
             )
-
-    async def test_late_notes_of_earlier_ops_change_nothing(self, store):
-        await self.ready(store)
-        await store.adapters.seen(A, next_sequence=3, policy_version=1)
-        await store.adapters.seen(A, next_sequence=2)
-        adapter = (await store.adapters.get(A)).adapter
-        assert (adapter.next_sequence, adapter.policy_version) == (3, 1)
 
     async def test_versions_are_kept_and_never_change(self, store):
         await self.ready(store)
@@ -467,6 +470,151 @@ class TestAdapters:
         assert ids == sorted(ids) == ["a", "a-b", "a0", "ab", "b"]
 
 
+class TestOps:
+    """The journal of one adapter, which `trainer:1` owns."""
+
+    @pytest.fixture
+    async def epoch(self, store):
+        request = Request.of("p", "a", "CreateAdapter", A)
+        stored = await store.adapters.reserve(A, "arith", LORA, job="", request=request, now=1.0)
+        stored = await store.adapters.give(stored, "trainer:1", now=1.0)
+        made = types.TrainerAdapter(A, LORA, 0, 1, has_pending_gradients=False)
+        await store.adapters.confirm(A, job="", made=made)
+        return stored.epoch
+
+    def op(self, sequence, digest="d"):
+        return JournaledOp(A, sequence, "optim_step", digest, b"body")
+
+    async def append(self, store, sequence, digest="d"):
+        return await store.ops.append(self.op(sequence, digest), job="", now=2.0)
+
+    async def record(self, store, sequence, epoch, *, version=None, now=3.0):
+        await store.ops.record(
+            self.op(sequence),
+            epoch=epoch,
+            policy_version=version or sequence,
+            result=b"result",
+            result_key=None,
+            now=now,
+        )
+
+    async def done(self, store, epoch, *, count, now=3.0):
+        for sequence in range(1, count + 1):
+            assert (await self.append(store, sequence)).adapter.name == A
+            await self.record(store, sequence, epoch, now=now)
+
+    def snapshot(self, next_sequence):
+        return types.Snapshot("snapshots/" + "0" * 32, "ab", next_sequence, 1, 9, "cd")
+
+    async def test_an_op_is_the_tail_until_its_result_is_recorded(self, store, epoch):
+        assert (await self.append(store, 1)).adapter.next_sequence == 1
+        tail = await store.ops.tail(A)
+        assert (tail.sequence, tail.body, tail.done) == (1, b"body", False)
+        assert await store.ops.tails() == {A}
+        assert (await store.adapters.get(A)).adapter.next_sequence == 1
+        await self.record(store, 1, epoch, version=7)
+        assert await store.ops.tail(A) is None
+        stored = await store.adapters.get(A)
+        assert (stored.adapter.next_sequence, stored.adapter.policy_version) == (2, 7)
+        assert stored.use_time == 3.0
+
+    async def test_what_stands_in_the_journal_is_told_and_not_replaced(self, store, epoch):
+        await self.append(store, 1)
+        for sequence, digest in ((1, "d"), (1, "other"), (2, "d"), (9, "d")):
+            found = await self.append(store, sequence, digest)
+            assert (found.sequence, found.digest, found.done) == (1, "d", False)
+        await self.record(store, 1, epoch)
+        found = await self.append(store, 1)
+        assert (found.done, found.result) == (True, b"result")
+        with pytest.raises(AlreadyExists) as other:
+            await self.append(store, 1, "other")
+        assert other.value.context["expected_sequence"] == "2"
+
+    @pytest.mark.usefixtures("epoch")
+    async def test_a_sequence_that_does_not_follow_is_refused(self, store):
+        with pytest.raises(SequenceGap) as gap:
+            await self.append(store, 2)
+        assert gap.value.context["expected_sequence"] == "1"
+        with pytest.raises(InvalidRequest, match="sequence"):
+            await self.append(store, 0)
+        with pytest.raises(NotFound):
+            await store.ops.append(JournaledOp(f"{A}x", 1, "optim_step", "d", b""), job="", now=2.0)
+
+    async def test_a_refused_op_leaves_its_sequence_free_and_a_done_one_does_not(
+        self, store, epoch
+    ):
+        await self.append(store, 1)
+        await store.ops.refuse(self.op(1))
+        assert (await self.append(store, 1, "other")).adapter.name == A
+        await self.record(store, 1, epoch)
+        await store.ops.refuse(self.op(1))
+        assert (await store.ops.get(A, 1)).done
+
+    async def test_what_a_former_owner_answers_is_not_recorded(self, store, epoch):
+        await self.append(store, 1)
+        stored = await store.adapters.give(await store.adapters.get(A), "trainer:2", now=1.0)
+        assert stored.epoch > epoch
+        with pytest.raises(Fenced):
+            await self.record(store, 1, epoch)
+        assert not await store.adapters.keep_snapshot(A, self.snapshot(1), epoch=epoch)
+        assert (await store.ops.tail(A)).sequence == 1
+        with pytest.raises(Fenced):  # who did not hear of it gives nothing away
+            await store.adapters.give(dataclasses.replace(stored, epoch=epoch), "x", now=1.0)
+        await self.record(store, 1, stored.epoch)
+
+    async def test_an_epoch_is_never_used_twice_for_one_name(self, store, epoch):
+        request = Request.of("p", "d", "DeleteAdapter", A)
+        await store.adapters.delete(A, request, now=2.0)
+        await store.adapters.reserve(A, "arith", LORA, job="", request=None, now=2.0)
+        given = await store.adapters.give(await store.adapters.get(A), "trainer:1", now=2.0)
+        assert given.epoch > epoch
+        again = await store.adapters.give(given, "trainer:1", now=0.0)  # the clock was put back
+        assert again.epoch > given.epoch
+
+    async def test_a_snapshot_cuts_off_the_bodies_before_it(self, store, epoch):
+        await self.done(store, epoch, count=3)
+        assert await store.adapters.keep_snapshot(A, self.snapshot(3), epoch=epoch)
+        assert (await store.adapters.get(A)).snapshot == self.snapshot(3)
+        ops = [await store.ops.get(A, sequence) for sequence in (1, 2, 3)]
+        assert [op.body for op in ops] == [None, None, b"body"]
+        assert {op.result for op in ops} == {b"result"}
+
+    async def test_a_snapshot_with_an_op_of_unknown_end_or_an_older_one_is_not_kept(
+        self, store, epoch
+    ):
+        await self.done(store, epoch, count=3)
+        await self.append(store, 4)
+        assert not await store.adapters.keep_snapshot(A, self.snapshot(5), epoch=epoch)
+        assert await store.adapters.keep_snapshot(A, self.snapshot(4), epoch=epoch)
+        assert not await store.adapters.keep_snapshot(A, self.snapshot(3), epoch=epoch)
+        assert (await store.ops.tail(A)).body == b"body"
+
+    async def test_results_expire_but_not_the_newest_and_not_what_recovery_needs(
+        self, store, epoch
+    ):
+        await self.done(store, epoch, count=4, now=3.0)
+        await store.ops.expire(before=100.0)
+        assert (await self.append(store, 1)).done  # its body is needed
+        await store.adapters.keep_snapshot(A, self.snapshot(5), epoch=epoch)
+        await store.ops.expire(before=3.0)
+        assert (await self.append(store, 1)).done  # not old enough
+        await store.ops.expire(before=100.0)
+        with pytest.raises(FailedPrecondition, match="kept no longer"):
+            await self.append(store, 1)
+        assert (await self.append(store, 4)).result == b"result"
+
+    async def test_a_deleted_adapter_takes_its_journal_along(self, store, epoch):
+        await self.done(store, epoch, count=1)
+        await store.adapters.delete(A, Request.of("p", "d", "DeleteAdapter", A), now=4.0)
+        assert await store.ops.tails() == set()
+
+    @pytest.mark.usefixtures("epoch")
+    async def test_an_adapter_that_was_given_up_takes_no_op_and_tells_why(self, store):
+        await store.adapters.give_up(A, "its snapshot is gone")
+        with pytest.raises(FailedPrecondition, match="its snapshot is gone"):
+            await self.append(store, 1)
+
+
 async def test_a_database_that_cannot_be_written_says_so_and_nothing_is_changed(tmp_path):
     path = tmp_path / "store.sqlite"
     async with open_store(f"sqlite:///{path}", request_retention_s=RETENTION_S) as store:
@@ -487,3 +635,116 @@ async def test_a_database_that_is_away_is_unavailable():
     with pytest.raises(StoreUnavailable, match="does not answer"):
         async with open_store("postgresql://u@127.0.0.1:1/x", request_retention_s=RETENTION_S):
             pass
+
+
+class TestCheckpoints:
+    NAME = f"{A}/checkpoints/c"
+    SNAPSHOT = types.Snapshot("snapshots/" + "0" * 32, "ab" * 32, 3, 1, 99, "cd" * 32)
+
+    @pytest.fixture
+    async def adapter(self, store):
+        request = Request.of("p", "a", "CreateAdapter", A)
+        await store.adapters.reserve(A, "arith", LORA, job="", request=request, now=1.0)
+        made = types.TrainerAdapter(A, LORA, 0, 1, has_pending_gradients=False)
+        return (await store.adapters.confirm(A, job="", made=made)).adapter
+
+    async def reserve(self, store, request_id="r", *, name=NAME, now=1.0):
+        request = Request.of("p", request_id, "CreateCheckpoint", name)
+        return await store.checkpoints.reserve(name, request=request, now=now)
+
+    async def make(self, store, adapter, name=NAME, *, request_id="r", expire_time=None, now=1.0):
+        await self.reserve(store, request_id, name=name, now=now)
+        return await store.checkpoints.complete(
+            name, adapter, self.SNAPSHOT, now=now, expire_time=expire_time
+        )
+
+    async def delete(self, store, request_id="d", *, now=1.0):
+        request = Request.of("p", request_id, "DeleteCheckpoint", self.NAME)
+        await store.checkpoints.delete(self.NAME, request, now=now)
+
+    async def test_a_reservation_is_no_checkpoint_until_it_is_completed(self, store, adapter):
+        assert await self.reserve(store) is None
+        with pytest.raises(NotFound):
+            await store.checkpoints.get(self.NAME, now=1.0)
+        assert await store.checkpoints.page(A, limit=9, after="", now=1.0) == []
+        with pytest.raises(NotFound):
+            await self.delete(store)
+        made = await self.make(store, adapter)
+        assert made.snapshot == self.SNAPSHOT
+        assert made.checkpoint == types.Checkpoint(
+            self.NAME, "arith", LORA, 1, "cd" * 32, 99, create_time=1.0
+        )
+        assert await store.checkpoints.get(self.NAME, now=1.0) == made
+        assert await self.reserve(store) == made
+
+    @pytest.mark.parametrize("request_id", ["r", "another"])
+    async def test_what_was_given_up_the_same_request_completes_and_another_takes_over(
+        self, store, adapter, request_id
+    ):
+        await self.reserve(store)  # and its process died
+        await self.make(store, adapter, request_id=request_id)
+        if request_id == "another":
+            with pytest.raises(AlreadyExists):
+                await self.reserve(store)
+
+    async def test_what_was_given_up_long_ago_is_forgotten_with_its_request(self, store, adapter):
+        await self.reserve(store, now=1.0)
+        assert await store.checkpoints.delete_expired(now=9.0, reserved_before=1.0) == []
+        assert await store.checkpoints.delete_expired(now=9.0, reserved_before=1.1) == []
+        with pytest.raises(NotFound):  # it comes too late
+            await store.checkpoints.complete(
+                self.NAME, adapter, self.SNAPSHOT, now=9.0, expire_time=None
+            )
+        made = await self.make(store, adapter, now=9.0)
+        await store.checkpoints.delete_expired(now=99.0, reserved_before=99.0)
+        assert await store.checkpoints.get(self.NAME, now=99.0) == made
+
+    async def test_a_checkpoint_needs_an_adapter_that_exists(self, store):
+        with pytest.raises(NotFound, match=A):
+            await self.reserve(store)
+        request = Request.of("p", "a", "CreateAdapter", A)
+        await store.adapters.reserve(A, "arith", LORA, job="", request=request, now=1.0)
+        with pytest.raises(NotFound, match=A):
+            await self.reserve(store)
+
+    async def test_an_expired_checkpoint_is_gone_at_once_and_its_name_is_free(self, store, adapter):
+        await self.make(store, adapter, expire_time=10.0)
+        assert (await store.checkpoints.get(self.NAME, now=9.9)).checkpoint.expire_time == 10.0
+        with pytest.raises(AlreadyExists):
+            await self.reserve(store, "other", now=9.9)
+        with pytest.raises(NotFound):
+            await store.checkpoints.get(self.NAME, now=10.0)
+        with pytest.raises(NotFound):
+            await self.reserve(store, now=10.0)  # a repeat: what it made is gone
+        assert await store.checkpoints.page(A, limit=9, after="", now=10.0) == []
+        await self.make(store, adapter, request_id="other", now=10.0)
+        assert await store.checkpoints.delete_expired(now=99.0, reserved_before=0.0) == []
+
+    async def test_a_repeated_delete_is_fine_and_another_finds_nothing(self, store, adapter):
+        await self.make(store, adapter)
+        await self.delete(store)
+        await self.delete(store)
+        with pytest.raises(NotFound):
+            await self.delete(store, "other")
+        await self.make(store, adapter, request_id="again")
+        await self.delete(store)  # the first delete's repeat deletes nothing new
+        assert (await store.checkpoints.get(self.NAME, now=1.0)).snapshot == self.SNAPSHOT
+
+    async def test_checkpoints_outlive_their_adapter_and_are_listed_by_name(self, store, adapter):
+        for name in ("b", "a-b", "a", "ab", "a0"):
+            full = f"{A}/checkpoints/{name}"
+            await self.make(store, adapter, full, request_id=f"c-{name}", expire_time=5.0)
+        await store.adapters.delete(A, Request.of("p", "d", "DeleteAdapter", A), now=1.0)
+        first = await store.checkpoints.page(A, limit=2, after="", now=1.0)
+        rest = await store.checkpoints.page(A, limit=9, after="a-b", now=1.0)
+        ids = [checkpoint.name.rpartition("/")[2] for checkpoint in [*first, *rest]]
+        assert ids == ["a", "a-b", "a0", "ab", "b"]
+        assert await store.checkpoints.page(f"{A}x", limit=9, after="", now=1.0) == []
+        assert len(await store.checkpoints.delete_expired(now=5.0, reserved_before=0.0)) == 5
+        assert await store.references.blob_keys() == set()
+
+    async def test_what_rows_refer_to_is_known(self, store, adapter):
+        await self.make(store, adapter)
+        assert await store.references.blob_keys() == {self.SNAPSHOT.key}
+        await self.delete(store)
+        assert await store.references.blob_keys() == set()

@@ -27,7 +27,9 @@ from rollmesh.digest import safetensors_digest
 from rollmesh.errors import (
     AlreadyExists,
     CapacityExhausted,
+    DigestMismatch,
     FailedPrecondition,
+    Fenced,
     InvalidRequest,
     NonFinite,
     NotFound,
@@ -36,9 +38,14 @@ from rollmesh.errors import (
 from rollmesh.rpc.channel import EXPORT_CHUNK_BYTES, channel
 from rollmesh.rpc.server import serving
 from rollmesh.rpc.status import to_error
-from rollmesh.types import AdamConfig, AdapterExport, LoraConfig, LossConfig
-from services.trainer.adapters import Adapters
-from services.trainer.engine import Engine
+from rollmesh.types import (
+    AdamConfig,
+    AdapterExport,
+    HeldAdapter,
+    LoraConfig,
+    LossConfig,
+    Snapshot,
+)
 from services.trainer.model import Model
 from services.trainer.servicer import TrainerServicer
 from tests.fakes.tiny_qwen3 import MAX_LENGTH, TARGETS, VOCAB_SIZE, batch, tiny_adapters, tiny_qwen3
@@ -72,29 +79,21 @@ def gate():
 
 
 @pytest.fixture
-async def trainer_channel(gate):
+async def trainer_channel(gate, tmp_path):
     module = tiny_qwen3()
     module.register_forward_pre_hook(gate.wait)
-    adapters = Adapters(
-        Model(module, max_batch_tokens=256),
-        base_model="tiny",
-        max_rank=1024,
-        max_adapters=2,
-        kept_versions=2,
-    )
-    engine = Engine(max_queued_ops=8)
+    model = Model(module, max_batch_tokens=256)
+    blobs = str(tmp_path / "blobs")
     async with (
+        tiny_adapters(model, blobs, max_rank=1024, max_adapters=2) as adapters,
         serving(
-            lambda server: add_TrainerServiceServicer_to_server(
-                TrainerServicer(adapters, engine), server
-            ),
+            lambda server: add_TrainerServiceServicer_to_server(TrainerServicer(adapters), server),
             services=[SERVICE],
         ) as running,
         channel(f"127.0.0.1:{running.port}") as opened,
     ):
         yield opened
         gate.open.set()
-    engine.close()
 
 
 @pytest.fixture
@@ -109,9 +108,10 @@ def stub(trainer_channel):
 
 async def train(client, name, steps):
     for step in range(steps):
-        await client.forward_backward(name, 2 * step + 1, batch((4, 9), seed=step), SAMPLED)
-        await client.optim_step(name, 2 * step + 2, ADAM)
-    return await client.publish_adapter(name)
+        data = batch((4, 9), seed=step)
+        await client.forward_backward(name, 2 * step + 1, data, SAMPLED, epoch=1)
+        await client.optim_step(name, 2 * step + 2, ADAM, epoch=1)
+    return await client.publish_adapter(name, epoch=1)
 
 
 async def exported(client, name, version):
@@ -119,40 +119,52 @@ async def exported(client, name, version):
 
 
 async def test_the_trainer_tells_what_it_serves(client):
-    await client.create_adapter(A, LORA)
+    await client.create_adapter(A, LORA, epoch=1)
     info = await client.get_trainer()
     assert (info.base_model, info.vocab_size, info.max_length) == ("tiny", VOCAB_SIZE, MAX_LENGTH)
     assert (info.max_rank, info.num_adapters, info.max_adapters) == (1024, 1, 2)
+    assert (info.instance_id, info.draining) == ("this-one", False)
+    assert info.held == (HeldAdapter(A, 1),)
+    assert 0 < info.adapter_bytes < info.max_adapter_bytes == 2**30
     assert set(info.target_modules) == set(TARGETS)
 
 
+def without_times(metrics):
+    return {name: value for name, value in metrics.items() if name not in {"queued_s", "run_s"}}
+
+
 async def test_a_life_over_the_wire_gives_the_bits_of_the_core(client):
-    core = tiny_adapters()
-    assert await client.create_adapter(A, LORA) == core.create(A, LORA)
     data = batch((4, 9, 6))
-    result = await client.forward_backward(A, 1, data, SAMPLED)
-    expected = core.forward_backward(A, 1, data, SAMPLED)
-    assert result.metrics == expected.metrics
-    for found, wanted in zip(result.logprobs, expected.logprobs, strict=True):
-        np.testing.assert_array_equal(found, wanted)
-    assert await client.get_adapter(A) == core.get(A)
-    assert await client.optim_step(A, 2, ADAM) == core.optim_step(A, 2, ADAM)
-    for found, wanted in zip(await client.forward(A, data), core.forward(A, data), strict=True):
-        np.testing.assert_array_equal(found, wanted)
-    published = await client.publish_adapter(A)
-    assert published == core.publish(A)
-    header, *chunks, digest = await exported(client, A, 1)
-    assert header == core.version(A, 1).header
-    assert b"".join(chunks) == core.version(A, 1).file
-    assert digest == published.digest
-    await client.delete_adapter(A)
+    async with tiny_adapters() as adapters:
+        assert await client.create_adapter(A, LORA, epoch=1) == await adapters.create(
+            A, LORA, epoch=1
+        )
+        core = adapters.get(A)
+        result = await client.forward_backward(A, 1, data, SAMPLED, epoch=1)
+        expected = await core.forward_backward(1, 1, data, SAMPLED)
+        assert without_times(result.metrics) == without_times(expected.metrics)
+        for found, wanted in zip(result.logprobs, expected.logprobs, strict=True):
+            np.testing.assert_array_equal(found, wanted)
+        assert await client.get_adapter(A) == core.view
+        assert await client.optim_step(A, 2, ADAM, epoch=1) == await core.optim_step(1, 2, ADAM)
+        for found, wanted in zip(
+            await client.forward(A, data), await core.forward(data), strict=True
+        ):
+            np.testing.assert_array_equal(found, wanted)
+        published = await client.publish_adapter(A, epoch=1)
+        assert published == await core.publish(1)
+        header, *chunks, digest = await exported(client, A, 1)
+        assert header == core.version(1).header
+        assert b"".join(chunks) == core.version(1).file
+        assert digest == published.digest
+    await client.delete_adapter(A, epoch=1)
     with pytest.raises(NotFound):
         await client.get_adapter(A)
 
 
 async def test_an_export_comes_in_chunks_of_bounded_size_between_header_and_digest(client):
-    await client.create_adapter(A, LoraConfig(1024))
-    published = await client.publish_adapter(A)
+    await client.create_adapter(A, LoraConfig(1024), epoch=1)
+    published = await client.publish_adapter(A, epoch=1)
     header, *chunks, digest = await exported(client, A, 0)
     assert isinstance(header, AdapterExport)
     assert len(chunks) > 1
@@ -164,40 +176,44 @@ async def test_an_export_comes_in_chunks_of_bounded_size_between_header_and_dige
 async def test_tenants_that_train_at_once_get_the_bits_that_they_get_alone(client):
     loras = {A: LORA, B: LoraConfig(2, target_modules=("q_proj",), seed=9)}
     for name, lora in loras.items():
-        await client.create_adapter(name, lora)
+        await client.create_adapter(name, lora, epoch=1)
     found = await asyncio.gather(*(train(client, name, 3) for name in loras))
-    alone = tiny_adapters()
-    for (name, lora), published in zip(loras.items(), found, strict=True):
-        alone.create(name, lora)
-        for step in range(3):
-            alone.forward_backward(name, 2 * step + 1, batch((4, 9), seed=step), SAMPLED)
-            alone.optim_step(name, 2 * step + 2, ADAM)
-        assert published == alone.publish(name)
+    async with tiny_adapters() as adapters:
+        for (name, lora), published in zip(loras.items(), found, strict=True):
+            await adapters.create(name, lora, epoch=1)
+            alone = adapters.get(name)
+            for step in range(3):
+                data = batch((4, 9), seed=step)
+                await alone.forward_backward(1, 2 * step + 1, data, SAMPLED)
+                await alone.optim_step(1, 2 * step + 2, ADAM)
+            assert published == await alone.publish(1)
 
 
 async def test_an_op_whose_caller_goes_away_is_applied_once_and_answers_the_retry(client, gate):
-    await client.create_adapter(A, LORA)
+    await client.create_adapter(A, LORA, epoch=1)
     data = batch((4, 9))
     gate.open.clear()
-    call = asyncio.ensure_future(client.forward_backward(A, 1, data, SAMPLED))
+    call = asyncio.ensure_future(client.forward_backward(A, 1, data, SAMPLED, epoch=1))
     await asyncio.to_thread(gate.reached.wait)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
     gate.open.set()
-    retried = await client.forward_backward(A, 1, data, SAMPLED)
-    step = await client.optim_step(A, 2, ADAM)
-    core = tiny_adapters()
-    core.create(A, LORA)
-    assert retried.metrics == core.forward_backward(A, 1, data, SAMPLED).metrics
-    assert step == core.optim_step(A, 2, ADAM)
+    retried = await client.forward_backward(A, 1, data, SAMPLED, epoch=1)
+    step = await client.optim_step(A, 2, ADAM, epoch=1)
+    async with tiny_adapters() as adapters:
+        await adapters.create(A, LORA, epoch=1)
+        core = adapters.get(A)
+        expected = await core.forward_backward(1, 1, data, SAMPLED)
+        assert without_times(retried.metrics) == without_times(expected.metrics)
+        assert step == await core.optim_step(1, 2, ADAM)
 
 
 async def test_reads_do_not_wait_for_an_op_that_runs(client, gate):
-    await client.create_adapter(A, LORA)
-    await client.publish_adapter(A)
+    await client.create_adapter(A, LORA, epoch=1)
+    await client.publish_adapter(A, epoch=1)
     gate.open.clear()
-    call = asyncio.ensure_future(client.forward_backward(A, 1, batch((4,)), SAMPLED))
+    call = asyncio.ensure_future(client.forward_backward(A, 1, batch((4,)), SAMPLED, epoch=1))
     await asyncio.to_thread(gate.reached.wait)
     assert (await client.get_adapter(A)).next_sequence == 1
     assert (await client.get_trainer()).num_adapters == 1
@@ -215,19 +231,19 @@ def wild(data):
     ("ask", "error", "context"),
     [
         pytest.param(
-            lambda client: client.create_adapter(B, LoraConfig(0)),
+            lambda client: client.create_adapter(B, LoraConfig(0), epoch=1),
             InvalidRequest,
             {"field": "lora.rank", "value": "0"},
             id="rank 0",
         ),
         pytest.param(
-            lambda client: client.create_adapter(A, LoraConfig(2)),
+            lambda client: client.create_adapter(A, LoraConfig(2), epoch=1),
             AlreadyExists,
             {"resource": A},
             id="another of that name",
         ),
         pytest.param(
-            lambda client: client.create_adapter(C, LORA),
+            lambda client: client.create_adapter(C, LORA, epoch=1),
             CapacityExhausted,
             {"allowed": "2"},
             id="no room",
@@ -236,31 +252,33 @@ def wild(data):
             lambda client: client.forward(C, batch((3,))), NotFound, {"resource": C}, id="unknown"
         ),
         pytest.param(
-            lambda client: client.forward_backward(A, 1, batch((MAX_LENGTH + 1,)), SAMPLED),
+            lambda client: client.forward_backward(
+                A, 1, batch((MAX_LENGTH + 1,)), SAMPLED, epoch=1
+            ),
             InvalidRequest,
             {"field": "data[0].token_ids"},
             id="too long",
         ),
         pytest.param(
-            lambda client: client.forward_backward(A, 1, wild(batch((4, 4))), SAMPLED),
+            lambda client: client.forward_backward(A, 1, wild(batch((4, 4))), SAMPLED, epoch=1),
             NonFinite,
             {"field": "data[0]"},
             id="infinite loss",
         ),
         pytest.param(
-            lambda client: client.forward_backward(A, 7, batch((4,)), SAMPLED),
+            lambda client: client.forward_backward(A, 7, batch((4,)), SAMPLED, epoch=1),
             SequenceGap,
             {"expected_sequence": "1"},
             id="gap",
         ),
         pytest.param(
-            lambda client: client.optim_step(A, 1, AdamConfig(float("nan"))),
+            lambda client: client.optim_step(A, 1, AdamConfig(float("nan")), epoch=1),
             InvalidRequest,
             {"field": "adam.learning_rate"},
             id="NaN learning rate",
         ),
         pytest.param(
-            lambda client: client.optim_step(A, 1, ADAM),
+            lambda client: client.optim_step(A, 1, ADAM, epoch=1),
             FailedPrecondition,
             {"resource": A},
             id="no gradients",
@@ -272,14 +290,14 @@ def wild(data):
 )
 async def test_an_error_reaches_its_caller_with_what_it_is_about(client, ask, error, context):
     for name in (A, B):
-        await client.create_adapter(name, LORA)
+        await client.create_adapter(name, LORA, epoch=1)
     before = await client.get_adapter(A)
     with pytest.raises(error) as caught:
         await ask(client)
     assert type(caught.value) is error
     assert context.items() <= caught.value.context.items()
     assert await client.get_adapter(A) == before
-    await client.forward_backward(A, 1, batch((4,)), SAMPLED)
+    await client.forward_backward(A, 1, batch((4,)), SAMPLED, epoch=1)
 
 
 def with_tensor(name, tensor):
@@ -288,6 +306,7 @@ def with_tensor(name, tensor):
     return pb.ForwardBackwardRequest(
         adapter=A,
         sequence=1,
+        epoch=1,
         data=[convert.datum_to_pb(batch((4,))[0]), message],
         loss_config=convert.loss_to_pb(SAMPLED),
     )
@@ -314,7 +333,10 @@ def with_tensor(name, tensor):
         ),
         pytest.param(
             pb.ForwardBackwardRequest(
-                adapter=A, sequence=1, loss_config=training_pb2.LossConfig(loss="LOSS_UNSPECIFIED")
+                adapter=A,
+                sequence=1,
+                epoch=1,
+                loss_config=training_pb2.LossConfig(loss="LOSS_UNSPECIFIED"),
             ),
             "loss_config.loss",
             id="no loss",
@@ -324,13 +346,195 @@ def with_tensor(name, tensor):
 async def test_a_message_that_says_nothing_sensible_is_the_callers_error(
     client, stub, request_, field
 ):
-    await client.create_adapter(A, LORA)
+    await client.create_adapter(A, LORA, epoch=1)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.ForwardBackward(request_)
     error = to_error(caught.value)
     assert isinstance(error, InvalidRequest)
     assert error.context["field"] == field
     assert (await client.get_adapter(A)).next_sequence == 1
+
+
+# --- snapshots and epochs ------------------------------------------------------------------------
+
+NOWHERE = Snapshot("snapshots/" + "0" * 32, "0" * 64, 1, 0, 1, "0" * 64)
+
+
+async def test_an_adapter_is_taken_over_from_its_snapshot_with_the_same_bits(client):
+    await client.create_adapter(A, LORA, epoch=1)
+    await train(client, A, 2)
+    data = batch((4, 9), seed=7)
+    await client.forward_backward(A, 5, data, SAMPLED, epoch=1)
+    before = await client.get_adapter(A)
+    snapshot = await client.snapshot_adapter(A, epoch=1)
+    assert (snapshot.next_sequence, snapshot.policy_version) == (6, 2)
+    expected = await client.optim_step(A, 6, ADAM, epoch=1)
+    published = await client.publish_adapter(A, epoch=1)
+    await client.delete_adapter(A, epoch=1)
+
+    restored = await client.restore_adapter(A, snapshot, epoch=2)
+    assert restored == replace(before, epoch=2)
+    assert await client.restore_adapter(A, snapshot, epoch=2) == restored
+    assert await client.optim_step(A, 6, ADAM, epoch=2) == expected
+    assert await client.publish_adapter(A, epoch=2) == published
+    assert (await client.restore_adapter(A, snapshot, epoch=2)).next_sequence == 7
+
+
+async def test_a_snapshot_becomes_another_adapter_or_the_state_of_one(client):
+    await client.create_adapter(A, LORA, epoch=1)
+    digest = (await train(client, A, 2)).digest
+    snapshot = await client.snapshot_adapter(A, epoch=1)
+    assert snapshot.weights_digest == digest
+    fork = await client.create_adapter(B, None, epoch=1, fork_of=snapshot, with_optimizer=True)
+    assert (fork.lora, fork.policy_version, fork.next_sequence) == (
+        (await client.get_adapter(A)).lora,
+        0,
+        1,
+    )
+    assert (await client.publish_adapter(B, epoch=1)).digest == digest
+    assert (await train(client, B, 1)).digest != digest
+    load = {"with_optimizer": False, "epoch": 1}
+    loaded = await client.load_snapshot(B, 3, snapshot, **load)
+    assert loaded.policy_version == 2
+    assert await client.load_snapshot(B, 3, snapshot, **load) == loaded
+    assert (await client.publish_adapter(B, epoch=1)).digest == digest
+    with pytest.raises(AlreadyExists):
+        await client.load_snapshot(B, 3, snapshot, with_optimizer=True, epoch=1)
+    with pytest.raises(SequenceGap):
+        await client.load_snapshot(B, 5, snapshot, **load)
+
+
+KEYS = {
+    "absolute": "/etc/passwd",
+    "climbing": "snapshots/../../" + "0" * 32,
+    "another folder": "ops/" + "0" * 32,
+    "a file of it": "snapshots/" + "0" * 32 + "/adapter",
+    "empty": "",
+}
+NAMES = {"absolute": "/etc/passwd", "climbing": "projects/p/adapters/../b", "empty": ""}
+
+
+def hostile():
+    """Calls that must be refused, with the error and what it is about."""
+    made = [
+        *(
+            (f"restore, {said} key", lambda c, k=key: c.restore_adapter(C, at(k), epoch=1))
+            for said, key in KEYS.items()
+        ),
+        *(
+            (
+                f"fork, {said} key",
+                lambda c, k=key: c.create_adapter(C, None, epoch=1, fork_of=at(k)),
+            )
+            for said, key in KEYS.items()
+        ),
+        *(
+            (
+                f"load, {said} key",
+                lambda c, k=key: c.load_snapshot(A, 1, at(k), with_optimizer=True, epoch=1),
+            )
+            for said, key in KEYS.items()
+        ),
+    ]
+    for said, ask in made:
+        yield pytest.param(ask, InvalidRequest, {"field": "snapshot.key"}, id=said)
+    for said, name in NAMES.items():
+        for verb, ask in (
+            ("create", lambda c, n=name: c.create_adapter(n, LORA, epoch=1)),
+            ("restore", lambda c, n=name: c.restore_adapter(n, NOWHERE, epoch=1)),
+        ):
+            yield pytest.param(ask, InvalidRequest, {"field": "name"}, id=f"{verb}, {said} name")
+        for verb, ask in (
+            ("snapshot", lambda c, n=name: c.snapshot_adapter(n, epoch=1)),
+            (
+                "load",
+                lambda c, n=name: c.load_snapshot(n, 1, NOWHERE, with_optimizer=True, epoch=1),
+            ),
+            ("publish", lambda c, n=name: c.publish_adapter(n, epoch=1)),
+            ("step", lambda c, n=name: c.optim_step(n, 1, ADAM, epoch=1)),
+        ):
+            yield pytest.param(ask, NotFound, {"resource": name}, id=f"{verb}, {said} name")
+    for epoch in (0, 1, 3):
+        held = {"field": "epoch", "value": str(epoch), "allowed": "2"}
+        for verb, ask in (
+            ("batch", lambda c, e: c.forward_backward(B, 1, batch((4,)), SAMPLED, epoch=e)),
+            ("step", lambda c, e: c.optim_step(B, 1, ADAM, epoch=e)),
+            ("load", lambda c, e: c.load_snapshot(B, 1, NOWHERE, with_optimizer=True, epoch=e)),
+            ("snapshot", lambda c, e: c.snapshot_adapter(B, epoch=e)),
+            ("publish", lambda c, e: c.publish_adapter(B, epoch=e)),
+        ):
+            yield pytest.param(
+                lambda c, ask=ask, e=epoch: ask(c, e), Fenced, held, id=f"{verb}, epoch {epoch}"
+            )
+    for verb, ask in (
+        ("create", lambda c, e: c.create_adapter(B, LORA, epoch=e)),
+        ("restore", lambda c, e: c.restore_adapter(B, NOWHERE, epoch=e)),
+        ("delete", lambda c, e: c.delete_adapter(B, epoch=e)),
+    ):
+        for epoch, error in ((1, Fenced), (0, InvalidRequest)):
+            yield pytest.param(
+                lambda c, ask=ask, e=epoch: ask(c, e),
+                error,
+                {"field": "epoch", "value": str(epoch)},
+                id=f"{verb}, epoch {epoch}",
+            )
+    for verb, ask in (
+        ("restore", lambda c: c.restore_adapter(A, NOWHERE, epoch=2)),
+        ("load", lambda c: c.load_snapshot(A, 1, NOWHERE, with_optimizer=True, epoch=1)),
+    ):
+        where = {"resource": f"{NOWHERE.key}/manifest"}
+        yield pytest.param(ask, NotFound, where, id=f"{verb}, no such snapshot")
+    yield pytest.param(
+        lambda c: c.create_adapter(C, None, epoch=1),
+        InvalidRequest,
+        {"field": "lora"},
+        id="no shape",
+    )
+
+
+def at(key):
+    return replace(NOWHERE, key=key)
+
+
+@pytest.mark.parametrize(("ask", "error", "context"), list(hostile()))
+async def test_what_is_refused_says_why_and_changes_nobodys_bits(client, ask, error, context):
+    await client.create_adapter(A, LORA, epoch=1)
+    await client.create_adapter(B, LORA, epoch=2)
+    before = [await client.publish_adapter(name, epoch=e) for name, e in ((A, 1), (B, 2))]
+    held = await client.get_trainer()
+    with pytest.raises(error) as caught:
+        await ask(client)
+    assert type(caught.value) is error
+    assert context.items() <= caught.value.context.items()
+    assert await client.get_trainer() == held
+    after = [await client.publish_adapter(name, epoch=e) for name, e in ((A, 1), (B, 2))]
+    assert after == before
+    assert [(await client.get_adapter(name)).next_sequence for name in (A, B)] == [1, 1]
+
+
+async def test_a_spoilt_or_foreign_snapshot_is_refused_with_what_differs(client, tmp_path):
+    await client.create_adapter(A, LORA, epoch=1)
+    digest = (await client.publish_adapter(A, epoch=1)).digest
+    snapshot = await client.snapshot_adapter(A, epoch=1)
+    with pytest.raises(FailedPrecondition) as caught:
+        await client.restore_adapter(B, snapshot, epoch=1)
+    assert caught.value.context["value"] == A
+    async with tiny_adapters(blobs=str(tmp_path / "blobs"), base_model="large") as others:
+        await others.create(B, LORA, epoch=1)
+        foreign = await others.get(B).snapshot(1)
+    with pytest.raises(FailedPrecondition) as caught:
+        await client.restore_adapter(B, foreign, epoch=1)
+    assert caught.value.context["value"] == "large"
+    (tmp_path / "blobs" / snapshot.key / "adapter").write_bytes(b"\x80\x04N.")
+    for ask in (
+        lambda: client.restore_adapter(A, snapshot, epoch=2),
+        lambda: client.create_adapter(B, None, epoch=1, fork_of=snapshot),
+        lambda: client.load_snapshot(A, 1, snapshot, with_optimizer=False, epoch=1),
+    ):
+        with pytest.raises(DigestMismatch) as caught:
+            await ask()
+        assert caught.value.context["resource"] == f"{snapshot.key}/adapter"
+    assert (await client.publish_adapter(A, epoch=1)).digest == digest
 
 
 # --- the process ---------------------------------------------------------------------------------
@@ -374,6 +578,7 @@ async def test_the_process_serves_then_drains_on_sigterm_and_ends_well(tmp_path)
         listen="127.0.0.1:0",
         num_threads=1,
         max_batch_tokens=64,
+        blobs=str(tmp_path / "blobs"),
     )
     try:
         line = json.loads(await process.stderr.readline())
@@ -385,11 +590,11 @@ async def test_the_process_serves_then_drains_on_sigterm_and_ends_well(tmp_path)
                 )
                 assert health.status == health_pb2.HealthCheckResponse.SERVING
             client = TrainerClient(opened)
-            await client.create_adapter(A, LORA)
+            await client.create_adapter(A, LORA, epoch=1)
             # Ops that are under way and waiting when the end comes.
             calls = [
                 asyncio.ensure_future(
-                    client.forward_backward(A, sequence, batch((9,) * 100), SAMPLED)
+                    client.forward_backward(A, sequence, batch((9,) * 100), SAMPLED, epoch=1)
                 )
                 for sequence in (1, 2)
             ]
@@ -400,6 +605,37 @@ async def test_the_process_serves_then_drains_on_sigterm_and_ends_well(tmp_path)
             results = await asyncio.gather(*calls)
         assert {result.metrics["num_tokens"] for result in results} == {600}
         assert await process.wait() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def test_a_trainer_told_to_end_serves_on_until_its_adapters_have_moved_away(tmp_path):
+    tiny_qwen3().save_pretrained(tmp_path / "tiny")
+    _, process = await start(
+        tmp_path,
+        base_model={"name": "tiny", "path": str(tmp_path / "tiny")},
+        listen="127.0.0.1:0",
+        num_threads=1,
+        blobs=str(tmp_path / "blobs"),
+        drain_s=60.0,
+    )
+    try:
+        line = json.loads(await process.stderr.readline())
+        async with channel(f"127.0.0.1:{line['port']}") as opened:
+            client = TrainerClient(opened)
+            await client.create_adapter(A, LORA, epoch=1)
+            first = await client.get_trainer()
+            assert len(first.instance_id) == 32
+            process.terminate()
+            while not (await client.get_trainer()).draining:
+                pass
+            await train(client, A, 1)
+            snapshot = await client.snapshot_adapter(A, epoch=1)
+            await client.delete_adapter(A, epoch=1)
+        assert await process.wait() == 0
+        assert (tmp_path / "blobs" / snapshot.key / "manifest").exists()
     finally:
         if process.returncode is None:
             process.kill()

@@ -105,6 +105,11 @@ class Fakes:
     reward: FakeReward = field(default_factory=FakeReward)
     script: Script = field(default_factory=Script)
 
+    def __post_init__(self) -> None:
+        shared: dict[str, Any] = {}  # the blob store of the mesh
+        for trainer in self.trainers.values():
+            trainer.snapshots = shared
+
     @property
     def trainer(self) -> FakeTrainer:
         """The only one."""
@@ -128,8 +133,9 @@ class Coordinator:
 
     async def until(self, job: str, *states: JobState) -> str:
         """Return once the job has come to one of `states` in its life; the reason."""
-        async with asyncio.timeout(20):
-            async for event in self.client.jobs.watch(f"{PROJECT}/jobs/{job}"):
+        watched = self.client.jobs.watch(f"{PROJECT}/jobs/{job}")
+        async with asyncio.timeout(20), contextlib.aclosing(watched) as events:
+            async for event in events:
                 changed = event.event
                 if isinstance(changed, StateChanged) and changed.to_state in states:
                     return changed.reason
@@ -137,8 +143,9 @@ class Coordinator:
 
     async def until_step(self, job: str, step: int) -> None:
         """Return once the job has finished that step."""
-        async with asyncio.timeout(20):
-            async for event in self.client.jobs.watch(f"{PROJECT}/jobs/{job}"):
+        watched = self.client.jobs.watch(f"{PROJECT}/jobs/{job}")
+        async with asyncio.timeout(20), contextlib.aclosing(watched) as events:
+            async for event in events:
                 if isinstance(event.event, StepCompleted) and event.event.step == step:
                     return
         raise AssertionError(f"{job} ended before step {step}")

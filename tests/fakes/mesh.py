@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import secrets
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rollmesh import types
+from rollmesh.convert.journal import op_to_bytes
 from rollmesh.errors import (
     AlreadyExists,
     CapacityExhausted,
     FailedPrecondition,
+    Fenced,
     InvalidRequest,
+    MeshError,
     NotFound,
     SequenceGap,
     Unavailable,
@@ -46,6 +50,11 @@ class Away:
 
 
 class FakeTrainer(Away):
+    """Its state is a chain of hashes over the ops of an adapter: `chains`.
+
+    Trainers that share `snapshots` can restore what another wrote.
+    """
+
     def __init__(
         self, base_model: str = BASE_MODEL, max_adapters: int = 8, kept_versions: int = 4
     ) -> None:
@@ -53,14 +62,32 @@ class FakeTrainer(Away):
         self.base_model = base_model
         self.max_adapters = max_adapters
         self.kept_versions = kept_versions
+        self.draining = False
+        self.instance_id = secrets.token_hex(4)
         self.adapters: dict[str, types.TrainerAdapter] = {}
+        self.chains: dict[str, str] = {}
+        self.answers: dict[str, tuple[int, bytes, types.TrainingResult]] = {}
         self.published: dict[str, set[int]] = {}
+        self.snapshots: dict[str, tuple[types.TrainerAdapter, str]] = {}
+        self.deleted: list[tuple[str, int]] = []
+        self.num_ops = 0  # that were run, not answered again
         self.creating = asyncio.Event()  # cleared: creations hang
         self.creating.set()
         self.asked = asyncio.Event()  # set: a creation has come here
-        self.refuses: InvalidRequest | None = None  # what it says to creations
+        self.answering = asyncio.Event()  # cleared: ops run, and their answers are held back
+        self.answering.set()
+        self.ran = asyncio.Event()  # set: an op has run
+        self.refuses: MeshError | None = None  # what it says to creations
+        self.refuses_ops: MeshError | None = None  # what it says to ops
+        self.refuses_snapshots: MeshError | None = None  # what it says to snapshots
         self.digests: dict[tuple[str, int], str] = {}  # in place of the right ones
         self.torn = False  # exports stop in the middle
+
+    def restart(self) -> None:
+        """Another process in its place: all that it held is gone."""
+        self.instance_id = secrets.token_hex(4)
+        for held in (self.adapters, self.chains, self.answers, self.published):
+            held.clear()
 
     async def get_trainer(self) -> types.TrainerInfo:
         self.check_here()
@@ -73,26 +100,65 @@ class FakeTrainer(Away):
             max_adapters=self.max_adapters,
             target_modules=("q_proj", "v_proj"),
             kept_versions=self.kept_versions,
+            instance_id=self.instance_id,
+            draining=self.draining,
+            held=tuple(types.HeldAdapter(name, held.epoch) for name, held in self.adapters.items()),
         )
 
-    async def create_adapter(self, name: str, lora: types.LoraConfig) -> types.TrainerAdapter:
+    async def create_adapter(
+        self,
+        name: str,
+        lora: types.LoraConfig | None,
+        *,
+        epoch: int,
+        fork_of: types.Snapshot | None = None,
+        with_optimizer: bool = False,
+    ) -> types.TrainerAdapter:
+        await self._begin()
+        if fork_of is not None:
+            source, chain = self._snapshot(fork_of)
+            lora = source.lora
+            chain = _hash(chain, f"fork {with_optimizer}".encode())
+        else:
+            chain = _hash("", b"fresh")
+        assert lora is not None
+        if lora.rank < 1:
+            raise InvalidRequest(f"lora.rank: {lora.rank}", field="lora.rank", value=lora.rank)
+        lora = replace(lora, alpha=lora.alpha or 2.0 * lora.rank)
+        fresh = types.TrainerAdapter(name, lora, 0, 1, has_pending_gradients=False, epoch=epoch)
+        return self._take(fresh, chain)
+
+    async def restore_adapter(
+        self, name: str, snapshot: types.Snapshot, *, epoch: int
+    ) -> types.TrainerAdapter:
+        await self._begin()
+        written, chain = self._snapshot(snapshot)
+        assert written.name == name
+        return self._take(replace(written, epoch=epoch), chain)
+
+    async def _begin(self) -> None:
         self.check_here()
         self.asked.set()
         await self.creating.wait()
         if self.refuses is not None:
             raise self.refuses
-        if lora.rank < 1:
-            raise InvalidRequest(f"lora.rank: {lora.rank}", field="lora.rank", value=lora.rank)
-        lora = replace(lora, alpha=lora.alpha or 2.0 * lora.rank)
+
+    def _take(self, adapter: types.TrainerAdapter, chain: str) -> types.TrainerAdapter:
+        name = adapter.name
         held = self.adapters.get(name)
-        if held is not None:
-            if held.lora != lora:
-                raise AlreadyExists(f"{name} is another adapter here", resource=name)
-            return held
-        if len(self.adapters) >= self.max_adapters:
+        if held is not None and held.epoch >= adapter.epoch:
+            return self._held(name, adapter.epoch)
+        if held is None and len(self.adapters) >= self.max_adapters:
             raise CapacityExhausted(f"{self.max_adapters} adapters are held", resource=name)
-        self.adapters[name] = types.TrainerAdapter(name, lora, 0, 1, has_pending_gradients=False)
-        return self.adapters[name]
+        self._free(name)
+        self.adapters[name] = adapter
+        self.chains[name] = chain
+        return adapter
+
+    def _snapshot(self, snapshot: types.Snapshot) -> tuple[types.TrainerAdapter, str]:
+        if snapshot.key not in self.snapshots:
+            raise NotFound(f"there is no snapshot {snapshot.key}", resource=snapshot.key)
+        return self.snapshots[snapshot.key]
 
     async def get_adapter(self, name: str) -> types.TrainerAdapter:
         self.check_here()
@@ -100,10 +166,17 @@ class FakeTrainer(Away):
             raise NotFound(f"{name} is not held here", resource=name)
         return self.adapters[name]
 
-    async def delete_adapter(self, name: str) -> None:
+    async def delete_adapter(self, name: str, *, epoch: int) -> None:
         self.check_here()
-        self.adapters.pop(name, None)
-        self.published.pop(name, None)
+        held = self.adapters.get(name)
+        if held is not None and held.epoch > epoch:
+            raise Fenced(f"{name} is held under {held.epoch}", resource=name)
+        self.deleted.append((name, epoch))
+        self._free(name)
+
+    def _free(self, name: str) -> None:
+        for held in (self.adapters, self.chains, self.answers, self.published):
+            held.pop(name, None)
 
     async def forward_backward(
         self,
@@ -111,37 +184,97 @@ class FakeTrainer(Away):
         sequence: int,
         data: Sequence[types.Datum],
         loss_config: types.LossConfig,
+        *,
+        epoch: int,
     ) -> types.ForwardBackwardResult:
-        held = await self._next(adapter, sequence)
-        self.adapters[adapter] = replace(
-            held, next_sequence=sequence + 1, has_pending_gradients=True
-        )
-        return types.ForwardBackwardResult(await self.forward(adapter, data), {"loss": 1.0})
+        logprobs = _logprobs(data)
+        result = types.ForwardBackwardResult(logprobs, {"loss": 1.0})
+        op = types.ForwardBackward(data, loss_config)
+        return await self._run(adapter, sequence, op, result, epoch, pending=True)
 
     async def forward(
         self, adapter: str, data: Sequence[types.Datum]
     ) -> tuple[types.FloatArray, ...]:
         await self.get_adapter(adapter)
-        return tuple(np.full(len(datum.token_ids), -1.0, np.float32) for datum in data)
+        return _logprobs(data)
 
     async def optim_step(
+        self, adapter: str, sequence: int, adam: types.AdamConfig, *, epoch: int
+    ) -> types.OptimStepResult:
+        held = await self.get_adapter(adapter)
+        result = types.OptimStepResult(
+            held.policy_version + 1, {"learning_rate": adam.learning_rate}
+        )
+        return await self._run(adapter, sequence, types.OptimStep(adam), result, epoch)
+
+    async def load_snapshot(
         self,
         adapter: str,
         sequence: int,
-        adam: types.AdamConfig,
-    ) -> types.OptimStepResult:
-        held = await self._next(adapter, sequence)
-        version = held.policy_version + 1
-        self.adapters[adapter] = replace(
-            held,
-            policy_version=version,
-            next_sequence=sequence + 1,
-            has_pending_gradients=False,
+        snapshot: types.Snapshot,
+        *,
+        with_optimizer: bool,
+        epoch: int,
+    ) -> types.LoadResult:
+        held = await self.get_adapter(adapter)
+        self._snapshot(snapshot)
+        op = types.LoadSnapshot(snapshot, with_optimizer)
+        return await self._run(
+            adapter, sequence, op, types.LoadResult(held.policy_version + 1), epoch
         )
-        return types.OptimStepResult(version, {"learning_rate": adam.learning_rate})
 
-    async def publish_adapter(self, name: str) -> types.PublishedVersion:
-        held = await self.get_adapter(name)
+    async def _run(
+        self,
+        name: str,
+        sequence: int,
+        op: types.TrainingOp,
+        result: Any,
+        epoch: int,
+        *,
+        pending: bool = False,
+    ) -> Any:
+        self.check_here()
+        held = self._held(name, epoch)
+        body = repr(op_to_bytes(op)).encode()
+        newest, before, answer = self.answers.get(name, (0, b"", None))
+        if sequence == newest and before == body:
+            return answer
+        if sequence == newest:
+            raise AlreadyExists(f"sequence {sequence} was another op", resource=name)
+        if sequence != held.next_sequence:
+            raise SequenceGap(
+                f"sequence {sequence}, expected is {held.next_sequence}",
+                expected_sequence=held.next_sequence,
+            )
+        if self.refuses_ops is not None:
+            raise self.refuses_ops
+        self.num_ops += 1
+        self.adapters[name] = replace(
+            held,
+            policy_version=held.policy_version if pending else result.policy_version,
+            next_sequence=sequence + 1,
+            has_pending_gradients=pending,
+        )
+        self.chains[name] = _hash(self.chains[name], body)
+        self.answers[name] = sequence, body, result
+        self.ran.set()
+        await self.answering.wait()
+        return result
+
+    async def snapshot_adapter(self, name: str, *, epoch: int) -> types.Snapshot:
+        self.check_here()
+        held = self._held(name, epoch)
+        if self.refuses_snapshots is not None:
+            raise self.refuses_snapshots
+        key = f"snapshots/{secrets.token_hex(16)}"
+        self.snapshots[key] = held, self.chains[name]
+        return types.Snapshot(
+            key, self.chains[name], held.next_sequence, held.policy_version, 9, self.chains[name]
+        )
+
+    async def publish_adapter(self, name: str, *, epoch: int) -> types.PublishedVersion:
+        self.check_here()
+        held = self._held(name, epoch)
         if held.has_pending_gradients:
             raise FailedPrecondition(f"gradients of {name} are pending", resource=name)
         self.published.setdefault(name, set()).add(held.policy_version)
@@ -163,14 +296,21 @@ class FakeTrainer(Away):
     def _digest(self, name: str, policy_version: int) -> str:
         return self.digests.get((name, policy_version)) or digest_of(name, policy_version)
 
-    async def _next(self, adapter: str, sequence: int) -> types.TrainerAdapter:
-        held = await self.get_adapter(adapter)
-        if sequence != held.next_sequence:
-            raise SequenceGap(
-                f"sequence {sequence}, expected is {held.next_sequence}",
-                expected_sequence=held.next_sequence,
-            )
+    def _held(self, name: str, epoch: int) -> types.TrainerAdapter:
+        if name not in self.adapters:
+            raise NotFound(f"{name} is not held here", resource=name)
+        held = self.adapters[name]
+        if held.epoch != epoch:
+            raise Fenced(f"{name} is held under {held.epoch}, not {epoch}", resource=name)
         return held
+
+
+def _logprobs(data: Sequence[types.Datum]) -> tuple[types.FloatArray, ...]:
+    return tuple(np.full(len(datum.token_ids), -1.0, np.float32) for datum in data)
+
+
+def _hash(chain: str, link: bytes) -> str:
+    return hashlib.sha256(chain.encode() + link).hexdigest()
 
 
 class FakeSampler(Away):

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import uuid
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from rollmesh.blobs import Blobs
 from rollmesh.types import Datum
 from services.trainer.adapters import Adapters
+from services.trainer.engine import Engine
 from services.trainer.model import Model
+from services.trainer.snapshots import Snapshots
+from services.trainer.uninterrupted import Uninterrupted
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
 
 VOCAB_SIZE = 24
 MAX_LENGTH = 32
@@ -17,19 +28,20 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 def tiny_qwen3(**changes) -> Qwen3ForCausalLM:
     """The same weights every time, large enough that gradients are far from rounding."""
-    config = Qwen3Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=MAX_LENGTH,
-        tie_word_embeddings=True,
-        initializer_range=0.3,
+    settings = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": MAX_LENGTH,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.3,
         **changes,
-    )
+    }
+    config = Qwen3Config(**settings)
     with torch.random.fork_rng():
         torch.manual_seed(7)
         return Qwen3ForCausalLM(config).eval()
@@ -40,15 +52,35 @@ def tiny_model(max_batch_tokens: int = 256) -> Model:
     return Model(tiny_qwen3(), max_batch_tokens=max_batch_tokens)
 
 
-def tiny_adapters(**changes) -> Adapters:
+@contextlib.asynccontextmanager
+async def tiny_adapters(
+    model: Model | None = None, blobs: str = "memory://tiny", **changes
+) -> AsyncIterator[Adapters]:
+    """Adapters on a model, with all that they need to run, while the block lasts."""
+    model = model or tiny_model()
     settings = {
         "base_model": "tiny",
         "max_rank": 8,
         "max_adapters": 3,
+        "max_adapter_bytes": 2**30,
         "kept_versions": 2,
+        "max_queued_ops": 8,
+        "instance_id": "this-one",
         **changes,
     }
-    return Adapters(tiny_model(), **settings)
+    with contextlib.ExitStack() as stack:
+        engine = Engine(model, max_queued_ops=settings["max_queued_ops"])
+        stack.callback(engine.close)
+        snapshots = Snapshots(
+            Blobs(blobs),
+            model.lora,
+            base_model=settings["base_model"],
+            new_id=lambda: uuid.uuid4().hex,
+            max_queued=settings["max_queued_ops"],
+        )
+        stack.callback(snapshots.close)
+        async with Uninterrupted() as uninterrupted:
+            yield Adapters(model, engine, snapshots, uninterrupted, **settings)
 
 
 def batch(lengths, *, seed: int = 0, sampled: bool = True) -> list[Datum]:

@@ -80,7 +80,7 @@ async def test_a_job_learns_and_its_peft_adapter_reproduces_the_accuracy(
 
     folder = tmp_path / "adapter"
     done = await client.jobs.get(job.name)
-    await export_peft(client.adapters, done.adapter, folder)
+    await export_peft(client.adapters.export(done.adapter), done.adapter, folder)
     assert spec.evaluation is not None
     assert spec.evaluation.dataset.generator is not None
     generator = spec.evaluation.dataset.generator

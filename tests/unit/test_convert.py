@@ -26,6 +26,7 @@ FLOAT32S = st.floats(allow_nan=False, width=32)
 # Unix seconds to the microsecond: clocks in use here are no finer.
 TIMES = st.integers(0, 4 * 10**15).map(lambda microseconds: microseconds / 1e6)
 TEXTS = st.text(max_size=8)
+LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo")
 SPANS = st.builds(types.PolicySpan, COUNTS, INT64, TEXTS)
 SOURCES = st.builds(types.AdapterSource, TEXTS, INT64, TEXTS, TEXTS)
 LORAS = st.builds(
@@ -83,8 +84,13 @@ ROUND_TRIPS = {
         convert.loss_from_pb,
         st.builds(
             types.LossConfig,
-            st.sampled_from(["cross_entropy", "importance_sampling"]),
-            st.none() | FLOATS,
+            st.sampled_from(LOSSES),
+            kl_coefficient=st.none() | FLOATS,
+            clip_low_threshold=st.none() | FLOATS,
+            clip_high_threshold=st.none() | FLOATS,
+            beta=st.none() | FLOATS,
+            max_importance_ratio=st.none() | FLOATS,
+            entropy=st.booleans(),
         ),
     ),
     "adam": (
@@ -335,7 +341,28 @@ def test_no_logprobs_are_no_logprobs():
 def test_a_loss_that_is_none_is_refused_with_those_that_are(number):
     with pytest.raises(InvalidRequest, match="cross_entropy, importance_sampling") as caught:
         convert.loss_from_pb(training_pb2.LossConfig(loss=number))
+    assert caught.value.context == {
+        "field": "loss_config.loss",
+        "value": str(number),
+        "allowed": ", ".join(LOSSES),
+    }
+
+
+def test_an_unknown_loss_is_refused_before_it_is_sent():
+    with pytest.raises(InvalidRequest, match="hinge is not one of cross_entropy") as caught:
+        convert.loss_to_pb(types.LossConfig("hinge"))
     assert caught.value.context["field"] == "loss_config.loss"
+
+
+def test_every_loss_has_a_number_of_its_own():
+    numbers = {convert.loss_to_pb(types.LossConfig(loss)).loss for loss in LOSSES}
+    assert numbers | {training_pb2.LOSS_UNSPECIFIED} == set(training_pb2.Loss.values())
+
+
+def test_an_option_of_a_loss_that_was_not_given_is_not_sent():
+    sent = convert.loss_to_pb(types.LossConfig("ppo", clip_low_threshold=0.0))
+    assert {field.name for field, _ in sent.ListFields()} == {"loss", "clip_low_threshold"}
+    assert convert.loss_from_pb(sent) == types.LossConfig("ppo", clip_low_threshold=0.0)
 
 
 def test_what_is_absent_has_the_default_of_the_protos():

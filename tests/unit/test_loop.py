@@ -130,12 +130,12 @@ def test_a_loop_goes_on_in_the_middle_of_a_step(done, has_metrics):
 @pytest.mark.parametrize(
     ("version", "next_sequence"), [(0, 1), (2, 5), (5, 11), (3, 9), (4, 7), (3, 6)]
 )
-def test_a_trainer_that_is_elsewhere_fails_the_job_by_name(version, next_sequence):
+def test_an_adapter_that_is_elsewhere_fails_the_job_by_name(version, next_sequence):
     context = Context(spec())
     mesh = JobMesh(context)
     simulate_steps(context, 3)
     mesh.version, mesh.next_sequence = version, next_sequence
-    with pytest.raises(FailedPrecondition, match=r"the trainer lost the state of .*adapters/j"):
+    with pytest.raises(FailedPrecondition, match=r"adapters/j is not where the job left it"):
         simulate(mesh.run())
     assert not mesh.published
 
@@ -146,10 +146,10 @@ def simulate_steps(context, count):
 
 
 @pytest.mark.parametrize("call", ["get_adapter", "forward_backward", "optim_step", "publish"])
-def test_an_adapter_that_the_trainer_does_not_know_fails_the_job_by_name(call):
+def test_an_adapter_that_nobody_knows_fails_the_job_by_name(call):
     mesh = JobMesh(Context(spec()))
     mesh.faults[call] = [NotFound("not held here")]
-    with pytest.raises(FailedPrecondition, match=r"lost the state .* not held here"):
+    with pytest.raises(FailedPrecondition, match=r"not where the job left it: .*not held here"):
         simulate(mesh.run())
 
 

@@ -54,9 +54,26 @@ def test_names_are_parsed_into_what_they_were_made_of(project, resource):
     assert names.parse_job(names.job_name(project, resource)) == (project, resource)
 
 
-@given(name=st.text() | st.from_regex(r"projects/[^/]*(/(jobs|adapters)/[^/]*)?", fullmatch=True))
-def test_whatever_is_accepted_is_a_plain_path_without_dots(name):
+@given(project=IDS, adapter=IDS, checkpoint=IDS)
+def test_a_checkpoint_is_named_below_its_adapter(project, adapter, checkpoint):
+    name = names.checkpoint_name(names.adapter_name(project, adapter), checkpoint)
+    assert names.parse_checkpoint(name) == (project, adapter, checkpoint)
     for parse in (names.parse_project, names.parse_adapter, names.parse_job):
+        with pytest.raises(InvalidRequest):
+            parse(name)
+
+
+@given(
+    name=st.text()
+    | st.from_regex(r"projects/[^/]*(/(jobs|adapters)/[^/]*(/checkpoints/[^/]*)?)?", fullmatch=True)
+)
+def test_whatever_is_accepted_is_a_plain_path_without_dots(name):
+    for parse in (
+        names.parse_project,
+        names.parse_adapter,
+        names.parse_job,
+        names.parse_checkpoint,
+    ):
         try:
             parse(name)
         except InvalidRequest:
@@ -76,6 +93,49 @@ def test_a_name_with_a_bad_id_is_refused(form, value):
         parse(name, field="name")
     assert caught.value.context["field"] == "name"
     assert caught.value.context["value"] == name
+
+
+@pytest.mark.parametrize("value", BAD_IDS)
+@pytest.mark.parametrize(
+    "form",
+    [
+        "projects/{}/adapters/a/checkpoints/a",
+        "projects/a/adapters/{}/checkpoints/a",
+        "projects/a/adapters/a/checkpoints/{}",
+    ],
+)
+def test_a_checkpoint_with_a_bad_id_is_refused(form, value):
+    name = form.format(value)
+    with pytest.raises(InvalidRequest) as caught:
+        names.parse_checkpoint(name, field="checkpoint")
+    assert caught.value.context["field"] == "checkpoint"
+    assert caught.value.context["value"] == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "projects/a/adapters/b",
+        "projects/a/adapters/b/checkpoints",
+        "projects/a/adapters/b/checkpoints/c/d",
+        "projects/a/adapters/b/checkpoints/c/checkpoints/d",
+        "projects/a/adapters/b/checkpoints/c/",
+        "projects/a/adapters/b/../checkpoints/c",
+        "projects/a/adapters/../adapters/b/checkpoints/c",
+        "/projects/a/adapters/b/checkpoints/c",
+        "projects/a/jobs/b/checkpoints/c",
+        "Projects/a/adapters/b/checkpoints/c",
+        "projects/a/adapters/b/versions/c",
+        "b/checkpoints/c",
+        "/etc/passwd",
+        "",
+    ],
+)
+def test_a_name_of_another_form_is_no_checkpoint_and_the_form_is_told(name):
+    form = r"projects/\{project\}/adapters/\{adapter\}/checkpoints/\{id\}"
+    with pytest.raises(InvalidRequest, match=form) as caught:
+        names.parse_checkpoint(name)
+    assert caught.value.context["field"] == "name"
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ class World:
             rewards={},
         )
         self.scheduler = Scheduler(max_running_completions=bound, max_queued_requests=queue)
-        self.sampling = FleetSampling(self.fleet, self.scheduler)
+        self.sampling = FleetSampling(self.fleet, self.scheduler, locate=lambda source: source)
         self.losses: list[str] = []
 
     @contextlib.asynccontextmanager

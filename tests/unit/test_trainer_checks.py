@@ -9,7 +9,7 @@ import pytest
 
 from rollmesh.errors import InvalidRequest
 from rollmesh.types import AdamConfig, Datum, LoraConfig, LossConfig
-from services.trainer.checks import check_adam, check_batch, resolve_lora
+from services.trainer.checks import check_adam, check_batch, check_loss, resolve_lora
 
 NAN, INF = float("nan"), float("inf")
 CROSS_ENTROPY, SAMPLED = LossConfig("cross_entropy"), LossConfig("importance_sampling")
@@ -66,15 +66,23 @@ GOOD = Datum(ints(1, 2), ints(2, 3), floats(0, 1), floats(-1, 0), floats(0.5, -0
             "data[0].sampling_logprobs",
             id="extra logprobs",
         ),
+        pytest.param(
+            [PLAIN],
+            LossConfig("cross_entropy", max_importance_ratio=2.0),
+            "data[0].sampling_logprobs",
+            id="truncated cross_entropy without logprobs",
+        ),
         *(
             pytest.param(
-                [PLAIN],
-                LossConfig("cross_entropy", value),
-                "loss_config.kl_coefficient",
-                id=f"β {value}",
+                [replace(GOOD, **{name: None})],
+                LossConfig(loss),
+                f"data[0].{name}",
+                id=f"{loss} {name}",
             )
-            for value in (NAN, INF, -0.1)
+            for loss in ("ppo", "cispo", "dro", "gspo")
+            for name in ("sampling_logprobs", "advantages")
         ),
+        pytest.param([PLAIN], LossConfig("dro", beta=-1), "loss_config.beta", id="wrong setting"),
     ],
 )
 def test_a_batch_is_refused_by_the_field_that_is_wrong(data, config, field):
@@ -82,6 +90,85 @@ def test_a_batch_is_refused_by_the_field_that_is_wrong(data, config, field):
         check_batch(data, config, vocab_size=10, max_length=8)
     assert caught.value.context["field"] == field
     assert field in str(caught.value)
+
+
+TAKEN = {
+    "cross_entropy": {"max_importance_ratio"},
+    "importance_sampling": {"max_importance_ratio"},
+    "ppo": {"clip_low_threshold", "clip_high_threshold", "max_importance_ratio"},
+    "cispo": {"clip_low_threshold", "clip_high_threshold"},
+    "dro": {"beta"},
+    "gspo": {"clip_low_threshold", "clip_high_threshold", "max_importance_ratio"},
+}
+# Within the range of each loss that takes it.
+GIVEN = {
+    "clip_low_threshold": 0.5,
+    "clip_high_threshold": 1.5,
+    "beta": 0.1,
+    "max_importance_ratio": 2.0,
+}
+
+
+@pytest.mark.parametrize("option", GIVEN)
+@pytest.mark.parametrize("loss", TAKEN)
+def test_a_loss_refuses_exactly_the_options_that_it_does_not_take(loss, option):
+    config = LossConfig(loss, kl_coefficient=0.1, entropy=True, **{option: GIVEN[option]})
+    if option in TAKEN[loss]:
+        check_loss(config)
+        return
+    with pytest.raises(InvalidRequest, match=f"{loss} takes no {option}") as caught:
+        check_loss(config)
+    assert caught.value.context == {
+        "field": f"loss_config.{option}",
+        "value": str(GIVEN[option]),
+        "allowed": "absent",
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "allowed"),
+    [
+        *(
+            (LossConfig(loss, **{field: value}), field, allowed)
+            for loss, field, allowed in [
+                *((loss, "kl_coefficient", "finite, ≥ 0") for loss in TAKEN),
+                ("dro", "beta", "finite, ≥ 0"),
+                ("ppo", "clip_low_threshold", "finite, ≥ 0, ≤ 1.2"),
+                ("cispo", "clip_low_threshold", "finite, ≥ 0, ≤ 4"),
+                ("gspo", "clip_low_threshold", "finite, ≥ 0, ≤ 1.0004"),
+                ("ppo", "clip_high_threshold", "finite, ≥ 0.8"),
+                ("cispo", "clip_high_threshold", "finite, ≥ 0"),
+                ("gspo", "clip_high_threshold", "finite, ≥ 0.9997"),
+                ("cross_entropy", "max_importance_ratio", "finite, ≥ 0, > 0"),
+                ("importance_sampling", "max_importance_ratio", "finite, ≥ 0, > 0"),
+                ("ppo", "max_importance_ratio", "finite, ≥ 1.2, > 0"),
+                ("gspo", "max_importance_ratio", "finite, ≥ 1.0004, > 0"),
+            ]
+            for value in (NAN, INF, -INF, -0.1)
+        ),
+        (LossConfig("ppo", clip_low_threshold=1.3), "clip_low_threshold", "finite, ≥ 0, ≤ 1.2"),
+        (LossConfig("ppo", clip_high_threshold=0.7), "clip_high_threshold", "finite, ≥ 0.8"),
+        (
+            LossConfig("gspo", clip_low_threshold=3, clip_high_threshold=2),
+            "clip_low_threshold",
+            "finite, ≥ 0, ≤ 2",
+        ),
+        (LossConfig("ppo", max_importance_ratio=1.1), "max_importance_ratio", "finite, ≥ 1.2, > 0"),
+        (
+            LossConfig("cross_entropy", max_importance_ratio=0.0),
+            "max_importance_ratio",
+            "finite, ≥ 0, > 0",
+        ),
+    ],
+)
+def test_a_setting_of_a_loss_out_of_range_is_refused(config, field, allowed):
+    with pytest.raises(InvalidRequest) as caught:
+        check_loss(config)
+    assert caught.value.context == {
+        "field": f"loss_config.{field}",
+        "value": str(getattr(config, field)),
+        "allowed": allowed,
+    }
 
 
 @pytest.mark.parametrize(
@@ -92,6 +179,23 @@ def test_a_batch_is_refused_by_the_field_that_is_wrong(data, config, field):
         pytest.param([replace(GOOD, sampling_logprobs=floats(1e-7, -1))], SAMPLED, id="rounded 0"),
         pytest.param([replace(PLAIN, weights=floats(0, 0))], CROSS_ENTROPY, id="all masked"),
         pytest.param([PLAIN], LossConfig("cross_entropy", 0.0), id="KL measured"),
+        pytest.param(
+            [replace(GOOD, advantages=None)],
+            LossConfig("cross_entropy", max_importance_ratio=2.0),
+            id="truncated cross_entropy",
+        ),
+        *(
+            pytest.param([GOOD], LossConfig(loss), id=loss)
+            for loss in ("ppo", "cispo", "dro", "gspo")
+        ),
+        pytest.param(
+            [GOOD],
+            LossConfig("ppo", clip_low_threshold=1, clip_high_threshold=1, max_importance_ratio=1),
+            id="bounds that meet",
+        ),
+        pytest.param(
+            [replace(GOOD, advantages=floats(1e30, -1e30))], SAMPLED, id="huge advantages"
+        ),
         pytest.param([Datum(ints(*[9] * 8), ints(*[0] * 8))], CROSS_ENTROPY, id="at the limits"),
     ],
 )
@@ -113,6 +217,8 @@ def test_adam_settings_out_of_range_are_refused(field, value):
     with pytest.raises(InvalidRequest) as caught:
         check_adam(replace(AdamConfig(1e-3), **{field: value}))
     assert caught.value.context["field"] == f"adam.{field}"
+    assert caught.value.context["value"] == str(value)
+    assert caught.value.context["allowed"].startswith("finite")
 
 
 @pytest.mark.parametrize(
@@ -154,3 +260,10 @@ def test_the_order_of_targets_does_not_matter():
         target_modules=("q_proj", "k_proj", "v_proj"),
     )
     assert resolved.target_modules == ("q_proj", "v_proj")
+
+
+def test_the_unembedding_is_a_target_for_who_names_it_alone():
+    model = {"max_rank": 8, "target_modules": ("q_proj",), "unembedding": "lm_head"}
+    assert resolve_lora(LoraConfig(4), **model).target_modules == ("q_proj",)
+    both = LoraConfig(4, target_modules=("lm_head", "q_proj"))
+    assert resolve_lora(both, **model).target_modules == ("q_proj", "lm_head")

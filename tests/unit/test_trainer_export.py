@@ -22,15 +22,18 @@ A = "projects/p/adapters/a"
     [LoraConfig(4), LoraConfig(3, alpha=4.5, target_modules=("v_proj", "up_proj"), seed=9)],
     ids=["all layers", "two"],
 )
-def test_peft_loads_an_exported_version_and_gives_its_logprobs(tmp_path, lora):
-    adapters = tiny_adapters()
-    adapters.create(A, lora)
+async def test_peft_loads_an_exported_version_and_gives_its_logprobs(tmp_path, lora):
     data = batch((9, 5))
-    for step in range(3):
-        adapters.forward_backward(A, 2 * step + 1, data, LossConfig("importance_sampling"))
-        adapters.optim_step(A, 2 * step + 2, AdamConfig(1e-2))
-    published = adapters.publish(A)
-    version = adapters.version(A, published.policy_version)
+    async with tiny_adapters() as adapters:
+        await adapters.create(A, lora, epoch=1)
+        adapter = adapters.get(A)
+        for step in range(3):
+            loss = LossConfig("importance_sampling")
+            await adapter.forward_backward(1, 2 * step + 1, data, loss)
+            await adapter.optim_step(1, 2 * step + 2, AdamConfig(1e-2))
+        published = await adapter.publish(1)
+        expected_logprobs = await adapter.forward(data)
+        version = adapters.version(A, published.policy_version)
     assert safetensors_digest(version.file) == version.digest == published.digest
     assert version.header.num_bytes == len(version.file)
     (tmp_path / "adapter_model.safetensors").write_bytes(version.file)
@@ -40,7 +43,7 @@ def test_peft_loads_an_exported_version_and_gives_its_logprobs(tmp_path, lora):
         torch.float32
     }
     model = PeftModel.from_pretrained(tiny_qwen3(), tmp_path).eval()
-    for datum, expected in zip(data, adapters.forward(A, data), strict=True):
+    for datum, expected in zip(data, expected_logprobs, strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor(datum.token_ids[None].astype(np.int64))).logits[0]
         rows = torch.arange(len(expected))
@@ -48,11 +51,12 @@ def test_peft_loads_an_exported_version_and_gives_its_logprobs(tmp_path, lora):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_configuration_says_what_the_adapter_is():
-    adapters = tiny_adapters()
-    adapters.create(A, LoraConfig(4, target_modules=("v_proj", "q_proj")))
-    adapters.publish(A)
-    config = json.loads(adapters.version(A, 0).header.adapter_config_json)
+async def test_the_configuration_says_what_the_adapter_is():
+    async with tiny_adapters() as adapters:
+        lora = LoraConfig(4, target_modules=("v_proj", "q_proj"))
+        await adapters.create(A, lora, epoch=1)
+        await adapters.get(A).publish(1)
+        config = json.loads(adapters.version(A, 0).header.adapter_config_json)
     assert {key: config[key] for key in ("peft_type", "task_type", "r", "lora_alpha")} == {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -64,11 +68,11 @@ def test_the_configuration_says_what_the_adapter_is():
     assert config["base_model_name_or_path"] == "tiny"
 
 
-def test_a_file_is_cut_into_chunks_that_make_it_up():
-    adapters = tiny_adapters()
-    adapters.create(A, LoraConfig(2))
-    adapters.publish(A)
-    version = adapters.version(A, 0)
+async def test_a_file_is_cut_into_chunks_that_make_it_up():
+    async with tiny_adapters() as adapters:
+        await adapters.create(A, LoraConfig(2), epoch=1)
+        await adapters.get(A).publish(1)
+        version = adapters.version(A, 0)
     chunks = list(version.chunks(1000))
     assert b"".join(chunks) == version.file
     assert max(map(len, chunks)) <= 1000

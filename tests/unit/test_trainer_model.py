@@ -135,13 +135,6 @@ def test_factors_are_drawn_as_peft_draws_them_and_from_their_seed_alone():
         assert not b.any()
 
 
-def test_any_linear_layer_but_the_unembedding_can_be_adapted():
-    lora = tiny_model().lora
-    assert set(lora.target_modules) == set(TARGETS)
-    weights = lora.fresh(rank=1, alpha=1.0, target_modules=("v_proj",), seed=0)
-    assert list(weights.factors) == [f"model.layers.{i}.self_attn.v_proj" for i in range(2)]
-
-
 @pytest.mark.parametrize("config", CONFIGS)
 def test_cutting_a_batch_into_passes_changes_rounding_alone(config):
     data = batch(LENGTHS, sampled=config.loss == "importance_sampling")

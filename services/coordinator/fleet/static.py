@@ -44,6 +44,8 @@ class FleetMember(Generic[Port, Info]):
     problem: str = "not heard of yet"
     info: Info | None = None
     update_time: float = 0.0
+    # When its last good poll came, by the event loop's clock; None: it has not come yet.
+    heard: float | None = None
     suspected: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -96,6 +98,14 @@ class StaticFleet:
             for member in self._trainers
             if member.serving and member.info and member.info.base_model == base_model
         ]
+
+    def trainer(self, address: str) -> Trainer | None:
+        """The trainer at `address`, serving or not; None: none is configured there."""
+        return next((member for member in self._trainers if member.address == address), None)
+
+    def all_trainers(self) -> list[Trainer]:
+        """Every configured trainer, serving or not, by address."""
+        return list(self._trainers)
 
     def samplers(self, base_model: str) -> list[Sampler]:
         """The samplers of `base_model` that serve, by address."""
@@ -169,6 +179,7 @@ class StaticFleet:
             log.info("%s at %s serves", member.role, member.address)
         member.serving, member.problem, member.info = True, "", info
         member.update_time = self._clock()
+        member.heard = asyncio.get_running_loop().time()
         if changed:
             self._notify()
 

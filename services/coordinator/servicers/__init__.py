@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from rollmesh.api.coordinator.v1 import (
     adapter_service_pb2,
+    checkpoint_service_pb2,
     fleet_service_pb2,
     job_service_pb2,
     sampling_service_pb2,
@@ -13,6 +14,9 @@ from rollmesh.api.coordinator.v1 import (
 )
 from rollmesh.api.coordinator.v1.adapter_service_pb2_grpc import (
     add_AdapterServiceServicer_to_server,
+)
+from rollmesh.api.coordinator.v1.checkpoint_service_pb2_grpc import (
+    add_CheckpointServiceServicer_to_server,
 )
 from rollmesh.api.coordinator.v1.fleet_service_pb2_grpc import add_FleetServiceServicer_to_server
 from rollmesh.api.coordinator.v1.job_service_pb2_grpc import add_JobServiceServicer_to_server
@@ -23,6 +27,7 @@ from rollmesh.api.coordinator.v1.training_service_pb2_grpc import (
     add_TrainingServiceServicer_to_server,
 )
 from services.coordinator.servicers.adapters import AdapterServicer
+from services.coordinator.servicers.checkpoints import CheckpointServicer
 from services.coordinator.servicers.fleet import FleetServicer
 from services.coordinator.servicers.jobs import JobServicer
 from services.coordinator.servicers.sampling import SamplingServicer
@@ -35,6 +40,7 @@ if TYPE_CHECKING:
 
     from rollmesh import types
     from services.coordinator.adapters import Adapters
+    from services.coordinator.checkpoints import Checkpoints
     from services.coordinator.jobs import Jobs
     from services.coordinator.policies import Policies
 
@@ -42,6 +48,7 @@ SERVICES = tuple(
     service.full_name
     for module in (
         adapter_service_pb2,
+        checkpoint_service_pb2,
         fleet_service_pb2,
         job_service_pb2,
         sampling_service_pb2,
@@ -49,18 +56,23 @@ SERVICES = tuple(
     )
     for service in module.DESCRIPTOR.services_by_name.values()
 )
-"""Full names of all five."""
+"""Full names of all six."""
 
 
 def register(
-    jobs: Jobs, adapters: Adapters, policies: Policies, snapshot: Callable[[], types.Fleet]
+    jobs: Jobs,
+    adapters: Adapters,
+    checkpoints: Checkpoints,
+    policies: Policies,
+    snapshot: Callable[[], types.Fleet],
 ) -> Callable[[grpc.aio.Server], None]:
-    """What adds the five services over these cores to a server."""
+    """What adds the six services over these cores to a server."""
 
     def add(server: grpc.aio.Server) -> None:
         add_JobServiceServicer_to_server(JobServicer(jobs), server)
-        add_AdapterServiceServicer_to_server(AdapterServicer(adapters), server)
-        add_TrainingServiceServicer_to_server(TrainingServicer(adapters), server)
+        add_AdapterServiceServicer_to_server(AdapterServicer(adapters, checkpoints), server)
+        add_CheckpointServiceServicer_to_server(CheckpointServicer(checkpoints), server)
+        add_TrainingServiceServicer_to_server(TrainingServicer(adapters, checkpoints), server)
         add_SamplingServiceServicer_to_server(SamplingServicer(policies), server)
         add_FleetServiceServicer_to_server(FleetServicer(snapshot), server)
 

@@ -1,4 +1,4 @@
-"""AdapterService over Adapters."""
+"""AdapterService over Adapters and Checkpoints."""
 
 # ruff: noqa: N802, ARG002 - gRPC names the methods and says what they take
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from rollmesh import types
     from services.coordinator.adapters import Adapters
+    from services.coordinator.checkpoints import Checkpoints
 
     Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 class AdapterServicer(AdapterServiceServicer):
     """AdapterService."""
 
-    def __init__(self, adapters: Adapters) -> None:
+    def __init__(self, adapters: Adapters, checkpoints: Checkpoints) -> None:
         self._adapters = adapters
+        self._checkpoints = checkpoints
 
     async def CreateAdapter(
         self, request: pb.CreateAdapterRequest, context: Context
@@ -40,8 +42,22 @@ class AdapterServicer(AdapterServiceServicer):
             convert.lora_from_pb(request.lora),
             job="",
             request_id=request.request_id,
+            idle_ttl_s=convert.optional_duration_from_pb(request, "idle_ttl"),
         )
         return pb.CreateAdapterResponse(adapter=convert.adapter_to_pb(adapter))
+
+    async def ForkAdapter(
+        self, request: pb.ForkAdapterRequest, context: Context
+    ) -> pb.ForkAdapterResponse:
+        """Creates an adapter of a checkpoint."""
+        adapter = await self._checkpoints.fork_adapter(
+            request.name,
+            request.checkpoint,
+            with_optimizer=request.with_optimizer,
+            idle_ttl_s=convert.optional_duration_from_pb(request, "idle_ttl"),
+            request_id=request.request_id,
+        )
+        return pb.ForkAdapterResponse(adapter=convert.adapter_to_pb(adapter))
 
     async def GetAdapter(
         self, request: pb.GetAdapterRequest, context: Context

@@ -1,4 +1,4 @@
-"""TrainingService over Adapters."""
+"""TrainingService over Adapters and Checkpoints."""
 
 # ruff: noqa: N802, ARG002 - gRPC names the methods and says what they take
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import grpc
 
     from services.coordinator.adapters import Adapters
+    from services.coordinator.checkpoints import Checkpoints
 
     Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 class TrainingServicer(TrainingServiceServicer):
     """TrainingService: the ops of interactive clients, so of no job."""
 
-    def __init__(self, adapters: Adapters) -> None:
+    def __init__(self, adapters: Adapters, checkpoints: Checkpoints) -> None:
         self._adapters = adapters
+        self._checkpoints = checkpoints
 
     async def ForwardBackward(
         self, request: pb.ForwardBackwardRequest, context: Context
@@ -52,3 +54,15 @@ class TrainingServicer(TrainingServiceServicer):
             request.adapter, request.sequence, convert.adam_from_pb(request.adam), job=""
         )
         return pb.OptimStepResponse(policy_version=result.policy_version, metrics=result.metrics)
+
+    async def LoadCheckpoint(
+        self, request: pb.LoadCheckpointRequest, context: Context
+    ) -> pb.LoadCheckpointResponse:
+        """A checkpoint's weights in place of the adapter's."""
+        result = await self._checkpoints.load_checkpoint(
+            request.adapter,
+            request.sequence,
+            request.checkpoint,
+            with_optimizer=request.with_optimizer,
+        )
+        return pb.LoadCheckpointResponse(policy_version=result.policy_version)

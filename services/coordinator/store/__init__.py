@@ -1,4 +1,6 @@
-"""What the coordinator must not forget: jobs with their events, adapters, versions, request ids.
+"""What the coordinator must not forget.
+
+Jobs with their events, adapters with their versions and the journal of their ops, request ids.
 
 Every method is one small transaction. SQLite in a file by default, PostgreSQL by its URL.
 """
@@ -9,12 +11,15 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from services.coordinator.store.adapter_rows import StoredAdapter, check_free
+from services.coordinator.store.adapter_rows import Origin, StoredAdapter, check_free
 from services.coordinator.store.adapters import AdapterStore
 from services.coordinator.store.changes import Changes
+from services.coordinator.store.checkpoints import CheckpointStore, StoredCheckpoint
 from services.coordinator.store.database import Database, StoreUnavailable, check_url
 from services.coordinator.store.jobs import QUEUE, EventPage, JobStore, QueuedJob, StoredJob
 from services.coordinator.store.migrate import migrate
+from services.coordinator.store.ops import JournaledOp, OpStore, unrecoverable
+from services.coordinator.store.references import References
 from services.coordinator.store.requests import Request
 
 if TYPE_CHECKING:
@@ -24,17 +29,24 @@ __all__ = [
     "QUEUE",
     "AdapterStore",
     "Changes",
+    "CheckpointStore",
     "EventPage",
     "JobStore",
+    "JournaledOp",
+    "OpStore",
+    "Origin",
     "QueuedJob",
+    "References",
     "Request",
     "Store",
     "StoreUnavailable",
     "StoredAdapter",
+    "StoredCheckpoint",
     "StoredJob",
     "check_free",
     "check_url",
     "open_store",
+    "unrecoverable",
 ]
 
 
@@ -44,6 +56,9 @@ class Store:
 
     jobs: JobStore
     adapters: AdapterStore
+    ops: OpStore
+    checkpoints: CheckpointStore
+    references: References
 
 
 @contextlib.asynccontextmanager
@@ -55,6 +70,9 @@ async def open_store(url: str, *, request_retention_s: float) -> AsyncIterator[S
         yield Store(
             JobStore(database, Changes(), request_retention_s),
             AdapterStore(database, request_retention_s),
+            OpStore(database),
+            CheckpointStore(database, request_retention_s),
+            References(database),
         )
     finally:
         await database.close()

@@ -22,13 +22,36 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """What a fork began with."""
+
+    snapshot: types.Snapshot
+    with_optimizer: bool
+
+
+@dataclass(frozen=True, slots=True)
 class StoredAdapter:
-    """An adapter as it was last seen; `owned` by a job that has not ended."""
+    """An adapter as its done ops left it; `owned` by a job that has not ended.
+
+    Attributes:
+        trainer: address of its owner, under `epoch`; "": none yet.
+        ready: whether it exists; else its name is reserved.
+        snapshot: what recovery begins with; None: with `origin`, or (None) a fresh adapter.
+        num_versions: how many its trainer has to keep.
+        problem: why it cannot be recovered; "": it can.
+        use_time: Unix seconds, to the minute.
+    """
 
     adapter: types.Adapter
     trainer: str
     ready: bool
     owned: bool
+    epoch: int
+    snapshot: types.Snapshot | None
+    origin: Origin | None
+    num_versions: int
+    problem: str
+    use_time: float
 
 
 async def reserve(
@@ -39,6 +62,9 @@ async def reserve(
     *,
     job: str,
     now: float,
+    num_versions: int = 1,
+    idle_ttl_s: float | None = None,
+    origin: Origin | None = None,
 ) -> None:
     """Take the name of an adapter, for `job` or ("") an interactive client.
 
@@ -52,6 +78,10 @@ async def reserve(
         "lora": lora_to_json(lora),
         "job": job or None,
         "create_time": now,
+        "num_versions": num_versions,
+        "idle_ttl_s": idle_ttl_s,
+        "origin": None if origin is None else json.dumps(dataclasses.asdict(origin)),
+        "use_time": now,
     }
     if row is None:
         await connection.execute(
@@ -63,12 +93,18 @@ async def reserve(
                 policy_version=0,
                 next_sequence=1,
                 published_digest="",
+                epoch=0,
+                problem="",
                 **values,
             )
         )
         return
     stored = stored_of(row)
     if job and stored.adapter.job == job:
+        # Reserved with the job, which did not say more than its name.
+        await connection.execute(
+            update(adapters).where(adapters.c.name == name).values(num_versions=num_versions)
+        )
         return
     if stored.ready or stored.owned or (job and not stored.adapter.job):
         raise taken(name)
@@ -129,11 +165,23 @@ def stored_of(row: Row[Any]) -> StoredAdapter:
             next_sequence=row.next_sequence,
             create_time=row.create_time,
             job=row.job or "",
+            idle_ttl_s=row.idle_ttl_s,
         ),
         trainer=row.trainer,
         ready=row.ready,
         owned=row.phase is not None and row.phase not in FINAL_STATES,
+        epoch=row.epoch,
+        snapshot=None if row.snapshot is None else types.Snapshot(**json.loads(row.snapshot)),
+        origin=None if row.origin is None else _origin_of(row.origin),
+        num_versions=row.num_versions,
+        problem=row.problem,
+        use_time=row.use_time,
     )
+
+
+def _origin_of(text: str) -> Origin:
+    values = json.loads(text)
+    return Origin(types.Snapshot(**values["snapshot"]), values["with_optimizer"])
 
 
 def lora_to_json(lora: types.LoraConfig) -> str:

@@ -1,22 +1,29 @@
-"""Adapters, which trainer has each, and their published versions.
+"""Adapters, which trainer owns each, and their published versions.
 
 An adapter's row comes before the adapter itself: first the name is reserved, then a trainer is
 chosen and written down, then asked, and only when it has the adapter is the row ready. Whatever
 dies in between, the row says where a copy may lie.
+
+Who owns an adapter is its row's `trainer`, under its `epoch`. An epoch is never used twice for one
+name, also not after the adapter was deleted, or the whole database lost: it is the time, unless
+that is not later than the epoch before.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from typing import TYPE_CHECKING
 
-from sqlalchemy import delete, insert, update
+from sqlalchemy import delete, insert, select, update
 
 from rollmesh import types
-from rollmesh.errors import DigestMismatch, NotFound
+from rollmesh.errors import DigestMismatch, FailedPrecondition, Fenced, NotFound
 from rollmesh.names import adapter_name
 from services.coordinator.store import requests
 from services.coordinator.store.adapter_rows import (
     SELECT,
+    Origin,
     StoredAdapter,
     check_free,
     lora_to_json,
@@ -27,7 +34,7 @@ from services.coordinator.store.adapter_rows import (
     taken,
     version_of,
 )
-from services.coordinator.store.tables import adapters, jobs, versions
+from services.coordinator.store.tables import adapters, jobs, ops, versions
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -52,6 +59,9 @@ class AdapterStore:
         job: str,
         request: Request | None,
         now: float,
+        num_versions: int = 1,
+        idle_ttl_s: float | None = None,
+        origin: Origin | None = None,
     ) -> StoredAdapter:
         """The row of a new adapter, or that which `request` or `job` made before.
 
@@ -64,7 +74,17 @@ class AdapterStore:
                 made = await requests.find(connection, request)
                 if made is not None:
                     return stored_of(await row_of(connection, made))
-            await reserve(connection, name, base_model, lora, job=job, now=now)
+            await reserve(
+                connection,
+                name,
+                base_model,
+                lora,
+                job=job,
+                now=now,
+                num_versions=num_versions,
+                idle_ttl_s=idle_ttl_s,
+                origin=origin,
+            )
             if request is not None:
                 await requests.remember(
                     connection, request, name, now=now, retention_s=self._request_retention_s
@@ -73,29 +93,41 @@ class AdapterStore:
 
         return await self._database.transact(work)
 
-    async def place(self, name: str, trainer: str) -> None:
-        """Write down which trainer will be asked for the adapter; "": none."""
+    async def give(self, stored: StoredAdapter, trainer: str, *, now: float) -> StoredAdapter:
+        """Write down that `trainer` owns the adapter from now on, under a new epoch.
+
+        Raises:
+            Fenced: somebody else was quicker, or the adapter is gone.
+        """
+        name = stored.adapter.name
+        epoch = max(stored.epoch + 1, int(now * 1000))
 
         async def work(connection: AsyncConnection) -> None:
-            await connection.execute(
+            changed = await connection.execute(
                 update(adapters)
-                .where(adapters.c.name == name, adapters.c.ready.is_(False))
-                .values(trainer=trainer)
+                .where(adapters.c.name == name, adapters.c.epoch == stored.epoch)
+                .values(trainer=trainer, epoch=epoch)
             )
+            if not changed.rowcount:
+                raise _fenced(name, stored.epoch)
 
         await self._database.transact(work)
+        return dataclasses.replace(stored, trainer=trainer, epoch=epoch)
 
     async def confirm(self, name: str, *, job: str, made: types.TrainerAdapter) -> StoredAdapter:
         """The trainer has the adapter: from now on it exists.
 
         Raises:
             AlreadyExists: the name went to somebody else meanwhile.
+            FailedPrecondition: `job` has ended meanwhile.
         """
 
         async def work(connection: AsyncConnection) -> StoredAdapter:
             row = await row_of(connection, name, lock=True)
             if (row.job or "") != job:
                 raise taken(name)
+            if job and not stored_of(row).owned:
+                raise FailedPrecondition(f"{job} has ended", resource=name, job=job)
             await connection.execute(
                 update(adapters)
                 .where(adapters.c.name == name)
@@ -142,24 +174,61 @@ class AdapterStore:
         async with self._database.read() as connection:
             return [stored_of(row).adapter for row in await connection.execute(query)]
 
-    async def seen(
-        self, name: str, *, next_sequence: int, policy_version: int | None = None
-    ) -> None:
-        """Note how far an adapter has come; a late note of an earlier op changes nothing."""
+    async def all(self) -> list[StoredAdapter]:
+        """Every adapter of every project, ready or not."""
+        async with self._database.read() as connection:
+            return [stored_of(row) for row in await connection.execute(SELECT)]
+
+    async def touch(self, name: str, *, now: float) -> None:
+        """Note that an adapter was used."""
 
         async def work(connection: AsyncConnection) -> None:
-            row = await row_of(connection, name, lock=True)
-            version = row.policy_version if policy_version is None else policy_version
             await connection.execute(
-                update(adapters)
-                .where(adapters.c.name == name)
-                .values(
-                    next_sequence=max(row.next_sequence, next_sequence),
-                    policy_version=max(row.policy_version, version),
-                )
+                update(adapters).where(adapters.c.name == name).values(use_time=now)
             )
 
         await self._database.transact(work)
+
+    async def give_up(self, name: str, problem: str) -> None:
+        """Write down why an adapter cannot be recovered."""
+
+        async def work(connection: AsyncConnection) -> None:
+            await connection.execute(
+                update(adapters).where(adapters.c.name == name).values(problem=problem)
+            )
+
+        await self._database.transact(work)
+
+    async def keep_snapshot(self, name: str, snapshot: types.Snapshot, *, epoch: int) -> bool:
+        """Let recovery begin with `snapshot`, and cut off the bodies of the ops that it contains.
+
+        False, and nothing is changed: it was written by a former owner, or a later one is kept, or
+        it contains an op whose result is not recorded, which nobody could then ask the trainer for.
+        """
+
+        async def work(connection: AsyncConnection) -> bool:
+            stored = stored_of(await row_of(connection, name, lock=True))
+            begin = 1 if stored.snapshot is None else stored.snapshot.next_sequence
+            end = stored.adapter.next_sequence
+            if stored.epoch != epoch or not begin <= snapshot.next_sequence <= end:
+                return False
+            await connection.execute(
+                update(adapters)
+                .where(adapters.c.name == name)
+                .values(snapshot=json.dumps(dataclasses.asdict(snapshot)), origin=None)
+            )
+            await connection.execute(
+                update(ops)
+                .where(
+                    ops.c.adapter == name,
+                    ops.c.sequence < snapshot.next_sequence,
+                    ops.c.body.is_not(None) | ops.c.body_key.is_not(None),
+                )
+                .values(body=None, body_key=None, snapshot_key=None)
+            )
+            return True
+
+        return await self._database.transact(work)
 
     async def publish(self, name: str, version: types.PublishedVersion, *, now: float) -> None:
         """Note a published version; again, if it was.
@@ -179,6 +248,9 @@ class AdapterStore:
                         resource=name,
                     )
                 return
+            await connection.execute(
+                update(adapters).where(adapters.c.name == name).values(use_time=now)
+            )
             await connection.execute(
                 insert(versions).values(
                     adapter=name,
@@ -218,8 +290,16 @@ class AdapterStore:
             )
         return types.PublishedVersion(known.policy_version, known.digest)
 
-    async def delete(self, name: str, request: Request, *, now: float) -> None:
-        """Forget an adapter and its versions.
+    async def versions(self, name: str, *, first: int) -> dict[int, str]:
+        """Digests of the published versions from `first` on, by version."""
+        query = select(versions.c.policy_version, versions.c.digest).where(
+            versions.c.adapter == name, versions.c.policy_version >= first
+        )
+        async with self._database.read() as connection:
+            return {row.policy_version: row.digest for row in await connection.execute(query)}
+
+    async def delete(self, name: str, request: Request | None, *, now: float) -> None:
+        """Forget an adapter with its versions and its journal.
 
         Raises:
             FailedPrecondition: a job that has not ended trains it.
@@ -229,9 +309,10 @@ class AdapterStore:
             stored = stored_of(await row_of(connection, name, lock=True))
             check_free(stored)
             await connection.execute(delete(adapters).where(adapters.c.name == name))
-            await requests.remember(
-                connection, request, "", now=now, retention_s=self._request_retention_s
-            )
+            if request is not None:
+                await requests.remember(
+                    connection, request, "", now=now, retention_s=self._request_retention_s
+                )
 
         await self._database.transact(work)
 
@@ -239,3 +320,7 @@ class AdapterStore:
         """Whether `request` was carried out before."""
         async with self._database.read() as connection:
             return await requests.find(connection, request) is not None
+
+
+def _fenced(name: str, epoch: int) -> Fenced:
+    return Fenced(f"{name} is not under epoch {epoch} any more", resource=name)

@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from rollmesh.errors import InvalidRequest, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 
     from sqlalchemy import URL, Connection
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -61,13 +61,15 @@ class Database:
 
     def __init__(self, url: str) -> None:
         checked = check_url(url)
-        settings: dict[str, Any] = {}
-        if checked.get_backend_name() == "sqlite":
+        is_server = checked.get_backend_name() != "sqlite"
+        # A file does not go away between two transactions, as a server may.
+        settings: dict[str, Any] = {"pool_pre_ping": is_server}
+        if not is_server:
             settings["async_creator"] = partial(_connect_to_sqlite, checked.database or "")
-        self._engine = create_async_engine(checked, pool_pre_ping=True, **settings)
+        self._engine = create_async_engine(checked, **settings)
         self._reader = self._engine.execution_options(read_only=True)
         self._turn: contextlib.AbstractAsyncContextManager[object] = contextlib.nullcontext()
-        if checked.get_backend_name() == "sqlite":
+        if not is_server:
             Path(checked.database or "").parent.mkdir(parents=True, exist_ok=True)
             # It lets in one writer at a time and has the others sleep and try again. Here they
             # queue up instead.
@@ -85,12 +87,15 @@ class Database:
     async def transact(self, work: Callable[[AsyncConnection], Awaitable[Result]]) -> Result:
         """What `work` answers, once all that it wrote is durable; if it raises, nothing is.
 
+        Whoever is cancelled meanwhile is so when it has ended: a driver that is left alone in the
+        middle of a transaction may keep its locks.
+
         It runs once more where another writer took the same key between its look and its insert:
         the second look sees that.
         """
         with _errors():
             async with self._turn:
-                return await self._transact(work)
+                return await _to_its_end(self._transact(work))
 
     async def _transact(self, work: Callable[[AsyncConnection], Awaitable[Result]]) -> Result:
         try:
@@ -105,6 +110,15 @@ class Database:
         await self._engine.dispose()
 
 
+async def _to_its_end(work: Coroutine[Any, Any, Result]) -> Result:
+    task = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.gather(task, return_exceptions=True)
+        raise
+
+
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
     try:
@@ -115,19 +129,43 @@ def _errors() -> Iterator[None]:
 
 
 class _SqliteConnection(aiosqlite.Connection):
-    """One that may be stopped while it is being closed.
+    """What waits for a lock or for the disk is done in the connection's thread, and nothing else.
 
-    SQLAlchemy does both to a connection whose user is cancelled twice. aiosqlite then waits for an
-    answer of its thread, which has ended, and no cancellation gets it out of there.
+    A small transaction needs a dozen calls, and each way to the thread and back takes longer than
+    what is done there. So between BEGIN IMMEDIATE and COMMIT, when the lock is held, calls are made
+    at once. Reading goes through the thread: it may be long.
     """
 
+    _in_write = False
+
+    async def _execute(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        begins = args[:1] == (_BEGIN_WRITE,)
+        ends = fn in {self._conn.commit, self._conn.rollback, self._conn.close}
+        if self._in_write and not ends:
+            return fn(*args, **kwargs)
+        self._in_write = False
+        result = await super()._execute(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+        self._in_write = begins
+        return result
+
     def stop(self) -> asyncio.Future[Any] | None:
-        """End the thread; None: it was told before."""
+        """End the thread; None: it was told before.
+
+        SQLAlchemy stops a connection that it is closing where its user is cancelled twice.
+        aiosqlite would then wait for an answer of its thread, which has ended, and no cancellation
+        would get it out of there.
+        """
         return super().stop() if self._running else None
 
 
+_BEGIN_WRITE = "BEGIN IMMEDIATE"
+
+
 async def _connect_to_sqlite(path: str) -> aiosqlite.Connection:
-    connection = _SqliteConnection(lambda: sqlite3.connect(path), iter_chunk_size=64)
+    # Calls come from two threads, never at the same time: each is awaited before the next.
+    connection = _SqliteConnection(
+        lambda: sqlite3.connect(path, check_same_thread=False), iter_chunk_size=64
+    )
     connection._thread.daemon = True  # noqa: SLF001 - as SQLAlchemy does with one of its own
     return await connection
 
@@ -146,4 +184,4 @@ def _begin_sqlite(connection: Connection) -> None:
     # A writer takes the lock before its first look. One that looked first could find the database
     # changed since, and SQLite then refuses at once, whatever the time-out.
     read_only = connection.get_execution_options().get("read_only", False)
-    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+    connection.exec_driver_sql("BEGIN" if read_only else _BEGIN_WRITE)

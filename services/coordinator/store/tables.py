@@ -13,6 +13,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     String,
     Table,
@@ -23,6 +24,7 @@ metadata = MetaData()
 
 # Bytes, not a language's alphabet, decide the order of names on PostgreSQL too.
 _Name = String(160).with_variant(String(160, collation="C"), "postgresql")
+_CheckpointName = String(240).with_variant(String(240, collation="C"), "postgresql")
 
 jobs = Table(
     "jobs",
@@ -75,7 +77,59 @@ adapters = Table(
     Column("published_version", BigInteger),
     Column("published_digest", Text, nullable=False),
     Column("create_time", Double, nullable=False),
+    # The fencing token: raised each time a trainer is given the adapter.
+    Column("epoch", BigInteger, nullable=False),
+    # types.Snapshot as JSON: what recovery begins with. Absent: with `origin`, or a fresh adapter.
+    Column("snapshot", Text),
+    # Of a fork: {"snapshot": types.Snapshot, "with_optimizer": …} as JSON.
+    Column("origin", Text),
+    # Versions that its trainer has to keep.
+    Column("num_versions", Integer, nullable=False),
+    # Why it cannot be recovered. Empty: it can.
+    Column("problem", Text, nullable=False),
+    Column("idle_ttl_s", Double),
+    # When it was last trained, published or sampled, to the minute.
+    Column("use_time", Double, nullable=False),
     Index("adapters_by_project", "project", "name"),
+    Index("adapters_by_trainer", "trainer", "name"),
+)
+
+# The journal. An op's row comes before the op runs, its result before it is answered.
+ops = Table(
+    "ops",
+    metadata,
+    Column("adapter", _Name, ForeignKey("adapters.name", ondelete="CASCADE"), primary_key=True),
+    Column("sequence", BigInteger, primary_key=True),
+    Column("kind", String(32), nullable=False),
+    # sha256 of kind and body.
+    Column("digest", String(64), nullable=False),
+    # A large body or result is a blob, and this is its key. Neither: it is in a snapshot.
+    Column("body", LargeBinary),
+    Column("body_key", Text),
+    # Of a LoadSnapshot: the blobs that replaying it needs.
+    Column("snapshot_key", Text),
+    Column("done", Boolean, nullable=False),
+    Column("result", LargeBinary),
+    Column("result_key", Text),
+    Column("create_time", Double, nullable=False),
+    Column("done_time", Double),
+    Index("ops_by_done_time", "done_time"),
+)
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("name", _CheckpointName, primary_key=True),
+    Column("project", _Name, nullable=False),
+    Column("adapter", _Name, nullable=False),
+    Column("base_model", Text, nullable=False),
+    Column("lora", Text, nullable=False),
+    # types.Snapshot as JSON. Absent: the name is reserved, nothing is written yet.
+    Column("snapshot", Text),
+    Column("create_time", Double, nullable=False),
+    Column("expire_time", Double),
+    Index("checkpoints_by_adapter", "adapter", "name"),
+    Index("checkpoints_by_time", "expire_time"),
 )
 
 versions = Table(

@@ -39,7 +39,8 @@ class LoraConfig(_message.Message):
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Module names to adapt, matched against the last part of a linear layer's dotted name, e.g.
-        "q_proj". Empty: all linear layers but the unembedding. A name that matches nothing is refused.
+        "q_proj". Empty: all linear layers but the unembedding, which is adapted only where it is named; the
+        vLLM samplers refuse such an adapter. A name that matches nothing is refused.
         """
 
     def __init__(

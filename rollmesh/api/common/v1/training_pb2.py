@@ -25,19 +25,19 @@ _sym_db = _symbol_database.Default()
 from rollmesh.api.common.v1 import tensor_pb2 as rollmesh_dot_api_dot_common_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%rollmesh/api/common/v1/training.proto\x12\x16rollmesh.api.common.v1\x1a#rollmesh/api/common/v1/tensor.proto\"\x94\x02\n\x05\x44\x61tum\x12\x31\n\ttoken_ids\x18\x01 \x01(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\x12\x38\n\x10target_token_ids\x18\x02 \x01(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\x12/\n\x07weights\x18\x03 \x01(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\x12\x39\n\x11sampling_logprobs\x18\x04 \x01(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\x12\x32\n\nadvantages\x18\x05 \x01(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\"h\n\nLossConfig\x12*\n\x04loss\x18\x01 \x01(\x0e\x32\x1c.rollmesh.api.common.v1.Loss\x12\x1b\n\x0ekl_coefficient\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x11\n\x0f_kl_coefficient\"\xdb\x01\n\nAdamConfig\x12\x15\n\rlearning_rate\x18\x01 \x01(\x01\x12\x12\n\x05\x62\x65ta1\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x62\x65ta2\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x14\n\x07\x65psilon\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x0cweight_decay\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\x1a\n\rmax_grad_norm\x18\x06 \x01(\x01H\x04\x88\x01\x01\x42\x08\n\x06_beta1B\x08\n\x06_beta2B\n\n\x08_epsilonB\x0f\n\r_weight_decayB\x10\n\x0e_max_grad_norm*R\n\x04Loss\x12\x14\n\x10LOSS_UNSPECIFIED\x10\x00\x12\x16\n\x12LOSS_CROSS_ENTROPY\x10\x01\x12\x1c\n\x18LOSS_IMPORTANCE_SAMPLING\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%rollmesh/api/common/v1/training.proto\x12\x16rollmesh.api.common.v1\x1a#rollmesh/api/common/v1/tensor.proto\"\x94\x02\n\x05\x44\x61tum\x12\x31\n\ttoken_ids\x18\x01 \x01(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\x12\x38\n\x10target_token_ids\x18\x02 \x01(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\x12/\n\x07weights\x18\x03 \x01(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\x12\x39\n\x11sampling_logprobs\x18\x04 \x01(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\x12\x32\n\nadvantages\x18\x05 \x01(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\"\xc3\x02\n\nLossConfig\x12*\n\x04loss\x18\x01 \x01(\x0e\x32\x1c.rollmesh.api.common.v1.Loss\x12\x1b\n\x0ekl_coefficient\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x1f\n\x12\x63lip_low_threshold\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12 \n\x13\x63lip_high_threshold\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x11\n\x04\x62\x65ta\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12!\n\x14max_importance_ratio\x18\x06 \x01(\x01H\x04\x88\x01\x01\x12\x0f\n\x07\x65ntropy\x18\x07 \x01(\x08\x42\x11\n\x0f_kl_coefficientB\x15\n\x13_clip_low_thresholdB\x16\n\x14_clip_high_thresholdB\x07\n\x05_betaB\x17\n\x15_max_importance_ratio\"\xdb\x01\n\nAdamConfig\x12\x15\n\rlearning_rate\x18\x01 \x01(\x01\x12\x12\n\x05\x62\x65ta1\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x62\x65ta2\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x14\n\x07\x65psilon\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x19\n\x0cweight_decay\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\x1a\n\rmax_grad_norm\x18\x06 \x01(\x01H\x04\x88\x01\x01\x42\x08\n\x06_beta1B\x08\n\x06_beta2B\n\n\x08_epsilonB\x0f\n\r_weight_decayB\x10\n\x0e_max_grad_norm*\x8d\x01\n\x04Loss\x12\x14\n\x10LOSS_UNSPECIFIED\x10\x00\x12\x16\n\x12LOSS_CROSS_ENTROPY\x10\x01\x12\x1c\n\x18LOSS_IMPORTANCE_SAMPLING\x10\x02\x12\x0c\n\x08LOSS_PPO\x10\x03\x12\x0e\n\nLOSS_CISPO\x10\x04\x12\x0c\n\x08LOSS_DRO\x10\x05\x12\r\n\tLOSS_GSPO\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rollmesh.api.common.v1.training_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LOSS']._serialized_start=709
-  _globals['_LOSS']._serialized_end=791
+  _globals['_LOSS']._serialized_start=930
+  _globals['_LOSS']._serialized_end=1071
   _globals['_DATUM']._serialized_start=103
   _globals['_DATUM']._serialized_end=379
-  _globals['_LOSSCONFIG']._serialized_start=381
-  _globals['_LOSSCONFIG']._serialized_end=485
-  _globals['_ADAMCONFIG']._serialized_start=488
-  _globals['_ADAMCONFIG']._serialized_end=707
+  _globals['_LOSSCONFIG']._serialized_start=382
+  _globals['_LOSSCONFIG']._serialized_end=705
+  _globals['_ADAMCONFIG']._serialized_start=708
+  _globals['_ADAMCONFIG']._serialized_end=927
 # @@protoc_insertion_point(module_scope)

@@ -29,12 +29,24 @@ class _LossEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Loss.ValueType],
     LOSS_CROSS_ENTROPY: _Loss.ValueType  # 1
     """−Σ w·p."""
     LOSS_IMPORTANCE_SAMPLING: _Loss.ValueType  # 2
-    """−Σ w·exp(p − q)·A."""
+    """−Σ w·r·A."""
+    LOSS_PPO: _Loss.ValueType  # 3
+    """−Σ w·min(r·A, clip(r, lo, hi)·A). arXiv 1707.06347."""
+    LOSS_CISPO: _Loss.ValueType  # 4
+    """−Σ w·clip(r, lo, hi)·p·A, no gradient through the clipped ratio. arXiv 2506.13585."""
+    LOSS_DRO: _Loss.ValueType  # 5
+    """−Σ w·(p·A − ½·beta·(p − q)²). arXiv 2405.19107."""
+    LOSS_GSPO: _Loss.ValueType  # 6
+    """−Σ w·min(s·A, clip(s, lo, hi)·A) with one ratio s for each datum, exp of the mean of p − q over
+    its positions of weight > 0; the gradient at each position is that of s·exp(p − stop(p)).
+    arXiv 2507.18071.
+    """
 
 class Loss(_Loss, metaclass=_LossEnumTypeWrapper):
     """What a ForwardBackward minimises. p is the log-probability that the adapter gives a target,
-    q its sampling_logprobs, A its advantage, w its weight. Every loss is a plain sum over positions
-    and data: to average, scale the weights.
+    q its sampling_logprobs, A its advantage, w its weight, r = exp(p − q), and lo and hi are
+    `clip_low_threshold` and `clip_high_threshold`. Every loss is a plain sum over positions and data:
+    to average, scale the weights. docs/losses.md says more, and where each loss comes from.
     """
 
 LOSS_UNSPECIFIED: Loss.ValueType  # 0
@@ -42,7 +54,18 @@ LOSS_UNSPECIFIED: Loss.ValueType  # 0
 LOSS_CROSS_ENTROPY: Loss.ValueType  # 1
 """−Σ w·p."""
 LOSS_IMPORTANCE_SAMPLING: Loss.ValueType  # 2
-"""−Σ w·exp(p − q)·A."""
+"""−Σ w·r·A."""
+LOSS_PPO: Loss.ValueType  # 3
+"""−Σ w·min(r·A, clip(r, lo, hi)·A). arXiv 1707.06347."""
+LOSS_CISPO: Loss.ValueType  # 4
+"""−Σ w·clip(r, lo, hi)·p·A, no gradient through the clipped ratio. arXiv 2506.13585."""
+LOSS_DRO: Loss.ValueType  # 5
+"""−Σ w·(p·A − ½·beta·(p − q)²). arXiv 2405.19107."""
+LOSS_GSPO: Loss.ValueType  # 6
+"""−Σ w·min(s·A, clip(s, lo, hi)·A) with one ratio s for each datum, exp of the mean of p − q over
+its positions of weight > 0; the gradient at each position is that of s·exp(p − stop(p)).
+arXiv 2507.18071.
+"""
 Global___Loss: _TypeAlias = Loss  # noqa: Y015
 
 @_typing.final
@@ -71,19 +94,19 @@ class Datum(_message.Message):
     @_builtins.property
     def weights(self) -> _tensor_pb2.Tensor:
         """float32 [T], finite, ≥ 0: weight of each position in the loss. 0 masks a position, as prompts
-        are. Absent: 1 everywhere.
+        are: it adds exactly 0 to the loss and the gradients. Absent: 1 everywhere.
         """
 
     @_builtins.property
     def sampling_logprobs(self) -> _tensor_pb2.Tensor:
-        """float32 [T], ≤ 0: log-probability of each target under the policy that sampled it. Required by
-        importance_sampling, refused by cross_entropy.
+        """float32 [T], finite, ≤ 0: log-probability of each target under the policy that sampled it.
+        Required by every loss but cross_entropy, which takes it only with `max_importance_ratio`.
         """
 
     @_builtins.property
     def advantages(self) -> _tensor_pb2.Tensor:
-        """float32 [T], finite: advantage of each target. Required by importance_sampling, refused by
-        cross_entropy.
+        """float32 [T], finite: advantage of each target. Required by every loss but cross_entropy, which
+        refuses it.
         """
 
     def __init__(
@@ -105,33 +128,79 @@ Global___Datum: _TypeAlias = Datum  # noqa: Y015
 
 @_typing.final
 class LossConfig(_message.Message):
-    """The settings of one ForwardBackward."""
+    """The settings of one ForwardBackward. A field that the loss does not take must be absent."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     LOSS_FIELD_NUMBER: _builtins.int
     KL_COEFFICIENT_FIELD_NUMBER: _builtins.int
+    CLIP_LOW_THRESHOLD_FIELD_NUMBER: _builtins.int
+    CLIP_HIGH_THRESHOLD_FIELD_NUMBER: _builtins.int
+    BETA_FIELD_NUMBER: _builtins.int
+    MAX_IMPORTANCE_RATIO_FIELD_NUMBER: _builtins.int
+    ENTROPY_FIELD_NUMBER: _builtins.int
     loss: Global___Loss.ValueType
     """Which loss."""
     kl_coefficient: _builtins.float
     """β of a penalty towards the base policy (the same model with the adapter off), added to the loss
-    as β·Σ w·(exp(r − p) − (r − p) − 1) with r the base's log-probability: the k3 estimator of KL.
-    Finite, ≥ 0. 0: measured and reported as the metric `kl_base`, not applied. Absent: neither,
-    which saves one forward pass.
+    as β·Σ w·(exp(b − p) − (b − p) − 1) with b the base's log-probability: the k3 estimator of KL.
+    Finite, ≥ 0; every loss takes it. 0: measured and reported as the metric `kl_base`, not applied.
+    Absent: neither, which saves one forward pass.
     """
+    clip_low_threshold: _builtins.float
+    """Lower bound of the ratio, itself a ratio. Finite, ≥ 0, ≤ clip_high_threshold; ppo, cispo and
+    gspo. Absent: 0.8 for ppo, 0 for cispo, 0.9997 for gspo.
+    """
+    clip_high_threshold: _builtins.float
+    """Upper bound of the ratio, itself a ratio. Finite, ≥ clip_low_threshold; ppo, cispo and gspo.
+    Absent: 1.2 for ppo, 4 for cispo, 1.0004 for gspo.
+    """
+    beta: _builtins.float
+    """How strongly dro is drawn to the sampling policy. Finite, ≥ 0; dro. Absent: 0.05."""
+    max_importance_ratio: _builtins.float
+    """C of a truncated importance correction, against what sampler and trainer compute differently.
+    In importance_sampling, ppo and gspo the ratio becomes min(r, C), its gradient min(r, C)·∇p;
+    cross_entropy becomes −Σ w·min(r, C)·p, no gradient through the ratio, and needs
+    sampling_logprobs. Finite, > 0, and ≥ clip_high_threshold where there is one. cispo, whose
+    clip_high_threshold does the same, and dro, which has no ratio, refuse it. Absent: none.
+    """
+    entropy: _builtins.bool
+    """Whether to report the metric `entropy`, which costs a pass over the logits. Every loss takes it."""
     def __init__(
         self,
         *,
         loss: Global___Loss.ValueType = ...,
         kl_coefficient: _builtins.float | None = ...,
+        clip_low_threshold: _builtins.float | None = ...,
+        clip_high_threshold: _builtins.float | None = ...,
+        beta: _builtins.float | None = ...,
+        max_importance_ratio: _builtins.float | None = ...,
+        entropy: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_kl_coefficient", b"_kl_coefficient", "kl_coefficient", b"kl_coefficient"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_beta", b"_beta", "_clip_high_threshold", b"_clip_high_threshold", "_clip_low_threshold", b"_clip_low_threshold", "_kl_coefficient", b"_kl_coefficient", "_max_importance_ratio", b"_max_importance_ratio", "beta", b"beta", "clip_high_threshold", b"clip_high_threshold", "clip_low_threshold", b"clip_low_threshold", "kl_coefficient", b"kl_coefficient", "max_importance_ratio", b"max_importance_ratio"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kl_coefficient", b"_kl_coefficient", "kl_coefficient", b"kl_coefficient", "loss", b"loss"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta", b"_beta", "_clip_high_threshold", b"_clip_high_threshold", "_clip_low_threshold", b"_clip_low_threshold", "_kl_coefficient", b"_kl_coefficient", "_max_importance_ratio", b"_max_importance_ratio", "beta", b"beta", "clip_high_threshold", b"clip_high_threshold", "clip_low_threshold", b"clip_low_threshold", "entropy", b"entropy", "kl_coefficient", b"kl_coefficient", "loss", b"loss", "max_importance_ratio", b"max_importance_ratio"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__beta: _TypeAlias = _typing.Literal["beta"]  # noqa: Y015
+    _WhichOneofArgType__beta: _TypeAlias = _typing.Literal["_beta", b"_beta"]  # noqa: Y015
+    _WhichOneofReturnType__clip_high_threshold: _TypeAlias = _typing.Literal["clip_high_threshold"]  # noqa: Y015
+    _WhichOneofArgType__clip_high_threshold: _TypeAlias = _typing.Literal["_clip_high_threshold", b"_clip_high_threshold"]  # noqa: Y015
+    _WhichOneofReturnType__clip_low_threshold: _TypeAlias = _typing.Literal["clip_low_threshold"]  # noqa: Y015
+    _WhichOneofArgType__clip_low_threshold: _TypeAlias = _typing.Literal["_clip_low_threshold", b"_clip_low_threshold"]  # noqa: Y015
     _WhichOneofReturnType__kl_coefficient: _TypeAlias = _typing.Literal["kl_coefficient"]  # noqa: Y015
     _WhichOneofArgType__kl_coefficient: _TypeAlias = _typing.Literal["_kl_coefficient", b"_kl_coefficient"]  # noqa: Y015
+    _WhichOneofReturnType__max_importance_ratio: _TypeAlias = _typing.Literal["max_importance_ratio"]  # noqa: Y015
+    _WhichOneofArgType__max_importance_ratio: _TypeAlias = _typing.Literal["_max_importance_ratio", b"_max_importance_ratio"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__beta) -> _WhichOneofReturnType__beta | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__clip_high_threshold) -> _WhichOneofReturnType__clip_high_threshold | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__clip_low_threshold) -> _WhichOneofReturnType__clip_low_threshold | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kl_coefficient) -> _WhichOneofReturnType__kl_coefficient | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_importance_ratio) -> _WhichOneofReturnType__max_importance_ratio | None: ...
 
 Global___LossConfig: _TypeAlias = LossConfig  # noqa: Y015
 

@@ -22,17 +22,20 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from rollmesh.api.common.v1 import policy_pb2 as rollmesh_dot_api_dot_common_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)rollmesh/api/coordinator/v1/adapter.proto\x12\x1brollmesh.api.coordinator.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a#rollmesh/api/common/v1/policy.proto\"\x9a\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x30\n\x04lora\x18\x03 \x01(\x0b\x32\".rollmesh.api.common.v1.LoraConfig\x12\x16\n\x0epolicy_version\x18\x04 \x01(\x03\x12\x1e\n\x11published_version\x18\x05 \x01(\x03H\x00\x88\x01\x01\x12\x18\n\x10published_digest\x18\x06 \x01(\t\x12\x15\n\rnext_sequence\x18\x07 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0b\n\x03job\x18\t \x01(\tB\x14\n\x12_published_versionb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)rollmesh/api/coordinator/v1/adapter.proto\x12\x1brollmesh.api.coordinator.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a#rollmesh/api/common/v1/policy.proto\"\xc7\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x30\n\x04lora\x18\x03 \x01(\x0b\x32\".rollmesh.api.common.v1.LoraConfig\x12\x16\n\x0epolicy_version\x18\x04 \x01(\x03\x12\x1e\n\x11published_version\x18\x05 \x01(\x03H\x00\x88\x01\x01\x12\x18\n\x10published_digest\x18\x06 \x01(\t\x12\x15\n\rnext_sequence\x18\x07 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0b\n\x03job\x18\t \x01(\t\x12+\n\x08idle_ttl\x18\n \x01(\x0b\x32\x19.google.protobuf.DurationB\x14\n\x12_published_version\"\xfd\x01\n\nCheckpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x30\n\x04lora\x18\x03 \x01(\x0b\x32\".rollmesh.api.common.v1.LoraConfig\x12\x16\n\x0epolicy_version\x18\x04 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12\x11\n\tnum_bytes\x18\x06 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestampb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rollmesh.api.coordinator.v1.adapter_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ADAPTER']._serialized_start=145
-  _globals['_ADAPTER']._serialized_end=427
+  _globals['_ADAPTER']._serialized_start=177
+  _globals['_ADAPTER']._serialized_end=504
+  _globals['_CHECKPOINT']._serialized_start=507
+  _globals['_CHECKPOINT']._serialized_end=760
 # @@protoc_insertion_point(module_scope)

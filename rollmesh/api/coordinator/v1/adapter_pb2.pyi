@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from rollmesh.api.common.v1 import policy_pb2 as _policy_pb2
@@ -11,10 +12,10 @@ import builtins as _builtins
 import sys
 import typing as _typing
 
-if sys.version_info >= (3, 10):
-    from typing import TypeAlias as _TypeAlias
+if sys.version_info >= (3, 11):
+    from typing import TypeAlias as _TypeAlias, Never as _Never
 else:
-    from typing_extensions import TypeAlias as _TypeAlias
+    from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -33,6 +34,7 @@ class Adapter(_message.Message):
     NEXT_SEQUENCE_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     JOB_FIELD_NUMBER: _builtins.int
+    IDLE_TTL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name `projects/{p}/adapters/{a}`."""
     base_model: _builtins.str
@@ -57,6 +59,12 @@ class Adapter(_message.Message):
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was created."""
 
+    @_builtins.property
+    def idle_ttl(self) -> _duration_pb2.Duration:
+        """After how long without a training op, a publication or a sample it is deleted, unless a job that
+        has not ended owns it. Absent: never.
+        """
+
     def __init__(
         self,
         *,
@@ -69,13 +77,72 @@ class Adapter(_message.Message):
         next_sequence: _builtins.int = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         job: _builtins.str = ...,
+        idle_ttl: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_published_version", b"_published_version", "create_time", b"create_time", "lora", b"lora", "published_version", b"published_version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_published_version", b"_published_version", "create_time", b"create_time", "idle_ttl", b"idle_ttl", "lora", b"lora", "published_version", b"published_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_published_version", b"_published_version", "base_model", b"base_model", "create_time", b"create_time", "job", b"job", "lora", b"lora", "name", b"name", "next_sequence", b"next_sequence", "policy_version", b"policy_version", "published_digest", b"published_digest", "published_version", b"published_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_published_version", b"_published_version", "base_model", b"base_model", "create_time", b"create_time", "idle_ttl", b"idle_ttl", "job", b"job", "lora", b"lora", "name", b"name", "next_sequence", b"next_sequence", "policy_version", b"policy_version", "published_digest", b"published_digest", "published_version", b"published_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__published_version: _TypeAlias = _typing.Literal["published_version"]  # noqa: Y015
     _WhichOneofArgType__published_version: _TypeAlias = _typing.Literal["_published_version", b"_published_version"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__published_version) -> _WhichOneofReturnType__published_version | None: ...
 
 Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
+
+@_typing.final
+class Checkpoint(_message.Message):
+    """An adapter as it was at some moment, kept until it is deleted or expires: weights, optimizer state
+    and counters. It outlives its adapter.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
+    LORA_FIELD_NUMBER: _builtins.int
+    POLICY_VERSION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Resource name `projects/{p}/adapters/{a}/checkpoints/{c}`."""
+    base_model: _builtins.str
+    """Name of the base model."""
+    policy_version: _builtins.int
+    """The adapter's policy_version when it was made."""
+    digest: _builtins.str
+    """Canonical digest (sha256, hex) of its weights."""
+    num_bytes: _builtins.int
+    """Bytes that it takes in the blob store."""
+    @_builtins.property
+    def lora(self) -> _policy_pb2.LoraConfig:
+        """The adapter's shape."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was made."""
+
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When it is deleted. Absent: never."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        base_model: _builtins.str = ...,
+        lora: _policy_pb2.LoraConfig | None = ...,
+        policy_version: _builtins.int = ...,
+        digest: _builtins.str = ...,
+        num_bytes: _builtins.int = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "lora", b"lora"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "create_time", b"create_time", "digest", b"digest", "expire_time", b"expire_time", "lora", b"lora", "name", b"name", "num_bytes", b"num_bytes", "policy_version", b"policy_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Checkpoint: _TypeAlias = Checkpoint  # noqa: Y015

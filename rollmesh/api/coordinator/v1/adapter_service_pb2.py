@@ -22,42 +22,47 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from rollmesh.api.common.v1 import export_pb2 as rollmesh_dot_api_dot_common_dot_v1_dot_export__pb2
 from rollmesh.api.common.v1 import policy_pb2 as rollmesh_dot_api_dot_common_dot_v1_dot_policy__pb2
 from rollmesh.api.coordinator.v1 import adapter_pb2 as rollmesh_dot_api_dot_coordinator_dot_v1_dot_adapter__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n1rollmesh/api/coordinator/v1/adapter_service.proto\x12\x1brollmesh.api.coordinator.v1\x1a#rollmesh/api/common/v1/export.proto\x1a#rollmesh/api/common/v1/policy.proto\x1a)rollmesh/api/coordinator/v1/adapter.proto\"~\n\x14\x43reateAdapterRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x30\n\x04lora\x18\x04 \x01(\x0b\x32\".rollmesh.api.common.v1.LoraConfig\"N\n\x15\x43reateAdapterResponse\x12\x35\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32$.rollmesh.api.coordinator.v1.Adapter\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"K\n\x12GetAdapterResponse\x12\x35\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32$.rollmesh.api.coordinator.v1.Adapter\"L\n\x13ListAdaptersRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"g\n\x14ListAdaptersResponse\x12\x36\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32$.rollmesh.api.coordinator.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"8\n\x14\x44\x65leteAdapterRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"\x17\n\x15\x44\x65leteAdapterResponse\"%\n\x15PublishAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"[\n\x16PublishAdapterResponse\x12\x31\n\x06policy\x18\x01 \x01(\x0b\x32!.rollmesh.api.common.v1.PolicyRef\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"T\n\x14\x45xportAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1b\n\x0epolicy_version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\x11\n\x0f_policy_version\"\xb0\x01\n\x15\x45xportAdapterResponse\x12=\n\x06header\x18\x01 \x01(\x0b\x32+.rollmesh.api.common.v1.AdapterExportHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12?\n\x07trailer\x18\x03 \x01(\x0b\x32,.rollmesh.api.common.v1.AdapterExportTrailerH\x00\x42\x06\n\x04part2\xd9\x05\n\x0e\x41\x64\x61pterService\x12v\n\rCreateAdapter\x12\x31.rollmesh.api.coordinator.v1.CreateAdapterRequest\x1a\x32.rollmesh.api.coordinator.v1.CreateAdapterResponse\x12m\n\nGetAdapter\x12..rollmesh.api.coordinator.v1.GetAdapterRequest\x1a/.rollmesh.api.coordinator.v1.GetAdapterResponse\x12s\n\x0cListAdapters\x12\x30.rollmesh.api.coordinator.v1.ListAdaptersRequest\x1a\x31.rollmesh.api.coordinator.v1.ListAdaptersResponse\x12v\n\rDeleteAdapter\x12\x31.rollmesh.api.coordinator.v1.DeleteAdapterRequest\x1a\x32.rollmesh.api.coordinator.v1.DeleteAdapterResponse\x12y\n\x0ePublishAdapter\x12\x32.rollmesh.api.coordinator.v1.PublishAdapterRequest\x1a\x33.rollmesh.api.coordinator.v1.PublishAdapterResponse\x12x\n\rExportAdapter\x12\x31.rollmesh.api.coordinator.v1.ExportAdapterRequest\x1a\x32.rollmesh.api.coordinator.v1.ExportAdapterResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n1rollmesh/api/coordinator/v1/adapter_service.proto\x12\x1brollmesh.api.coordinator.v1\x1a\x1egoogle/protobuf/duration.proto\x1a#rollmesh/api/common/v1/export.proto\x1a#rollmesh/api/common/v1/policy.proto\x1a)rollmesh/api/coordinator/v1/adapter.proto\"\xab\x01\n\x14\x43reateAdapterRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x30\n\x04lora\x18\x04 \x01(\x0b\x32\".rollmesh.api.common.v1.LoraConfig\x12+\n\x08idle_ttl\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"N\n\x15\x43reateAdapterResponse\x12\x35\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32$.rollmesh.api.coordinator.v1.Adapter\"\x8f\x01\n\x12\x46orkAdapterRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\ncheckpoint\x18\x03 \x01(\t\x12\x16\n\x0ewith_optimizer\x18\x04 \x01(\x08\x12+\n\x08idle_ttl\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"L\n\x13\x46orkAdapterResponse\x12\x35\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32$.rollmesh.api.coordinator.v1.Adapter\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"K\n\x12GetAdapterResponse\x12\x35\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32$.rollmesh.api.coordinator.v1.Adapter\"L\n\x13ListAdaptersRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"g\n\x14ListAdaptersResponse\x12\x36\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32$.rollmesh.api.coordinator.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"8\n\x14\x44\x65leteAdapterRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"\x17\n\x15\x44\x65leteAdapterResponse\"%\n\x15PublishAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"[\n\x16PublishAdapterResponse\x12\x31\n\x06policy\x18\x01 \x01(\x0b\x32!.rollmesh.api.common.v1.PolicyRef\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"T\n\x14\x45xportAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1b\n\x0epolicy_version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\x11\n\x0f_policy_version\"\xb0\x01\n\x15\x45xportAdapterResponse\x12=\n\x06header\x18\x01 \x01(\x0b\x32+.rollmesh.api.common.v1.AdapterExportHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12?\n\x07trailer\x18\x03 \x01(\x0b\x32,.rollmesh.api.common.v1.AdapterExportTrailerH\x00\x42\x06\n\x04part2\xcb\x06\n\x0e\x41\x64\x61pterService\x12v\n\rCreateAdapter\x12\x31.rollmesh.api.coordinator.v1.CreateAdapterRequest\x1a\x32.rollmesh.api.coordinator.v1.CreateAdapterResponse\x12p\n\x0b\x46orkAdapter\x12/.rollmesh.api.coordinator.v1.ForkAdapterRequest\x1a\x30.rollmesh.api.coordinator.v1.ForkAdapterResponse\x12m\n\nGetAdapter\x12..rollmesh.api.coordinator.v1.GetAdapterRequest\x1a/.rollmesh.api.coordinator.v1.GetAdapterResponse\x12s\n\x0cListAdapters\x12\x30.rollmesh.api.coordinator.v1.ListAdaptersRequest\x1a\x31.rollmesh.api.coordinator.v1.ListAdaptersResponse\x12v\n\rDeleteAdapter\x12\x31.rollmesh.api.coordinator.v1.DeleteAdapterRequest\x1a\x32.rollmesh.api.coordinator.v1.DeleteAdapterResponse\x12y\n\x0ePublishAdapter\x12\x32.rollmesh.api.coordinator.v1.PublishAdapterRequest\x1a\x33.rollmesh.api.coordinator.v1.PublishAdapterResponse\x12x\n\rExportAdapter\x12\x31.rollmesh.api.coordinator.v1.ExportAdapterRequest\x1a\x32.rollmesh.api.coordinator.v1.ExportAdapterResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rollmesh.api.coordinator.v1.adapter_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CREATEADAPTERREQUEST']._serialized_start=199
-  _globals['_CREATEADAPTERREQUEST']._serialized_end=325
-  _globals['_CREATEADAPTERRESPONSE']._serialized_start=327
-  _globals['_CREATEADAPTERRESPONSE']._serialized_end=405
-  _globals['_GETADAPTERREQUEST']._serialized_start=407
-  _globals['_GETADAPTERREQUEST']._serialized_end=440
-  _globals['_GETADAPTERRESPONSE']._serialized_start=442
-  _globals['_GETADAPTERRESPONSE']._serialized_end=517
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=519
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=595
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=597
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=700
-  _globals['_DELETEADAPTERREQUEST']._serialized_start=702
-  _globals['_DELETEADAPTERREQUEST']._serialized_end=758
-  _globals['_DELETEADAPTERRESPONSE']._serialized_start=760
-  _globals['_DELETEADAPTERRESPONSE']._serialized_end=783
-  _globals['_PUBLISHADAPTERREQUEST']._serialized_start=785
-  _globals['_PUBLISHADAPTERREQUEST']._serialized_end=822
-  _globals['_PUBLISHADAPTERRESPONSE']._serialized_start=824
-  _globals['_PUBLISHADAPTERRESPONSE']._serialized_end=915
-  _globals['_EXPORTADAPTERREQUEST']._serialized_start=917
-  _globals['_EXPORTADAPTERREQUEST']._serialized_end=1001
-  _globals['_EXPORTADAPTERRESPONSE']._serialized_start=1004
-  _globals['_EXPORTADAPTERRESPONSE']._serialized_end=1180
-  _globals['_ADAPTERSERVICE']._serialized_start=1183
-  _globals['_ADAPTERSERVICE']._serialized_end=1912
+  _globals['_CREATEADAPTERREQUEST']._serialized_start=232
+  _globals['_CREATEADAPTERREQUEST']._serialized_end=403
+  _globals['_CREATEADAPTERRESPONSE']._serialized_start=405
+  _globals['_CREATEADAPTERRESPONSE']._serialized_end=483
+  _globals['_FORKADAPTERREQUEST']._serialized_start=486
+  _globals['_FORKADAPTERREQUEST']._serialized_end=629
+  _globals['_FORKADAPTERRESPONSE']._serialized_start=631
+  _globals['_FORKADAPTERRESPONSE']._serialized_end=707
+  _globals['_GETADAPTERREQUEST']._serialized_start=709
+  _globals['_GETADAPTERREQUEST']._serialized_end=742
+  _globals['_GETADAPTERRESPONSE']._serialized_start=744
+  _globals['_GETADAPTERRESPONSE']._serialized_end=819
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=821
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=897
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=899
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1002
+  _globals['_DELETEADAPTERREQUEST']._serialized_start=1004
+  _globals['_DELETEADAPTERREQUEST']._serialized_end=1060
+  _globals['_DELETEADAPTERRESPONSE']._serialized_start=1062
+  _globals['_DELETEADAPTERRESPONSE']._serialized_end=1085
+  _globals['_PUBLISHADAPTERREQUEST']._serialized_start=1087
+  _globals['_PUBLISHADAPTERREQUEST']._serialized_end=1124
+  _globals['_PUBLISHADAPTERRESPONSE']._serialized_start=1126
+  _globals['_PUBLISHADAPTERRESPONSE']._serialized_end=1217
+  _globals['_EXPORTADAPTERREQUEST']._serialized_start=1219
+  _globals['_EXPORTADAPTERREQUEST']._serialized_end=1303
+  _globals['_EXPORTADAPTERRESPONSE']._serialized_start=1306
+  _globals['_EXPORTADAPTERRESPONSE']._serialized_end=1482
+  _globals['_ADAPTERSERVICE']._serialized_start=1485
+  _globals['_ADAPTERSERVICE']._serialized_end=2328
 # @@protoc_insertion_point(module_scope)

@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from rollmesh.api.common.v1 import export_pb2 as _export_pb2
@@ -31,6 +32,7 @@ class CreateAdapterRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     BASE_MODEL_FIELD_NUMBER: _builtins.int
     LORA_FIELD_NUMBER: _builtins.int
+    IDLE_TTL_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the caller, unique in its project: a repeat with the same content answers the adapter
     that the first one made, with other content ALREADY_EXISTS. Remembered for as long as the
@@ -46,6 +48,10 @@ class CreateAdapterRequest(_message.Message):
     def lora(self) -> _policy_pb2.LoraConfig:
         """The adapter's shape."""
 
+    @_builtins.property
+    def idle_ttl(self) -> _duration_pb2.Duration:
+        """After how long without use it is deleted, > 0, at most 100 years. Absent: never."""
+
     def __init__(
         self,
         *,
@@ -53,10 +59,11 @@ class CreateAdapterRequest(_message.Message):
         name: _builtins.str = ...,
         base_model: _builtins.str = ...,
         lora: _policy_pb2.LoraConfig | None = ...,
+        idle_ttl: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["lora", b"lora"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["idle_ttl", b"idle_ttl", "lora", b"lora"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "lora", b"lora", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "idle_ttl", b"idle_ttl", "lora", b"lora", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -85,6 +92,70 @@ class CreateAdapterResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CreateAdapterResponse: _TypeAlias = CreateAdapterResponse  # noqa: Y015
+
+@_typing.final
+class ForkAdapterRequest(_message.Message):
+    """Request of ForkAdapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    WITH_OPTIMIZER_FIELD_NUMBER: _builtins.int
+    IDLE_TTL_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """As in CreateAdapter. Required, at most 128 characters."""
+    name: _builtins.str
+    """Resource name of the new adapter, `projects/{p}/adapters/{a}`."""
+    checkpoint: _builtins.str
+    """Resource name `projects/{p}/adapters/{a}/checkpoints/{c}`, of the same project."""
+    with_optimizer: _builtins.bool
+    """Whether to take over the optimizer state too. False: a fresh optimizer."""
+    @_builtins.property
+    def idle_ttl(self) -> _duration_pb2.Duration:
+        """After how long without use it is deleted, > 0, at most 100 years. Absent: never."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        checkpoint: _builtins.str = ...,
+        with_optimizer: _builtins.bool = ...,
+        idle_ttl: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["idle_ttl", b"idle_ttl"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "idle_ttl", b"idle_ttl", "name", b"name", "request_id", b"request_id", "with_optimizer", b"with_optimizer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForkAdapterRequest: _TypeAlias = ForkAdapterRequest  # noqa: Y015
+
+@_typing.final
+class ForkAdapterResponse(_message.Message):
+    """Response of ForkAdapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> _adapter_pb2.Adapter:
+        """The new adapter: policy_version 0, next_sequence 1."""
+
+    def __init__(
+        self,
+        *,
+        adapter: _adapter_pb2.Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForkAdapterResponse: _TypeAlias = ForkAdapterResponse  # noqa: Y015
 
 @_typing.final
 class GetAdapterRequest(_message.Message):

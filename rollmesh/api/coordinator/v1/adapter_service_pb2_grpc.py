@@ -40,6 +40,11 @@ class AdapterServiceStub:
                 request_serializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_adapter__service__pb2.CreateAdapterRequest.SerializeToString,
                 response_deserializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_adapter__service__pb2.CreateAdapterResponse.FromString,
                 _registered_method=True)
+        self.ForkAdapter = channel.unary_unary(
+                '/rollmesh.api.coordinator.v1.AdapterService/ForkAdapter',
+                request_serializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_adapter__service__pb2.ForkAdapterRequest.SerializeToString,
+                response_deserializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_adapter__service__pb2.ForkAdapterResponse.FromString,
+                _registered_method=True)
         self.GetAdapter = channel.unary_unary(
                 '/rollmesh.api.coordinator.v1.AdapterService/GetAdapter',
                 request_serializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_adapter__service__pb2.GetAdapterRequest.SerializeToString,
@@ -81,9 +86,17 @@ class AdapterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ForkAdapter(self, request, context):
+        """Creates an adapter whose weights are a checkpoint's, of any adapter of the same project, with the
+        checkpoint's rank, alpha and target modules. NOT_FOUND: no such checkpoint. Else as CreateAdapter.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetAdapter(self, request, context):
-        """One adapter. NOT_FOUND: there is none of that name. FAILED_PRECONDITION: it is lost, its trainer
-        was restarted or is gone. UNAVAILABLE: its trainer is away; try again.
+        """One adapter. NOT_FOUND: there is none of that name. UNAVAILABLE: an op that was journaled and not
+        answered waits for its trainer, which is away; try again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -98,8 +111,8 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAdapter(self, request, context):
-        """Deletes an adapter with all its versions. NOT_FOUND: there is none of that name.
-        FAILED_PRECONDITION: a job that has not ended trains it. UNAVAILABLE: its trainer is away.
+        """Deletes an adapter with all its versions; its checkpoints stay. NOT_FOUND: there is none of that
+        name. FAILED_PRECONDITION: a job that has not ended trains it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -110,7 +123,8 @@ class AdapterServiceServicer:
         keeps it: the newest `kept_versions` of the trainer's configuration. An older one can be sampled
         while a sampler holds it, and is NOT_FOUND after that. Answers the same version again when nothing
         was trained since. NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: gradients are
-        pending, or the adapter is lost. UNAVAILABLE: its trainer is away; try again.
+        pending, or the adapter
+        cannot be recovered. UNAVAILABLE: its trainer is away; try again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -118,8 +132,7 @@ class AdapterServiceServicer:
 
     def ExportAdapter(self, request, context):
         """Streams a published version as a PEFT folder: header, chunks, trailer. NOT_FOUND: no such
-        version, or its trainer keeps it no longer. FAILED_PRECONDITION: the adapter is lost with a
-        trainer that is gone. UNAVAILABLE: its trainer is away, or the stream was torn; try again.
+        version, or its trainer keeps it no longer. UNAVAILABLE: its trainer is away, or the stream was torn; try again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -132,6 +145,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.CreateAdapter,
                     request_deserializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_adapter__service__pb2.CreateAdapterRequest.FromString,
                     response_serializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_adapter__service__pb2.CreateAdapterResponse.SerializeToString,
+            ),
+            'ForkAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForkAdapter,
+                    request_deserializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_adapter__service__pb2.ForkAdapterRequest.FromString,
+                    response_serializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_adapter__service__pb2.ForkAdapterResponse.SerializeToString,
             ),
             'GetAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.GetAdapter,
@@ -187,6 +205,33 @@ class AdapterService:
             '/rollmesh.api.coordinator.v1.AdapterService/CreateAdapter',
             rollmesh_dot_api_dot_coordinator_dot_v1_dot_adapter__service__pb2.CreateAdapterRequest.SerializeToString,
             rollmesh_dot_api_dot_coordinator_dot_v1_dot_adapter__service__pb2.CreateAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForkAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rollmesh.api.coordinator.v1.AdapterService/ForkAdapter',
+            rollmesh_dot_api_dot_coordinator_dot_v1_dot_adapter__service__pb2.ForkAdapterRequest.SerializeToString,
+            rollmesh_dot_api_dot_coordinator_dot_v1_dot_adapter__service__pb2.ForkAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

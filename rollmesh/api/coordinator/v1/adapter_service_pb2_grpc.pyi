@@ -39,29 +39,33 @@ class AdapterServiceStub:
     or the request_id by a request with other content.
     RESOURCE_EXHAUSTED: no trainer has room. UNAVAILABLE: no trainer of the base model answers.
     """
+    ForkAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.ForkAdapterRequest, _adapter_service_pb2.ForkAdapterResponse]
+    """Creates an adapter whose weights are a checkpoint's, of any adapter of the same project, with the
+    checkpoint's rank, alpha and target modules. NOT_FOUND: no such checkpoint. Else as CreateAdapter.
+    """
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.GetAdapterRequest, _adapter_service_pb2.GetAdapterResponse]
-    """One adapter. NOT_FOUND: there is none of that name. FAILED_PRECONDITION: it is lost, its trainer
-    was restarted or is gone. UNAVAILABLE: its trainer is away; try again.
+    """One adapter. NOT_FOUND: there is none of that name. UNAVAILABLE: an op that was journaled and not
+    answered waits for its trainer, which is away; try again.
     """
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.ListAdaptersRequest, _adapter_service_pb2.ListAdaptersResponse]
     """The adapters of a project, in the order of their names. INVALID_ARGUMENT: parent, page_size or
     page_token.
     """
     DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.DeleteAdapterRequest, _adapter_service_pb2.DeleteAdapterResponse]
-    """Deletes an adapter with all its versions. NOT_FOUND: there is none of that name.
-    FAILED_PRECONDITION: a job that has not ended trains it. UNAVAILABLE: its trainer is away.
+    """Deletes an adapter with all its versions; its checkpoints stay. NOT_FOUND: there is none of that
+    name. FAILED_PRECONDITION: a job that has not ended trains it.
     """
     PublishAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.PublishAdapterRequest, _adapter_service_pb2.PublishAdapterResponse]
     """Makes the adapter's current weights a version that can be sampled and exported while its trainer
     keeps it: the newest `kept_versions` of the trainer's configuration. An older one can be sampled
     while a sampler holds it, and is NOT_FOUND after that. Answers the same version again when nothing
     was trained since. NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: gradients are
-    pending, or the adapter is lost. UNAVAILABLE: its trainer is away; try again.
+    pending, or the adapter
+    cannot be recovered. UNAVAILABLE: its trainer is away; try again.
     """
     ExportAdapter: _grpc.UnaryStreamMultiCallable[_adapter_service_pb2.ExportAdapterRequest, _adapter_service_pb2.ExportAdapterResponse]
     """Streams a published version as a PEFT folder: header, chunks, trailer. NOT_FOUND: no such
-    version, or its trainer keeps it no longer. FAILED_PRECONDITION: the adapter is lost with a
-    trainer that is gone. UNAVAILABLE: its trainer is away, or the stream was torn; try again.
+    version, or its trainer keeps it no longer. UNAVAILABLE: its trainer is away, or the stream was torn; try again.
     """
 
 @_typing.type_check_only
@@ -75,29 +79,33 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     or the request_id by a request with other content.
     RESOURCE_EXHAUSTED: no trainer has room. UNAVAILABLE: no trainer of the base model answers.
     """
+    ForkAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.ForkAdapterRequest, _adapter_service_pb2.ForkAdapterResponse]  # type: ignore[assignment]
+    """Creates an adapter whose weights are a checkpoint's, of any adapter of the same project, with the
+    checkpoint's rank, alpha and target modules. NOT_FOUND: no such checkpoint. Else as CreateAdapter.
+    """
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.GetAdapterRequest, _adapter_service_pb2.GetAdapterResponse]  # type: ignore[assignment]
-    """One adapter. NOT_FOUND: there is none of that name. FAILED_PRECONDITION: it is lost, its trainer
-    was restarted or is gone. UNAVAILABLE: its trainer is away; try again.
+    """One adapter. NOT_FOUND: there is none of that name. UNAVAILABLE: an op that was journaled and not
+    answered waits for its trainer, which is away; try again.
     """
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.ListAdaptersRequest, _adapter_service_pb2.ListAdaptersResponse]  # type: ignore[assignment]
     """The adapters of a project, in the order of their names. INVALID_ARGUMENT: parent, page_size or
     page_token.
     """
     DeleteAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.DeleteAdapterRequest, _adapter_service_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
-    """Deletes an adapter with all its versions. NOT_FOUND: there is none of that name.
-    FAILED_PRECONDITION: a job that has not ended trains it. UNAVAILABLE: its trainer is away.
+    """Deletes an adapter with all its versions; its checkpoints stay. NOT_FOUND: there is none of that
+    name. FAILED_PRECONDITION: a job that has not ended trains it.
     """
     PublishAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.PublishAdapterRequest, _adapter_service_pb2.PublishAdapterResponse]  # type: ignore[assignment]
     """Makes the adapter's current weights a version that can be sampled and exported while its trainer
     keeps it: the newest `kept_versions` of the trainer's configuration. An older one can be sampled
     while a sampler holds it, and is NOT_FOUND after that. Answers the same version again when nothing
     was trained since. NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: gradients are
-    pending, or the adapter is lost. UNAVAILABLE: its trainer is away; try again.
+    pending, or the adapter
+    cannot be recovered. UNAVAILABLE: its trainer is away; try again.
     """
     ExportAdapter: _aio.UnaryStreamMultiCallable[_adapter_service_pb2.ExportAdapterRequest, _adapter_service_pb2.ExportAdapterResponse]  # type: ignore[assignment]
     """Streams a published version as a PEFT folder: header, chunks, trailer. NOT_FOUND: no such
-    version, or its trainer keeps it no longer. FAILED_PRECONDITION: the adapter is lost with a
-    trainer that is gone. UNAVAILABLE: its trainer is away, or the stream was torn; try again.
+    version, or its trainer keeps it no longer. UNAVAILABLE: its trainer is away, or the stream was torn; try again.
     """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -116,13 +124,23 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def ForkAdapter(
+        self,
+        request: _adapter_service_pb2.ForkAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_service_pb2.ForkAdapterResponse, _abc.Awaitable[_adapter_service_pb2.ForkAdapterResponse]]:
+        """Creates an adapter whose weights are a checkpoint's, of any adapter of the same project, with the
+        checkpoint's rank, alpha and target modules. NOT_FOUND: no such checkpoint. Else as CreateAdapter.
+        """
+
+    @_abc_1.abstractmethod
     def GetAdapter(
         self,
         request: _adapter_service_pb2.GetAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_service_pb2.GetAdapterResponse, _abc.Awaitable[_adapter_service_pb2.GetAdapterResponse]]:
-        """One adapter. NOT_FOUND: there is none of that name. FAILED_PRECONDITION: it is lost, its trainer
-        was restarted or is gone. UNAVAILABLE: its trainer is away; try again.
+        """One adapter. NOT_FOUND: there is none of that name. UNAVAILABLE: an op that was journaled and not
+        answered waits for its trainer, which is away; try again.
         """
 
     @_abc_1.abstractmethod
@@ -141,8 +159,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_service_pb2.DeleteAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_service_pb2.DeleteAdapterResponse, _abc.Awaitable[_adapter_service_pb2.DeleteAdapterResponse]]:
-        """Deletes an adapter with all its versions. NOT_FOUND: there is none of that name.
-        FAILED_PRECONDITION: a job that has not ended trains it. UNAVAILABLE: its trainer is away.
+        """Deletes an adapter with all its versions; its checkpoints stay. NOT_FOUND: there is none of that
+        name. FAILED_PRECONDITION: a job that has not ended trains it.
         """
 
     @_abc_1.abstractmethod
@@ -155,7 +173,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         keeps it: the newest `kept_versions` of the trainer's configuration. An older one can be sampled
         while a sampler holds it, and is NOT_FOUND after that. Answers the same version again when nothing
         was trained since. NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: gradients are
-        pending, or the adapter is lost. UNAVAILABLE: its trainer is away; try again.
+        pending, or the adapter
+        cannot be recovered. UNAVAILABLE: its trainer is away; try again.
         """
 
     @_abc_1.abstractmethod
@@ -165,8 +184,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_adapter_service_pb2.ExportAdapterResponse], _abc.AsyncIterator[_adapter_service_pb2.ExportAdapterResponse]]:
         """Streams a published version as a PEFT folder: header, chunks, trailer. NOT_FOUND: no such
-        version, or its trainer keeps it no longer. FAILED_PRECONDITION: the adapter is lost with a
-        trainer that is gone. UNAVAILABLE: its trainer is away, or the stream was torn; try again.
+        version, or its trainer keeps it no longer. UNAVAILABLE: its trainer is away, or the stream was torn; try again.
         """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -92,10 +92,13 @@ class ForwardBackwardResponse(_message.Message):
 
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """By name: `loss` (sum), `num_tokens` (positions with weight > 0), `kl_sampler` (mean of the k3
-        estimate between the sampling policy and this one; importance_sampling only), `ratio_mean`,
-        `ratio_max` (importance_sampling only), `kl_base` (mean of the k3 estimate; only with
-        kl_coefficient).
+        """By name, the means over positions of weight > 0, or 0 where there are none: `loss` (sum),
+        `num_tokens` (positions of weight > 0). With sampling_logprobs, r being exp(p − q) of a position:
+        `kl_sampler` (mean of the k3 estimate between the sampling policy and this one), `ratio_mean`,
+        `ratio_max`, `ess` (effective sample size, (Σr)² / (n·Σr²), in (0, 1]). ppo, cispo, gspo:
+        `clip_fraction` (share of positions where clipping acted). With max_importance_ratio:
+        `truncated_fraction` (share of positions above it). With kl_coefficient: `kl_base` (mean of the
+        k3 estimate). With entropy: `entropy` (mean, nats).
         """
 
     def __init__(
@@ -243,3 +246,61 @@ class OptimStepResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OptimStepResponse: _TypeAlias = OptimStepResponse  # noqa: Y015
+
+@_typing.final
+class LoadCheckpointRequest(_message.Message):
+    """Request of LoadCheckpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    WITH_OPTIMIZER_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """Resource name `projects/{p}/adapters/{a}`."""
+    sequence: _builtins.int
+    """The adapter's next sequence, ≥ 1."""
+    checkpoint: _builtins.str
+    """Resource name `projects/{p}/adapters/{a}/checkpoints/{c}`, of the same project; it may be another
+    adapter's.
+    """
+    with_optimizer: _builtins.bool
+    """Whether to take its optimizer state too. False: the optimizer starts anew."""
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        sequence: _builtins.int = ...,
+        checkpoint: _builtins.str = ...,
+        with_optimizer: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "checkpoint", b"checkpoint", "sequence", b"sequence", "with_optimizer", b"with_optimizer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadCheckpointRequest: _TypeAlias = LoadCheckpointRequest  # noqa: Y015
+
+@_typing.final
+class LoadCheckpointResponse(_message.Message):
+    """Response of LoadCheckpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_VERSION_FIELD_NUMBER: _builtins.int
+    policy_version: _builtins.int
+    """The adapter's policy_version after it."""
+    def __init__(
+        self,
+        *,
+        policy_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy_version", b"policy_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadCheckpointResponse: _TypeAlias = LoadCheckpointResponse  # noqa: Y015

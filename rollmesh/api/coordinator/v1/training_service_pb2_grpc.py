@@ -27,12 +27,16 @@ if _version_not_supported:
 
 class TrainingServiceStub:
     """The training primitives, for a client that keeps its own loop. Ops of one adapter run in the order
-    of their sequence; a repeat of the newest sequence with the same body answers the stored result,
+    of their sequence, each exactly once: an op is in the journal before it runs, and an answered one
+    outlives the death of every process. A repeat with the same body answers the stored result, for as
+    long as the coordinator's `result_retention_s` says and in any case until a later op was answered;
     with another body ALREADY_EXISTS; a gap is FAILED_PRECONDITION with `expected_sequence` in its
-    ErrorInfo. An op that fails with INVALID_ARGUMENT changes nothing and does not use up its sequence.
-    Each of them: NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: the adapter is lost, its
-    trainer was restarted or is gone. RESOURCE_EXHAUSTED: `max_queued_ops` wait in the trainer; try
-    again after RetryInfo. UNAVAILABLE: the trainer is away; try again.
+    ErrorInfo. An op that fails with INVALID_ARGUMENT or FAILED_PRECONDITION changes nothing and does
+    not use up its sequence. One that fails with UNAVAILABLE, DEADLINE_EXCEEDED or CANCELLED may have
+    been journaled, and then runs: repeat it with the same body to learn how it went.
+    Each of them: NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: the adapter cannot be
+    recovered. RESOURCE_EXHAUSTED: `max_queued_ops` wait in the trainer or too many at the coordinator;
+    try again after RetryInfo. UNAVAILABLE: no trainer has it at the moment; try again.
     """
 
     def __init__(self, channel):
@@ -56,16 +60,25 @@ class TrainingServiceStub:
                 request_serializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_training__service__pb2.OptimStepRequest.SerializeToString,
                 response_deserializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_training__service__pb2.OptimStepResponse.FromString,
                 _registered_method=True)
+        self.LoadCheckpoint = channel.unary_unary(
+                '/rollmesh.api.coordinator.v1.TrainingService/LoadCheckpoint',
+                request_serializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_training__service__pb2.LoadCheckpointRequest.SerializeToString,
+                response_deserializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_training__service__pb2.LoadCheckpointResponse.FromString,
+                _registered_method=True)
 
 
 class TrainingServiceServicer:
     """The training primitives, for a client that keeps its own loop. Ops of one adapter run in the order
-    of their sequence; a repeat of the newest sequence with the same body answers the stored result,
+    of their sequence, each exactly once: an op is in the journal before it runs, and an answered one
+    outlives the death of every process. A repeat with the same body answers the stored result, for as
+    long as the coordinator's `result_retention_s` says and in any case until a later op was answered;
     with another body ALREADY_EXISTS; a gap is FAILED_PRECONDITION with `expected_sequence` in its
-    ErrorInfo. An op that fails with INVALID_ARGUMENT changes nothing and does not use up its sequence.
-    Each of them: NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: the adapter is lost, its
-    trainer was restarted or is gone. RESOURCE_EXHAUSTED: `max_queued_ops` wait in the trainer; try
-    again after RetryInfo. UNAVAILABLE: the trainer is away; try again.
+    ErrorInfo. An op that fails with INVALID_ARGUMENT or FAILED_PRECONDITION changes nothing and does
+    not use up its sequence. One that fails with UNAVAILABLE, DEADLINE_EXCEEDED or CANCELLED may have
+    been journaled, and then runs: repeat it with the same body to learn how it went.
+    Each of them: NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: the adapter cannot be
+    recovered. RESOURCE_EXHAUSTED: `max_queued_ops` wait in the trainer or too many at the coordinator;
+    try again after RetryInfo. UNAVAILABLE: no trainer has it at the moment; try again.
     """
 
     def ForwardBackward(self, request, context):
@@ -90,7 +103,17 @@ class TrainingServiceServicer:
         """One AdamW step with the pending gradients, which it clears: the policy_version grows by one.
         INVALID_ARGUMENT: a setting out of range.
         FAILED_PRECONDITION: a gap in sequence; no gradients are pending; a job owns the adapter; the
-        gradient is not finite, in which case the adapter stays as it was and the gradients are cleared.
+        step's result is not finite, in which case the adapter and its pending gradients stay as they were.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadCheckpoint(self, request, context):
+        """Replaces the adapter's weights by a checkpoint's: the policy_version grows by one. INVALID_ARGUMENT:
+        the checkpoint's name, or one of another project. NOT_FOUND: no such checkpoint.
+        FAILED_PRECONDITION: a gap in sequence; gradients are pending; a job owns the adapter; the
+        checkpoint has another base model, rank, alpha or target modules than the adapter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -114,6 +137,11 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     request_deserializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_training__service__pb2.OptimStepRequest.FromString,
                     response_serializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_training__service__pb2.OptimStepResponse.SerializeToString,
             ),
+            'LoadCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadCheckpoint,
+                    request_deserializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_training__service__pb2.LoadCheckpointRequest.FromString,
+                    response_serializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_training__service__pb2.LoadCheckpointResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'rollmesh.api.coordinator.v1.TrainingService', rpc_method_handlers)
@@ -124,12 +152,16 @@ def add_TrainingServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class TrainingService:
     """The training primitives, for a client that keeps its own loop. Ops of one adapter run in the order
-    of their sequence; a repeat of the newest sequence with the same body answers the stored result,
+    of their sequence, each exactly once: an op is in the journal before it runs, and an answered one
+    outlives the death of every process. A repeat with the same body answers the stored result, for as
+    long as the coordinator's `result_retention_s` says and in any case until a later op was answered;
     with another body ALREADY_EXISTS; a gap is FAILED_PRECONDITION with `expected_sequence` in its
-    ErrorInfo. An op that fails with INVALID_ARGUMENT changes nothing and does not use up its sequence.
-    Each of them: NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: the adapter is lost, its
-    trainer was restarted or is gone. RESOURCE_EXHAUSTED: `max_queued_ops` wait in the trainer; try
-    again after RetryInfo. UNAVAILABLE: the trainer is away; try again.
+    ErrorInfo. An op that fails with INVALID_ARGUMENT or FAILED_PRECONDITION changes nothing and does
+    not use up its sequence. One that fails with UNAVAILABLE, DEADLINE_EXCEEDED or CANCELLED may have
+    been journaled, and then runs: repeat it with the same body to learn how it went.
+    Each of them: NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: the adapter cannot be
+    recovered. RESOURCE_EXHAUSTED: `max_queued_ops` wait in the trainer or too many at the coordinator;
+    try again after RetryInfo. UNAVAILABLE: no trainer has it at the moment; try again.
     """
 
     @staticmethod
@@ -203,6 +235,33 @@ class TrainingService:
             '/rollmesh.api.coordinator.v1.TrainingService/OptimStep',
             rollmesh_dot_api_dot_coordinator_dot_v1_dot_training__service__pb2.OptimStepRequest.SerializeToString,
             rollmesh_dot_api_dot_coordinator_dot_v1_dot_training__service__pb2.OptimStepResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rollmesh.api.coordinator.v1.TrainingService/LoadCheckpoint',
+            rollmesh_dot_api_dot_coordinator_dot_v1_dot_training__service__pb2.LoadCheckpointRequest.SerializeToString,
+            rollmesh_dot_api_dot_coordinator_dot_v1_dot_training__service__pb2.LoadCheckpointResponse.FromString,
             options,
             channel_credentials,
             insecure,

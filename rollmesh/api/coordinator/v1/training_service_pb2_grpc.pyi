@@ -28,12 +28,16 @@ GRPC_VERSION: str
 
 class TrainingServiceStub:
     """The training primitives, for a client that keeps its own loop. Ops of one adapter run in the order
-    of their sequence; a repeat of the newest sequence with the same body answers the stored result,
+    of their sequence, each exactly once: an op is in the journal before it runs, and an answered one
+    outlives the death of every process. A repeat with the same body answers the stored result, for as
+    long as the coordinator's `result_retention_s` says and in any case until a later op was answered;
     with another body ALREADY_EXISTS; a gap is FAILED_PRECONDITION with `expected_sequence` in its
-    ErrorInfo. An op that fails with INVALID_ARGUMENT changes nothing and does not use up its sequence.
-    Each of them: NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: the adapter is lost, its
-    trainer was restarted or is gone. RESOURCE_EXHAUSTED: `max_queued_ops` wait in the trainer; try
-    again after RetryInfo. UNAVAILABLE: the trainer is away; try again.
+    ErrorInfo. An op that fails with INVALID_ARGUMENT or FAILED_PRECONDITION changes nothing and does
+    not use up its sequence. One that fails with UNAVAILABLE, DEADLINE_EXCEEDED or CANCELLED may have
+    been journaled, and then runs: repeat it with the same body to learn how it went.
+    Each of them: NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: the adapter cannot be
+    recovered. RESOURCE_EXHAUSTED: `max_queued_ops` wait in the trainer or too many at the coordinator;
+    try again after RetryInfo. UNAVAILABLE: no trainer has it at the moment; try again.
     """
 
     @_typing.overload
@@ -54,18 +58,28 @@ class TrainingServiceStub:
     """One AdamW step with the pending gradients, which it clears: the policy_version grows by one.
     INVALID_ARGUMENT: a setting out of range.
     FAILED_PRECONDITION: a gap in sequence; no gradients are pending; a job owns the adapter; the
-    gradient is not finite, in which case the adapter stays as it was and the gradients are cleared.
+    step's result is not finite, in which case the adapter and its pending gradients stay as they were.
+    """
+    LoadCheckpoint: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.LoadCheckpointRequest, _training_service_pb2.LoadCheckpointResponse]
+    """Replaces the adapter's weights by a checkpoint's: the policy_version grows by one. INVALID_ARGUMENT:
+    the checkpoint's name, or one of another project. NOT_FOUND: no such checkpoint.
+    FAILED_PRECONDITION: a gap in sequence; gradients are pending; a job owns the adapter; the
+    checkpoint has another base model, rank, alpha or target modules than the adapter.
     """
 
 @_typing.type_check_only
 class TrainingServiceAsyncStub(TrainingServiceStub):
     """The training primitives, for a client that keeps its own loop. Ops of one adapter run in the order
-    of their sequence; a repeat of the newest sequence with the same body answers the stored result,
+    of their sequence, each exactly once: an op is in the journal before it runs, and an answered one
+    outlives the death of every process. A repeat with the same body answers the stored result, for as
+    long as the coordinator's `result_retention_s` says and in any case until a later op was answered;
     with another body ALREADY_EXISTS; a gap is FAILED_PRECONDITION with `expected_sequence` in its
-    ErrorInfo. An op that fails with INVALID_ARGUMENT changes nothing and does not use up its sequence.
-    Each of them: NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: the adapter is lost, its
-    trainer was restarted or is gone. RESOURCE_EXHAUSTED: `max_queued_ops` wait in the trainer; try
-    again after RetryInfo. UNAVAILABLE: the trainer is away; try again.
+    ErrorInfo. An op that fails with INVALID_ARGUMENT or FAILED_PRECONDITION changes nothing and does
+    not use up its sequence. One that fails with UNAVAILABLE, DEADLINE_EXCEEDED or CANCELLED may have
+    been journaled, and then runs: repeat it with the same body to learn how it went.
+    Each of them: NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: the adapter cannot be
+    recovered. RESOURCE_EXHAUSTED: `max_queued_ops` wait in the trainer or too many at the coordinator;
+    try again after RetryInfo. UNAVAILABLE: no trainer has it at the moment; try again.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -83,17 +97,27 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     """One AdamW step with the pending gradients, which it clears: the policy_version grows by one.
     INVALID_ARGUMENT: a setting out of range.
     FAILED_PRECONDITION: a gap in sequence; no gradients are pending; a job owns the adapter; the
-    gradient is not finite, in which case the adapter stays as it was and the gradients are cleared.
+    step's result is not finite, in which case the adapter and its pending gradients stay as they were.
+    """
+    LoadCheckpoint: _aio.UnaryUnaryMultiCallable[_training_service_pb2.LoadCheckpointRequest, _training_service_pb2.LoadCheckpointResponse]  # type: ignore[assignment]
+    """Replaces the adapter's weights by a checkpoint's: the policy_version grows by one. INVALID_ARGUMENT:
+    the checkpoint's name, or one of another project. NOT_FOUND: no such checkpoint.
+    FAILED_PRECONDITION: a gap in sequence; gradients are pending; a job owns the adapter; the
+    checkpoint has another base model, rank, alpha or target modules than the adapter.
     """
 
 class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     """The training primitives, for a client that keeps its own loop. Ops of one adapter run in the order
-    of their sequence; a repeat of the newest sequence with the same body answers the stored result,
+    of their sequence, each exactly once: an op is in the journal before it runs, and an answered one
+    outlives the death of every process. A repeat with the same body answers the stored result, for as
+    long as the coordinator's `result_retention_s` says and in any case until a later op was answered;
     with another body ALREADY_EXISTS; a gap is FAILED_PRECONDITION with `expected_sequence` in its
-    ErrorInfo. An op that fails with INVALID_ARGUMENT changes nothing and does not use up its sequence.
-    Each of them: NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: the adapter is lost, its
-    trainer was restarted or is gone. RESOURCE_EXHAUSTED: `max_queued_ops` wait in the trainer; try
-    again after RetryInfo. UNAVAILABLE: the trainer is away; try again.
+    ErrorInfo. An op that fails with INVALID_ARGUMENT or FAILED_PRECONDITION changes nothing and does
+    not use up its sequence. One that fails with UNAVAILABLE, DEADLINE_EXCEEDED or CANCELLED may have
+    been journaled, and then runs: repeat it with the same body to learn how it went.
+    Each of them: NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: the adapter cannot be
+    recovered. RESOURCE_EXHAUSTED: `max_queued_ops` wait in the trainer or too many at the coordinator;
+    try again after RetryInfo. UNAVAILABLE: no trainer has it at the moment; try again.
     """
 
     @_abc_1.abstractmethod
@@ -127,7 +151,19 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         """One AdamW step with the pending gradients, which it clears: the policy_version grows by one.
         INVALID_ARGUMENT: a setting out of range.
         FAILED_PRECONDITION: a gap in sequence; no gradients are pending; a job owns the adapter; the
-        gradient is not finite, in which case the adapter stays as it was and the gradients are cleared.
+        step's result is not finite, in which case the adapter and its pending gradients stay as they were.
+        """
+
+    @_abc_1.abstractmethod
+    def LoadCheckpoint(
+        self,
+        request: _training_service_pb2.LoadCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_service_pb2.LoadCheckpointResponse, _abc.Awaitable[_training_service_pb2.LoadCheckpointResponse]]:
+        """Replaces the adapter's weights by a checkpoint's: the policy_version grows by one. INVALID_ARGUMENT:
+        the checkpoint's name, or one of another project. NOT_FOUND: no such checkpoint.
+        FAILED_PRECONDITION: a gap in sequence; gradients are pending; a job owns the adapter; the
+        checkpoint has another base model, rank, alpha or target modules than the adapter.
         """
 
 def add_TrainingServiceServicer_to_server(servicer: TrainingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -33,6 +33,7 @@ class TrainerAdapter(_message.Message):
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
     NEXT_SEQUENCE_FIELD_NUMBER: _builtins.int
     HAS_PENDING_GRADIENTS_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name `projects/{p}/adapters/{a}`."""
     policy_version: _builtins.int
@@ -41,6 +42,8 @@ class TrainerAdapter(_message.Message):
     """The sequence that the next op must carry; the first is 1."""
     has_pending_gradients: _builtins.bool
     """Whether gradients wait for an OptimStep."""
+    epoch: _builtins.int
+    """The epoch under which it is held, ≥ 1."""
     @_builtins.property
     def lora(self) -> _policy_pb2.LoraConfig:
         """Its shape, defaults filled in."""
@@ -53,14 +56,85 @@ class TrainerAdapter(_message.Message):
         policy_version: _builtins.int = ...,
         next_sequence: _builtins.int = ...,
         has_pending_gradients: _builtins.bool = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lora", b"lora"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_pending_gradients", b"has_pending_gradients", "lora", b"lora", "name", b"name", "next_sequence", b"next_sequence", "policy_version", b"policy_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "has_pending_gradients", b"has_pending_gradients", "lora", b"lora", "name", b"name", "next_sequence", b"next_sequence", "policy_version", b"policy_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TrainerAdapter: _TypeAlias = TrainerAdapter  # noqa: Y015
+
+@_typing.final
+class HeldAdapter(_message.Message):
+    """What a trainer holds, in short."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Resource name `projects/{p}/adapters/{a}`."""
+    epoch: _builtins.int
+    """The epoch under which it is held, ≥ 1."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldAdapter: _TypeAlias = HeldAdapter  # noqa: Y015
+
+@_typing.final
+class Snapshot(_message.Message):
+    """Where an adapter's state lies in the mesh's blob store, and what it must be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    NEXT_SEQUENCE_FIELD_NUMBER: _builtins.int
+    POLICY_VERSION_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    WEIGHTS_DIGEST_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """Key in the blob store, chosen by the trainer that wrote it: `snapshots/` and 32 hexadecimal
+    digits. INVALID_ARGUMENT: of another form.
+    """
+    digest: _builtins.str
+    """sha256, lower-case hex, of the manifest, which holds the digests of all else."""
+    next_sequence: _builtins.int
+    """The sequence that follows the last op that it contains."""
+    policy_version: _builtins.int
+    """The adapter's policy_version in it."""
+    num_bytes: _builtins.int
+    """Bytes of all its files."""
+    weights_digest: _builtins.str
+    """Canonical digest of its weights, as a published version with them has it."""
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        digest: _builtins.str = ...,
+        next_sequence: _builtins.int = ...,
+        policy_version: _builtins.int = ...,
+        num_bytes: _builtins.int = ...,
+        weights_digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "key", b"key", "next_sequence", b"next_sequence", "num_bytes", b"num_bytes", "policy_version", b"policy_version", "weights_digest", b"weights_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Snapshot: _TypeAlias = Snapshot  # noqa: Y015
 
 @_typing.final
 class GetTrainerRequest(_message.Message):
@@ -93,6 +167,11 @@ class GetTrainerResponse(_message.Message):
     MAX_ADAPTERS_FIELD_NUMBER: _builtins.int
     TARGET_MODULES_FIELD_NUMBER: _builtins.int
     KEPT_VERSIONS_FIELD_NUMBER: _builtins.int
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    ADAPTER_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_ADAPTER_BYTES_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     """Name of the base model."""
     vocab_size: _builtins.int
@@ -107,9 +186,21 @@ class GetTrainerResponse(_message.Message):
     """Most adapters held at once."""
     kept_versions: _builtins.int
     """Published versions kept of each adapter; older ones can no longer be pulled."""
+    instance_id: _builtins.str
+    """Drawn anew each time the process starts: another one means that all it held is gone."""
+    draining: _builtins.bool
+    """Whether it was told to end: nothing new is placed here, and what it holds moves away."""
+    adapter_bytes: _builtins.int
+    """Bytes that its adapters take: weights, moments, gradients and published versions."""
+    max_adapter_bytes: _builtins.int
+    """Most bytes that they may take."""
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Module names that LoRA can adapt here."""
+
+    @_builtins.property
+    def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldAdapter]:
+        """The adapters that it holds."""
 
     def __init__(
         self,
@@ -122,10 +213,15 @@ class GetTrainerResponse(_message.Message):
         max_adapters: _builtins.int = ...,
         target_modules: _abc.Iterable[_builtins.str] | None = ...,
         kept_versions: _builtins.int = ...,
+        instance_id: _builtins.str = ...,
+        draining: _builtins.bool = ...,
+        held: _abc.Iterable[Global___HeldAdapter] | None = ...,
+        adapter_bytes: _builtins.int = ...,
+        max_adapter_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "kept_versions", b"kept_versions", "max_adapters", b"max_adapters", "max_length", b"max_length", "max_rank", b"max_rank", "num_adapters", b"num_adapters", "target_modules", b"target_modules", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_bytes", b"adapter_bytes", "base_model", b"base_model", "draining", b"draining", "held", b"held", "instance_id", b"instance_id", "kept_versions", b"kept_versions", "max_adapter_bytes", b"max_adapter_bytes", "max_adapters", b"max_adapters", "max_length", b"max_length", "max_rank", b"max_rank", "num_adapters", b"num_adapters", "target_modules", b"target_modules", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -139,21 +235,35 @@ class CreateAdapterRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     LORA_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    FORK_OF_FIELD_NUMBER: _builtins.int
+    WITH_OPTIMIZER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name `projects/{p}/adapters/{a}`."""
+    epoch: _builtins.int
+    """The fencing token, ≥ 1."""
+    with_optimizer: _builtins.bool
+    """Whether to take over the snapshot's optimizer state too."""
     @_builtins.property
     def lora(self) -> _policy_pb2.LoraConfig:
-        """The adapter's shape."""
+        """The adapter's shape. Absent with `fork_of`: the snapshot's."""
+
+    @_builtins.property
+    def fork_of(self) -> Global___Snapshot:
+        """The snapshot whose weights it begins with. Absent: a fresh adapter."""
 
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         lora: _policy_pb2.LoraConfig | None = ...,
+        epoch: _builtins.int = ...,
+        fork_of: Global___Snapshot | None = ...,
+        with_optimizer: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["lora", b"lora"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fork_of", b"fork_of", "lora", b"lora"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lora", b"lora", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "fork_of", b"fork_of", "lora", b"lora", "name", b"name", "with_optimizer", b"with_optimizer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -182,6 +292,62 @@ class CreateAdapterResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CreateAdapterResponse: _TypeAlias = CreateAdapterResponse  # noqa: Y015
+
+@_typing.final
+class RestoreAdapterRequest(_message.Message):
+    """Request of RestoreAdapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Resource name `projects/{p}/adapters/{a}`."""
+    epoch: _builtins.int
+    """The fencing token, ≥ 1."""
+    @_builtins.property
+    def snapshot(self) -> Global___Snapshot:
+        """What to restore; of this same adapter."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        snapshot: Global___Snapshot | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["snapshot", b"snapshot"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "name", b"name", "snapshot", b"snapshot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestoreAdapterRequest: _TypeAlias = RestoreAdapterRequest  # noqa: Y015
+
+@_typing.final
+class RestoreAdapterResponse(_message.Message):
+    """Response of RestoreAdapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___TrainerAdapter:
+        """The adapter."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___TrainerAdapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestoreAdapterResponse: _TypeAlias = RestoreAdapterResponse  # noqa: Y015
 
 @_typing.final
 class GetAdapterRequest(_message.Message):
@@ -236,16 +402,20 @@ class DeleteAdapterRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name `projects/{p}/adapters/{a}`."""
+    epoch: _builtins.int
+    """The newest epoch that the caller knows of, ≥ 1."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -278,10 +448,13 @@ class ForwardBackwardRequest(_message.Message):
     SEQUENCE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     LOSS_CONFIG_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """Resource name `projects/{p}/adapters/{a}`."""
     sequence: _builtins.int
     """The adapter's next sequence, ≥ 1."""
+    epoch: _builtins.int
+    """The fencing token, ≥ 1."""
     @_builtins.property
     def data(self) -> _containers.RepeatedCompositeFieldContainer[_training_pb2.Datum]:
         """The batch, at least one datum."""
@@ -297,10 +470,11 @@ class ForwardBackwardRequest(_message.Message):
         sequence: _builtins.int = ...,
         data: _abc.Iterable[_training_pb2.Datum] | None = ...,
         loss_config: _training_pb2.LossConfig | None = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["loss_config", b"loss_config"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "data", b"data", "loss_config", b"loss_config", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "data", b"data", "epoch", b"epoch", "loss_config", b"loss_config", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -417,10 +591,13 @@ class OptimStepRequest(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
     ADAM_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """Resource name `projects/{p}/adapters/{a}`."""
     sequence: _builtins.int
     """The adapter's next sequence, ≥ 1."""
+    epoch: _builtins.int
+    """The fencing token, ≥ 1."""
     @_builtins.property
     def adam(self) -> _training_pb2.AdamConfig:
         """The step's settings."""
@@ -431,10 +608,11 @@ class OptimStepRequest(_message.Message):
         adapter: _builtins.str = ...,
         sequence: _builtins.int = ...,
         adam: _training_pb2.AdamConfig | None = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["adam", b"adam"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adam", b"adam", "adapter", b"adapter", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adam", b"adam", "adapter", b"adapter", "epoch", b"epoch", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -489,22 +667,138 @@ class OptimStepResponse(_message.Message):
 Global___OptimStepResponse: _TypeAlias = OptimStepResponse  # noqa: Y015
 
 @_typing.final
+class LoadSnapshotRequest(_message.Message):
+    """Request of LoadSnapshot."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    WITH_OPTIMIZER_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """Resource name `projects/{p}/adapters/{a}`."""
+    sequence: _builtins.int
+    """The adapter's next sequence, ≥ 1."""
+    with_optimizer: _builtins.bool
+    """Whether to take its optimizer state too. False: the optimizer starts anew."""
+    epoch: _builtins.int
+    """The fencing token, ≥ 1."""
+    @_builtins.property
+    def snapshot(self) -> Global___Snapshot:
+        """Whose weights; it may be another adapter's."""
+
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        sequence: _builtins.int = ...,
+        snapshot: Global___Snapshot | None = ...,
+        with_optimizer: _builtins.bool = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["snapshot", b"snapshot"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "epoch", b"epoch", "sequence", b"sequence", "snapshot", b"snapshot", "with_optimizer", b"with_optimizer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadSnapshotRequest: _TypeAlias = LoadSnapshotRequest  # noqa: Y015
+
+@_typing.final
+class LoadSnapshotResponse(_message.Message):
+    """Response of LoadSnapshot."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_VERSION_FIELD_NUMBER: _builtins.int
+    policy_version: _builtins.int
+    """The adapter's policy_version after it."""
+    def __init__(
+        self,
+        *,
+        policy_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy_version", b"policy_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadSnapshotResponse: _TypeAlias = LoadSnapshotResponse  # noqa: Y015
+
+@_typing.final
+class SnapshotAdapterRequest(_message.Message):
+    """Request of SnapshotAdapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Resource name `projects/{p}/adapters/{a}`."""
+    epoch: _builtins.int
+    """The fencing token, ≥ 1."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SnapshotAdapterRequest: _TypeAlias = SnapshotAdapterRequest  # noqa: Y015
+
+@_typing.final
+class SnapshotAdapterResponse(_message.Message):
+    """Response of SnapshotAdapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def snapshot(self) -> Global___Snapshot:
+        """What was written."""
+
+    def __init__(
+        self,
+        *,
+        snapshot: Global___Snapshot | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["snapshot", b"snapshot"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["snapshot", b"snapshot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SnapshotAdapterResponse: _TypeAlias = SnapshotAdapterResponse  # noqa: Y015
+
+@_typing.final
 class PublishAdapterRequest(_message.Message):
     """Request of PublishAdapter."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name `projects/{p}/adapters/{a}`."""
+    epoch: _builtins.int
+    """The fencing token, ≥ 1."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

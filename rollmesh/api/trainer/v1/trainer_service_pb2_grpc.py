@@ -30,7 +30,11 @@ class TrainerServiceStub:
     order give the same bits. Inside the mesh; called by the coordinator, and by samplers to pull.
     Ops of one adapter carry its next sequence: a repeat of the newest one with the same body answers
     the stored result, with another body ALREADY_EXISTS, a gap is FAILED_PRECONDITION with
-    `expected_sequence` in its ErrorInfo. An op refused with INVALID_ARGUMENT changes nothing.
+    `expected_sequence` in its ErrorInfo. An op that is refused or fails changes nothing and does not
+    use up its sequence.
+    Who owns an adapter is said by its epoch, a fencing token that the coordinator raises each time it
+    gives the adapter to a trainer: a call with another epoch than the one held is FAILED_PRECONDITION
+    with reason FENCED and changes nothing.
     A call that computes is refused with RESOURCE_EXHAUSTED while `max_queued_ops` wait, and whatever
     names an adapter that is not held here with NOT_FOUND, unless it says otherwise.
     """
@@ -50,6 +54,11 @@ class TrainerServiceStub:
                 '/rollmesh.api.trainer.v1.TrainerService/CreateAdapter',
                 request_serializer=rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.CreateAdapterRequest.SerializeToString,
                 response_deserializer=rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.CreateAdapterResponse.FromString,
+                _registered_method=True)
+        self.RestoreAdapter = channel.unary_unary(
+                '/rollmesh.api.trainer.v1.TrainerService/RestoreAdapter',
+                request_serializer=rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.RestoreAdapterRequest.SerializeToString,
+                response_deserializer=rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.RestoreAdapterResponse.FromString,
                 _registered_method=True)
         self.GetAdapter = channel.unary_unary(
                 '/rollmesh.api.trainer.v1.TrainerService/GetAdapter',
@@ -76,6 +85,16 @@ class TrainerServiceStub:
                 request_serializer=rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.OptimStepRequest.SerializeToString,
                 response_deserializer=rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.OptimStepResponse.FromString,
                 _registered_method=True)
+        self.LoadSnapshot = channel.unary_unary(
+                '/rollmesh.api.trainer.v1.TrainerService/LoadSnapshot',
+                request_serializer=rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.LoadSnapshotRequest.SerializeToString,
+                response_deserializer=rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.LoadSnapshotResponse.FromString,
+                _registered_method=True)
+        self.SnapshotAdapter = channel.unary_unary(
+                '/rollmesh.api.trainer.v1.TrainerService/SnapshotAdapter',
+                request_serializer=rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.SnapshotAdapterRequest.SerializeToString,
+                response_deserializer=rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.SnapshotAdapterResponse.FromString,
+                _registered_method=True)
         self.PublishAdapter = channel.unary_unary(
                 '/rollmesh.api.trainer.v1.TrainerService/PublishAdapter',
                 request_serializer=rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.PublishAdapterRequest.SerializeToString,
@@ -93,22 +112,36 @@ class TrainerServiceServicer:
     order give the same bits. Inside the mesh; called by the coordinator, and by samplers to pull.
     Ops of one adapter carry its next sequence: a repeat of the newest one with the same body answers
     the stored result, with another body ALREADY_EXISTS, a gap is FAILED_PRECONDITION with
-    `expected_sequence` in its ErrorInfo. An op refused with INVALID_ARGUMENT changes nothing.
+    `expected_sequence` in its ErrorInfo. An op that is refused or fails changes nothing and does not
+    use up its sequence.
+    Who owns an adapter is said by its epoch, a fencing token that the coordinator raises each time it
+    gives the adapter to a trainer: a call with another epoch than the one held is FAILED_PRECONDITION
+    with reason FENCED and changes nothing.
     A call that computes is refused with RESOURCE_EXHAUSTED while `max_queued_ops` wait, and whatever
     names an adapter that is not held here with NOT_FOUND, unless it says otherwise.
     """
 
     def GetTrainer(self, request, context):
-        """What this trainer serves and how full it is.
+        """What this trainer serves, what it holds and how full it is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CreateAdapter(self, request, context):
-        """Makes a fresh adapter. A repeat with the same LoRA configuration answers the one that exists.
-        INVALID_ARGUMENT: rank, alpha or target modules. ALREADY_EXISTS: one of that name and another
-        configuration. RESOURCE_EXHAUSTED: max_adapters are held.
+        """Makes an adapter: fresh, or with the weights of a snapshot (a fork). A repeat with the same epoch
+        answers the one that is held, however far it was trained; a higher epoch replaces what is held;
+        a lower one is FENCED. INVALID_ARGUMENT: rank, alpha or target modules.
+        RESOURCE_EXHAUSTED: max_adapters or max_adapter_bytes would be exceeded. NOT_FOUND: the snapshot
+        is gone. FAILED_PRECONDITION: its digest is another, or it is of another base model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RestoreAdapter(self, request, context):
+        """Takes over an adapter from its snapshot, with its counters, its optimizer state and its pending
+        gradients: the bits of the trainer that wrote it. Repeats, epochs and errors as CreateAdapter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -122,7 +155,8 @@ class TrainerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAdapter(self, request, context):
-        """Frees an adapter and its versions. One that is not held is OK too.
+        """Frees an adapter and its versions. One that is not held is OK too. FENCED: it is held under a
+        higher epoch.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -130,7 +164,7 @@ class TrainerServiceServicer:
 
     def ForwardBackward(self, request, context):
         """Loss and gradients of a batch, added to the pending ones. INVALID_ARGUMENT names the datum and
-        field. FAILED_PRECONDITION: a gap in sequence; the loss is not finite.
+        field. FAILED_PRECONDITION: a gap in sequence; a loss or gradient is not finite.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -145,7 +179,25 @@ class TrainerServiceServicer:
 
     def OptimStep(self, request, context):
         """One AdamW step with the pending gradients. INVALID_ARGUMENT: a setting out of range.
-        FAILED_PRECONDITION: a gap in sequence; no gradients are pending; the gradient is not finite.
+        FAILED_PRECONDITION: a gap in sequence; no gradients are pending; the step's result is not finite.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadSnapshot(self, request, context):
+        """Replaces the weights by a snapshot's: an op with a sequence, after which policy_version is one
+        higher, since versions never change. FAILED_PRECONDITION: a gap in sequence; gradients are
+        pending; the snapshot has another rank, alpha or target modules, or another digest. NOT_FOUND:
+        the snapshot is gone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SnapshotAdapter(self, request, context):
+        """Writes the adapter as its newest op left it to the blob store, beside the ops that go on.
+        Answers once it is durable. UNAVAILABLE: the blob store does not answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -180,6 +232,11 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     request_deserializer=rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.CreateAdapterRequest.FromString,
                     response_serializer=rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.CreateAdapterResponse.SerializeToString,
             ),
+            'RestoreAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.RestoreAdapter,
+                    request_deserializer=rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.RestoreAdapterRequest.FromString,
+                    response_serializer=rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.RestoreAdapterResponse.SerializeToString,
+            ),
             'GetAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.GetAdapter,
                     request_deserializer=rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.GetAdapterRequest.FromString,
@@ -205,6 +262,16 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     request_deserializer=rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.OptimStepRequest.FromString,
                     response_serializer=rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.OptimStepResponse.SerializeToString,
             ),
+            'LoadSnapshot': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadSnapshot,
+                    request_deserializer=rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.LoadSnapshotRequest.FromString,
+                    response_serializer=rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.LoadSnapshotResponse.SerializeToString,
+            ),
+            'SnapshotAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.SnapshotAdapter,
+                    request_deserializer=rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.SnapshotAdapterRequest.FromString,
+                    response_serializer=rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.SnapshotAdapterResponse.SerializeToString,
+            ),
             'PublishAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.PublishAdapter,
                     request_deserializer=rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.PublishAdapterRequest.FromString,
@@ -228,7 +295,11 @@ class TrainerService:
     order give the same bits. Inside the mesh; called by the coordinator, and by samplers to pull.
     Ops of one adapter carry its next sequence: a repeat of the newest one with the same body answers
     the stored result, with another body ALREADY_EXISTS, a gap is FAILED_PRECONDITION with
-    `expected_sequence` in its ErrorInfo. An op refused with INVALID_ARGUMENT changes nothing.
+    `expected_sequence` in its ErrorInfo. An op that is refused or fails changes nothing and does not
+    use up its sequence.
+    Who owns an adapter is said by its epoch, a fencing token that the coordinator raises each time it
+    gives the adapter to a trainer: a call with another epoch than the one held is FAILED_PRECONDITION
+    with reason FENCED and changes nothing.
     A call that computes is refused with RESOURCE_EXHAUSTED while `max_queued_ops` wait, and whatever
     names an adapter that is not held here with NOT_FOUND, unless it says otherwise.
     """
@@ -277,6 +348,33 @@ class TrainerService:
             '/rollmesh.api.trainer.v1.TrainerService/CreateAdapter',
             rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.CreateAdapterRequest.SerializeToString,
             rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.CreateAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RestoreAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rollmesh.api.trainer.v1.TrainerService/RestoreAdapter',
+            rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.RestoreAdapterRequest.SerializeToString,
+            rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.RestoreAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -412,6 +510,60 @@ class TrainerService:
             '/rollmesh.api.trainer.v1.TrainerService/OptimStep',
             rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.OptimStepRequest.SerializeToString,
             rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.OptimStepResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadSnapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rollmesh.api.trainer.v1.TrainerService/LoadSnapshot',
+            rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.LoadSnapshotRequest.SerializeToString,
+            rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.LoadSnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SnapshotAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rollmesh.api.trainer.v1.TrainerService/SnapshotAdapter',
+            rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.SnapshotAdapterRequest.SerializeToString,
+            rollmesh_dot_api_dot_trainer_dot_v1_dot_trainer__service__pb2.SnapshotAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -31,7 +31,11 @@ class TrainerServiceStub:
     order give the same bits. Inside the mesh; called by the coordinator, and by samplers to pull.
     Ops of one adapter carry its next sequence: a repeat of the newest one with the same body answers
     the stored result, with another body ALREADY_EXISTS, a gap is FAILED_PRECONDITION with
-    `expected_sequence` in its ErrorInfo. An op refused with INVALID_ARGUMENT changes nothing.
+    `expected_sequence` in its ErrorInfo. An op that is refused or fails changes nothing and does not
+    use up its sequence.
+    Who owns an adapter is said by its epoch, a fencing token that the coordinator raises each time it
+    gives the adapter to a trainer: a call with another epoch than the one held is FAILED_PRECONDITION
+    with reason FENCED and changes nothing.
     A call that computes is refused with RESOURCE_EXHAUSTED while `max_queued_ops` wait, and whatever
     names an adapter that is not held here with NOT_FOUND, unless it says otherwise.
     """
@@ -41,25 +45,43 @@ class TrainerServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> TrainerServiceAsyncStub: ...
     GetTrainer: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.GetTrainerRequest, _trainer_service_pb2.GetTrainerResponse]
-    """What this trainer serves and how full it is."""
+    """What this trainer serves, what it holds and how full it is."""
     CreateAdapter: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.CreateAdapterRequest, _trainer_service_pb2.CreateAdapterResponse]
-    """Makes a fresh adapter. A repeat with the same LoRA configuration answers the one that exists.
-    INVALID_ARGUMENT: rank, alpha or target modules. ALREADY_EXISTS: one of that name and another
-    configuration. RESOURCE_EXHAUSTED: max_adapters are held.
+    """Makes an adapter: fresh, or with the weights of a snapshot (a fork). A repeat with the same epoch
+    answers the one that is held, however far it was trained; a higher epoch replaces what is held;
+    a lower one is FENCED. INVALID_ARGUMENT: rank, alpha or target modules.
+    RESOURCE_EXHAUSTED: max_adapters or max_adapter_bytes would be exceeded. NOT_FOUND: the snapshot
+    is gone. FAILED_PRECONDITION: its digest is another, or it is of another base model.
+    """
+    RestoreAdapter: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.RestoreAdapterRequest, _trainer_service_pb2.RestoreAdapterResponse]
+    """Takes over an adapter from its snapshot, with its counters, its optimizer state and its pending
+    gradients: the bits of the trainer that wrote it. Repeats, epochs and errors as CreateAdapter.
     """
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.GetAdapterRequest, _trainer_service_pb2.GetAdapterResponse]
     """One adapter. NOT_FOUND: not held here."""
     DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.DeleteAdapterRequest, _trainer_service_pb2.DeleteAdapterResponse]
-    """Frees an adapter and its versions. One that is not held is OK too."""
+    """Frees an adapter and its versions. One that is not held is OK too. FENCED: it is held under a
+    higher epoch.
+    """
     ForwardBackward: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.ForwardBackwardRequest, _trainer_service_pb2.ForwardBackwardResponse]
     """Loss and gradients of a batch, added to the pending ones. INVALID_ARGUMENT names the datum and
-    field. FAILED_PRECONDITION: a gap in sequence; the loss is not finite.
+    field. FAILED_PRECONDITION: a gap in sequence; a loss or gradient is not finite.
     """
     Forward: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.ForwardRequest, _trainer_service_pb2.ForwardResponse]
     """Log-probabilities of a batch; no state changes. INVALID_ARGUMENT names the datum and field."""
     OptimStep: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.OptimStepRequest, _trainer_service_pb2.OptimStepResponse]
     """One AdamW step with the pending gradients. INVALID_ARGUMENT: a setting out of range.
-    FAILED_PRECONDITION: a gap in sequence; no gradients are pending; the gradient is not finite.
+    FAILED_PRECONDITION: a gap in sequence; no gradients are pending; the step's result is not finite.
+    """
+    LoadSnapshot: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.LoadSnapshotRequest, _trainer_service_pb2.LoadSnapshotResponse]
+    """Replaces the weights by a snapshot's: an op with a sequence, after which policy_version is one
+    higher, since versions never change. FAILED_PRECONDITION: a gap in sequence; gradients are
+    pending; the snapshot has another rank, alpha or target modules, or another digest. NOT_FOUND:
+    the snapshot is gone.
+    """
+    SnapshotAdapter: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.SnapshotAdapterRequest, _trainer_service_pb2.SnapshotAdapterResponse]
+    """Writes the adapter as its newest op left it to the blob store, beside the ops that go on.
+    Answers once it is durable. UNAVAILABLE: the blob store does not answer.
     """
     PublishAdapter: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.PublishAdapterRequest, _trainer_service_pb2.PublishAdapterResponse]
     """Makes the current weights an exportable version; repeating it for the same version is free.
@@ -76,32 +98,54 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     order give the same bits. Inside the mesh; called by the coordinator, and by samplers to pull.
     Ops of one adapter carry its next sequence: a repeat of the newest one with the same body answers
     the stored result, with another body ALREADY_EXISTS, a gap is FAILED_PRECONDITION with
-    `expected_sequence` in its ErrorInfo. An op refused with INVALID_ARGUMENT changes nothing.
+    `expected_sequence` in its ErrorInfo. An op that is refused or fails changes nothing and does not
+    use up its sequence.
+    Who owns an adapter is said by its epoch, a fencing token that the coordinator raises each time it
+    gives the adapter to a trainer: a call with another epoch than the one held is FAILED_PRECONDITION
+    with reason FENCED and changes nothing.
     A call that computes is refused with RESOURCE_EXHAUSTED while `max_queued_ops` wait, and whatever
     names an adapter that is not held here with NOT_FOUND, unless it says otherwise.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetTrainer: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.GetTrainerRequest, _trainer_service_pb2.GetTrainerResponse]  # type: ignore[assignment]
-    """What this trainer serves and how full it is."""
+    """What this trainer serves, what it holds and how full it is."""
     CreateAdapter: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.CreateAdapterRequest, _trainer_service_pb2.CreateAdapterResponse]  # type: ignore[assignment]
-    """Makes a fresh adapter. A repeat with the same LoRA configuration answers the one that exists.
-    INVALID_ARGUMENT: rank, alpha or target modules. ALREADY_EXISTS: one of that name and another
-    configuration. RESOURCE_EXHAUSTED: max_adapters are held.
+    """Makes an adapter: fresh, or with the weights of a snapshot (a fork). A repeat with the same epoch
+    answers the one that is held, however far it was trained; a higher epoch replaces what is held;
+    a lower one is FENCED. INVALID_ARGUMENT: rank, alpha or target modules.
+    RESOURCE_EXHAUSTED: max_adapters or max_adapter_bytes would be exceeded. NOT_FOUND: the snapshot
+    is gone. FAILED_PRECONDITION: its digest is another, or it is of another base model.
+    """
+    RestoreAdapter: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.RestoreAdapterRequest, _trainer_service_pb2.RestoreAdapterResponse]  # type: ignore[assignment]
+    """Takes over an adapter from its snapshot, with its counters, its optimizer state and its pending
+    gradients: the bits of the trainer that wrote it. Repeats, epochs and errors as CreateAdapter.
     """
     GetAdapter: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.GetAdapterRequest, _trainer_service_pb2.GetAdapterResponse]  # type: ignore[assignment]
     """One adapter. NOT_FOUND: not held here."""
     DeleteAdapter: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.DeleteAdapterRequest, _trainer_service_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
-    """Frees an adapter and its versions. One that is not held is OK too."""
+    """Frees an adapter and its versions. One that is not held is OK too. FENCED: it is held under a
+    higher epoch.
+    """
     ForwardBackward: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.ForwardBackwardRequest, _trainer_service_pb2.ForwardBackwardResponse]  # type: ignore[assignment]
     """Loss and gradients of a batch, added to the pending ones. INVALID_ARGUMENT names the datum and
-    field. FAILED_PRECONDITION: a gap in sequence; the loss is not finite.
+    field. FAILED_PRECONDITION: a gap in sequence; a loss or gradient is not finite.
     """
     Forward: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.ForwardRequest, _trainer_service_pb2.ForwardResponse]  # type: ignore[assignment]
     """Log-probabilities of a batch; no state changes. INVALID_ARGUMENT names the datum and field."""
     OptimStep: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.OptimStepRequest, _trainer_service_pb2.OptimStepResponse]  # type: ignore[assignment]
     """One AdamW step with the pending gradients. INVALID_ARGUMENT: a setting out of range.
-    FAILED_PRECONDITION: a gap in sequence; no gradients are pending; the gradient is not finite.
+    FAILED_PRECONDITION: a gap in sequence; no gradients are pending; the step's result is not finite.
+    """
+    LoadSnapshot: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.LoadSnapshotRequest, _trainer_service_pb2.LoadSnapshotResponse]  # type: ignore[assignment]
+    """Replaces the weights by a snapshot's: an op with a sequence, after which policy_version is one
+    higher, since versions never change. FAILED_PRECONDITION: a gap in sequence; gradients are
+    pending; the snapshot has another rank, alpha or target modules, or another digest. NOT_FOUND:
+    the snapshot is gone.
+    """
+    SnapshotAdapter: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.SnapshotAdapterRequest, _trainer_service_pb2.SnapshotAdapterResponse]  # type: ignore[assignment]
+    """Writes the adapter as its newest op left it to the blob store, beside the ops that go on.
+    Answers once it is durable. UNAVAILABLE: the blob store does not answer.
     """
     PublishAdapter: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.PublishAdapterRequest, _trainer_service_pb2.PublishAdapterResponse]  # type: ignore[assignment]
     """Makes the current weights an exportable version; repeating it for the same version is free.
@@ -117,7 +161,11 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
     order give the same bits. Inside the mesh; called by the coordinator, and by samplers to pull.
     Ops of one adapter carry its next sequence: a repeat of the newest one with the same body answers
     the stored result, with another body ALREADY_EXISTS, a gap is FAILED_PRECONDITION with
-    `expected_sequence` in its ErrorInfo. An op refused with INVALID_ARGUMENT changes nothing.
+    `expected_sequence` in its ErrorInfo. An op that is refused or fails changes nothing and does not
+    use up its sequence.
+    Who owns an adapter is said by its epoch, a fencing token that the coordinator raises each time it
+    gives the adapter to a trainer: a call with another epoch than the one held is FAILED_PRECONDITION
+    with reason FENCED and changes nothing.
     A call that computes is refused with RESOURCE_EXHAUSTED while `max_queued_ops` wait, and whatever
     names an adapter that is not held here with NOT_FOUND, unless it says otherwise.
     """
@@ -128,7 +176,7 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trainer_service_pb2.GetTrainerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_service_pb2.GetTrainerResponse, _abc.Awaitable[_trainer_service_pb2.GetTrainerResponse]]:
-        """What this trainer serves and how full it is."""
+        """What this trainer serves, what it holds and how full it is."""
 
     @_abc_1.abstractmethod
     def CreateAdapter(
@@ -136,9 +184,21 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trainer_service_pb2.CreateAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_service_pb2.CreateAdapterResponse, _abc.Awaitable[_trainer_service_pb2.CreateAdapterResponse]]:
-        """Makes a fresh adapter. A repeat with the same LoRA configuration answers the one that exists.
-        INVALID_ARGUMENT: rank, alpha or target modules. ALREADY_EXISTS: one of that name and another
-        configuration. RESOURCE_EXHAUSTED: max_adapters are held.
+        """Makes an adapter: fresh, or with the weights of a snapshot (a fork). A repeat with the same epoch
+        answers the one that is held, however far it was trained; a higher epoch replaces what is held;
+        a lower one is FENCED. INVALID_ARGUMENT: rank, alpha or target modules.
+        RESOURCE_EXHAUSTED: max_adapters or max_adapter_bytes would be exceeded. NOT_FOUND: the snapshot
+        is gone. FAILED_PRECONDITION: its digest is another, or it is of another base model.
+        """
+
+    @_abc_1.abstractmethod
+    def RestoreAdapter(
+        self,
+        request: _trainer_service_pb2.RestoreAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_service_pb2.RestoreAdapterResponse, _abc.Awaitable[_trainer_service_pb2.RestoreAdapterResponse]]:
+        """Takes over an adapter from its snapshot, with its counters, its optimizer state and its pending
+        gradients: the bits of the trainer that wrote it. Repeats, epochs and errors as CreateAdapter.
         """
 
     @_abc_1.abstractmethod
@@ -155,7 +215,9 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trainer_service_pb2.DeleteAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_service_pb2.DeleteAdapterResponse, _abc.Awaitable[_trainer_service_pb2.DeleteAdapterResponse]]:
-        """Frees an adapter and its versions. One that is not held is OK too."""
+        """Frees an adapter and its versions. One that is not held is OK too. FENCED: it is held under a
+        higher epoch.
+        """
 
     @_abc_1.abstractmethod
     def ForwardBackward(
@@ -164,7 +226,7 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_service_pb2.ForwardBackwardResponse, _abc.Awaitable[_trainer_service_pb2.ForwardBackwardResponse]]:
         """Loss and gradients of a batch, added to the pending ones. INVALID_ARGUMENT names the datum and
-        field. FAILED_PRECONDITION: a gap in sequence; the loss is not finite.
+        field. FAILED_PRECONDITION: a gap in sequence; a loss or gradient is not finite.
         """
 
     @_abc_1.abstractmethod
@@ -182,7 +244,29 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_service_pb2.OptimStepResponse, _abc.Awaitable[_trainer_service_pb2.OptimStepResponse]]:
         """One AdamW step with the pending gradients. INVALID_ARGUMENT: a setting out of range.
-        FAILED_PRECONDITION: a gap in sequence; no gradients are pending; the gradient is not finite.
+        FAILED_PRECONDITION: a gap in sequence; no gradients are pending; the step's result is not finite.
+        """
+
+    @_abc_1.abstractmethod
+    def LoadSnapshot(
+        self,
+        request: _trainer_service_pb2.LoadSnapshotRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_service_pb2.LoadSnapshotResponse, _abc.Awaitable[_trainer_service_pb2.LoadSnapshotResponse]]:
+        """Replaces the weights by a snapshot's: an op with a sequence, after which policy_version is one
+        higher, since versions never change. FAILED_PRECONDITION: a gap in sequence; gradients are
+        pending; the snapshot has another rank, alpha or target modules, or another digest. NOT_FOUND:
+        the snapshot is gone.
+        """
+
+    @_abc_1.abstractmethod
+    def SnapshotAdapter(
+        self,
+        request: _trainer_service_pb2.SnapshotAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_service_pb2.SnapshotAdapterResponse, _abc.Awaitable[_trainer_service_pb2.SnapshotAdapterResponse]]:
+        """Writes the adapter as its newest op left it to the blob store, beside the ops that go on.
+        Answers once it is durable. UNAVAILABLE: the blob store does not answer.
         """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,1 @@
+"""What makes the numbers in docs/benchmarks.md: `python -m benchmarks.NAME`."""

@@ -1,0 +1,122 @@
+"""Snapshots of adapters every few ops, beside those that go on: what bounds the journal."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from rollmesh.errors import MeshError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rollmesh import types
+    from services.coordinator.ownership import Ownership
+    from services.coordinator.ports import TrainerPort
+    from services.coordinator.recovery import Recovery
+    from services.coordinator.store import AdapterStore, JournaledOp, StoredAdapter
+    from services.coordinator.turns import Turns
+
+log = logging.getLogger(__name__)
+
+NUM_AT_ONCE = 4
+"""Snapshots that are written at once."""
+
+
+class Snapshots:
+    """Has the trainers write them.
+
+    Args:
+        store: where the newest of each adapter is written down.
+        recovery: where the adapters are.
+        ownership: of the trainers.
+        trainers: every configured trainer by address.
+        turns: of the adapters.
+        every_ops: done ops after which a snapshot is due.
+        every_bytes: bytes of their bodies after which one is.
+    """
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        recovery: Recovery,
+        ownership: Ownership,
+        trainers: Mapping[str, TrainerPort],
+        turns: Turns,
+        *,
+        every_ops: int,
+        every_bytes: int,
+    ) -> None:
+        self._store = store
+        self._recovery = recovery
+        self._ownership = ownership
+        self._trainers = trainers
+        self._turns = turns
+        self._every_ops = every_ops
+        self._every_bytes = every_bytes
+        # Both hold each adapter that exists once at most.
+        self._num_bytes: dict[str, int] = {}
+        self._due: asyncio.Queue[str] = asyncio.Queue()
+        self._wanted: set[str] = set()
+
+    async def run(self) -> None:
+        """Take those that are due, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(NUM_AT_ONCE):
+                tasks.create_task(self._work())
+
+    def note(self, stored: StoredAdapter, op: JournaledOp) -> None:
+        """An op was recorded as done.
+
+        Best is a moment without pending gradients, when the snapshot's version can be published
+        again: for that an overdue one waits for as long as it took to become due.
+        """
+        name = op.adapter
+        begin = 1 if stored.snapshot is None else stored.snapshot.next_sequence
+        self._num_bytes[name] = self._num_bytes.get(name, 0) + len(op.body or b"")
+        due = max(
+            (op.sequence + 1 - begin) / self._every_ops, self._num_bytes[name] / self._every_bytes
+        )
+        if due >= (2 if op.kind == "forward_backward" else 1) and name not in self._wanted:
+            self._wanted.add(name)
+            self._due.put_nowait(name)
+
+    def forget(self, name: str) -> None:
+        """The adapter is gone."""
+        self._num_bytes.pop(name, None)
+
+    async def take(self, name: str) -> tuple[StoredAdapter, types.Snapshot]:
+        """A snapshot of the adapter as it is, in its turn, and with no tail."""
+
+        async def ask(stored: StoredAdapter, trainer: TrainerPort) -> types.Snapshot:
+            return await trainer.snapshot_adapter(name, epoch=stored.epoch)
+
+        stored, snapshot = await self._recovery.call(name, ask)
+        await self._keep(stored, snapshot)
+        return stored, snapshot
+
+    async def _work(self) -> None:
+        while True:
+            name = await self._due.get()
+            try:
+                await self._take_beside(name)
+            except MeshError as error:
+                log.warning("no snapshot of %s, until its next op: %s", name, error)
+            finally:
+                self._wanted.discard(name)
+
+    async def _take_beside(self, name: str) -> None:
+        stored = await self._store.get(name)
+        if not self._recovery.is_current(stored):
+            return
+        async with self._ownership.call(stored.trainer):
+            trainer = self._trainers[stored.trainer]
+            snapshot = await trainer.snapshot_adapter(name, epoch=stored.epoch)
+        # In a turn, so that an op that the snapshot contains is recorded by then.
+        await self._turns.take(name, lambda: self._keep(stored, snapshot))
+
+    async def _keep(self, stored: StoredAdapter, snapshot: types.Snapshot) -> None:
+        name = stored.adapter.name
+        if await self._store.keep_snapshot(name, snapshot, epoch=stored.epoch):
+            self._num_bytes.pop(name, None)
