@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import bindparam, insert, select, update
 
 from rollmesh import types
 from rollmesh.errors import AlreadyExists, FailedPrecondition, NotFound
@@ -127,12 +127,14 @@ SELECT = select(adapters, jobs.c.phase).join_from(
 )
 
 
+_ONE = SELECT.where(adapters.c.name == bindparam("named"))
+_ONE_LOCKED = _ONE.with_for_update(of=adapters)
+
+
 async def row_of(connection: AsyncConnection, name: str, *, lock: bool = False) -> Row[Any]:
     """The adapter, with the phase of the job that owns it."""
-    query = SELECT.where(adapters.c.name == name)
-    if lock:
-        query = query.with_for_update(of=adapters)
-    row = (await connection.execute(query)).one_or_none()
+    found = await connection.execute(_ONE_LOCKED if lock else _ONE, {"named": name})
+    row = found.one_or_none()
     if row is None:
         raise missing(name)
     return row

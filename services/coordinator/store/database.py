@@ -141,12 +141,16 @@ class _SqliteConnection(aiosqlite.Connection):
     async def _execute(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         begins = args[:1] == (_BEGIN_WRITE,)
         ends = fn in {self._conn.commit, self._conn.rollback, self._conn.close}
-        if self._in_write and not ends:
+        if (self._in_write and not ends) or (ends and self._is_idle(fn)):
             return fn(*args, **kwargs)
         self._in_write = False
         result = await super()._execute(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
         self._in_write = begins
         return result
+
+    def _is_idle(self, fn: Any) -> bool:
+        """Whether `fn` rolls nothing back, as a connection does on its way to the pool."""
+        return fn == self._conn.rollback and not self._conn.in_transaction
 
     def stop(self) -> asyncio.Future[Any] | None:
         """End the thread; None: it was told before.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import BigInteger, bindparam, delete, func, insert, select, update
 
 from rollmesh.errors import AlreadyExists, FailedPrecondition, Fenced, InvalidRequest, SequenceGap
 from services.coordinator.store.adapter_rows import check_free, missing, row_of, stored_of
@@ -43,6 +43,40 @@ class JournaledOp:
     result_key: str | None = None
 
 
+# Of the statements that every op needs, made once: making them takes as long as running them.
+_THIS = (
+    ops.c.adapter == bindparam("of_adapter"),
+    ops.c.sequence == bindparam("at_sequence"),
+)
+_AT = select(ops).where(*_THIS)
+_INSERT = insert(ops)
+_DONE = (
+    update(ops)
+    .where(*_THIS)
+    .values(
+        done=True,
+        result=bindparam("new_result"),
+        result_key=bindparam("new_result_key"),
+        done_time=bindparam("now"),
+    )
+)
+_MOVE_ON = (
+    update(adapters)
+    .where(
+        adapters.c.name == bindparam("of_adapter"),
+        adapters.c.epoch == bindparam("under_epoch"),
+        adapters.c.next_sequence == bindparam("at_sequence"),
+    )
+    .values(
+        next_sequence=bindparam("new_sequence"),
+        policy_version=func.coalesce(
+            bindparam("new_version", type_=BigInteger), adapters.c.policy_version
+        ),
+        use_time=bindparam("now"),
+    )
+)
+
+
 class OpStore:
     """The table `ops`, and how far each adapter has come by it."""
 
@@ -70,19 +104,18 @@ class OpStore:
         async def work(connection: AsyncConnection) -> JournaledOp | StoredAdapter:
             found = await _find(connection, op, job)
             if not isinstance(found, JournaledOp):
-                await connection.execute(
-                    insert(ops).values(
-                        adapter=op.adapter,
-                        sequence=op.sequence,
-                        kind=op.kind,
-                        digest=op.digest,
-                        body=op.body,
-                        body_key=op.body_key,
-                        snapshot_key=op.snapshot_key,
-                        done=False,
-                        create_time=now,
-                    )
-                )
+                row = {
+                    "adapter": op.adapter,
+                    "sequence": op.sequence,
+                    "kind": op.kind,
+                    "digest": op.digest,
+                    "body": op.body,
+                    "body_key": op.body_key,
+                    "snapshot_key": op.snapshot_key,
+                    "done": False,
+                    "create_time": now,
+                }
+                await connection.execute(_INSERT, row)
             return found
 
         return await self._database.transact(work)
@@ -102,27 +135,20 @@ class OpStore:
         Raises:
             Fenced: that owner is it no more.
         """
-        moved: dict[str, Any] = {"next_sequence": op.sequence + 1, "use_time": now}
-        if policy_version is not None:
-            moved["policy_version"] = policy_version
+        at = {"of_adapter": op.adapter, "at_sequence": op.sequence}
+        moved = {
+            **at,
+            "under_epoch": epoch,
+            "new_sequence": op.sequence + 1,
+            "new_version": policy_version,
+            "now": now,
+        }
+        done = {**at, "new_result": result, "new_result_key": result_key, "now": now}
 
         async def work(connection: AsyncConnection) -> None:
-            changed = await connection.execute(
-                update(adapters)
-                .where(
-                    adapters.c.name == op.adapter,
-                    adapters.c.epoch == epoch,
-                    adapters.c.next_sequence == op.sequence,
-                )
-                .values(moved)
-            )
-            if not changed.rowcount:
+            if not (await connection.execute(_MOVE_ON, moved)).rowcount:
                 raise Fenced(f"{op.adapter} is not under epoch {epoch} any more")
-            await connection.execute(
-                _where(update(ops), op.adapter, op.sequence).values(
-                    done=True, result=result, result_key=result_key, done_time=now
-                )
-            )
+            await connection.execute(_DONE, done)
 
         await self._database.transact(work)
 
@@ -234,7 +260,7 @@ def _check_owner(stored: StoredAdapter, job: str) -> None:
 
 
 async def _row_at(connection: AsyncConnection, adapter: str, sequence: int) -> Row[Any] | None:
-    found = await connection.execute(_where(select(ops), adapter, sequence))
+    found = await connection.execute(_AT, {"of_adapter": adapter, "at_sequence": sequence})
     return found.one_or_none()
 
 
