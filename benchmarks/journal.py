@@ -2,7 +2,8 @@
 
 A whole coordinator over gRPC with its store in a file, and a trainer that takes OP_S for everything
 and does nothing. Calls of ForwardBackward, which is journaled, and of Forward, which is not, take
-turns with the same batch, 64 sequences × 64 tokens; the difference of their medians is the journal.
+turns with the same batch, 16 sequences × 64 tokens, which is what OP_S is about enough for on one
+core (benchmarks/trainer.py); the difference of their medians is the journal.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
 OP_S = 0.1
-SEQUENCES = TOKENS = 64
+SEQUENCES, TOKENS = 16, 64
 LOSS = types.LossConfig("importance_sampling")
 
 

@@ -9,7 +9,10 @@ ranks 4 to 32 on all linear layers, on attention only or on the MLP only:
 - fused: everybody's batch in shared passes, as the engine runs them.
 - single: as many sequences of one tenant (rank 16, all linear layers), also by the engine's code.
 - sequential: peft, one tenant after the other, each tenant's sequences as one batch.
-- per_sequence: peft, one sequence after the other, as open-rl does it.
+- per_sequence: peft, one sequence after the other.
+All with one thread of torch, as suits matrices of this size: two are slower in every way.
+
+Then what the journal costs, see benchmarks/journal.py.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.journal import journal
 from rollmesh.types import Datum, LossConfig
 from services.trainer.model import Model
 from services.trainer.requests import Request, advance, next_pass
@@ -55,10 +59,10 @@ def main() -> None:
     """Print the table and the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_DOC)
     parser.add_argument("--rounds", type=int, default=4, help="rounds of each way")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    found = {**fused(arguments.rounds)}
+    found = {**fused(arguments.rounds), **journal(rounds=40)}
     print(json.dumps(found))  # noqa: T201
 
 
