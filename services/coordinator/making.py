@@ -45,17 +45,16 @@ async def make(
         if kept < stored.num_versions:
             refusals.append(_too_few(kept, stored.num_versions))
             continue
+        # At once: others that are made meanwhile should go elsewhere.
+        ownership.note_given(trainer)
         stored = await store.give(stored, trainer.address, now=clock())
         try:
             async with ownership.call(trainer.address):
-                made = await create(trainer.port, stored)
+                return await create(trainer.port, stored)
         except CapacityExhausted as error:
             log.info("no room for %s at %s: %s", name, trainer.address, error)
         except InvalidRequest as error:
             refusals.append(error)
-        else:
-            ownership.note_given(trainer)
-            return made
     if len(refusals) == len(candidates):
         raise refusals[0]
     raise CapacityExhausted(

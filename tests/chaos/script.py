@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from rollmesh.client import Client
+    from tests.chaos.test_exactly_once import Storm
 
 Result = TypeVar("Result")
 
@@ -40,9 +41,8 @@ _OF_TIMES = frozenset({"queued_s", "run_s"})
 
 @dataclass
 class Trace:
-    """What came of each op, in order; and who wants to hear of each answer."""
+    """What came of each op, in order."""
 
-    answered: Callable[[str], None]
     results: list[str] = field(default_factory=list)
 
 
@@ -77,8 +77,13 @@ def batch(script: int, number: int, *, sampled: bool) -> list[types.Datum]:
     return data
 
 
-async def train(client: Client, adapter: str, script: int, steps: int, trace: Trace) -> str:
-    """Train `adapter` for `steps` steps; the digest of its weights after the last."""
+async def train(
+    client: Client, adapter: str, script: int, steps: int, trace: Trace, storm: Storm | None
+) -> str:
+    """Train `adapter` for `steps` steps; the digest of its weights after the last.
+
+    `storm` says when the next op may begin, and hears of each that was answered.
+    """
     training, loss = client.training, LOSSES[script]
     await insist(lambda: client.adapters.create(adapter, BASE_MODEL, LORAS[script], adapter[-8:]))
     checkpoint = f"{adapter}/checkpoints/third"
@@ -86,11 +91,14 @@ async def train(client: Client, adapter: str, script: int, steps: int, trace: Tr
 
     async def op(call: Callable[[int], Awaitable[Result]]) -> Result:
         nonlocal sequence
+        if storm:
+            await storm.turn(adapter)
         sequence += 1
         mine = sequence
         result = await insist(lambda: call(mine))
         trace.results.append(told(result))
-        trace.answered(adapter)
+        if storm:
+            await storm.answered(adapter)
         if mine % 5 == 0:
             again = await insist(lambda: call(mine))
             assert told(again) == told(result), "an op that was sent twice has two results"

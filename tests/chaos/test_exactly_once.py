@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 import time
@@ -16,14 +17,15 @@ from tests.chaos.world import TRAINERS, World, world
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "60"))
 SEED = int(os.environ.get("CHAOS_SEED", "20"))
-OPS_PER_KILL = 4
-"""Enough for every kill to meet ops under way, few enough that a run takes minutes."""
+QUOTA = 2
+"""Ops that an adapter may do before and after a kill: none runs ahead while another recovers."""
 SCRIPTS = (
     "projects/red/adapters/{}-a",
     "projects/red/adapters/{}-b",
     "projects/blue/adapters/{}-c",
 )
 OPS_PER_STEP = 2.5
+"""Of a script, on average."""
 
 
 @dataclass
@@ -37,7 +39,7 @@ class Recovery:
 
 
 class Storm:
-    """Kills a service each time that so many ops were answered as its plan says."""
+    """Kills a service at random moments of the ops, and holds those up that run ahead."""
 
     def __init__(self, mesh: World, adapters: list[str], rng: random.Random, kills: int) -> None:
         self._mesh = mesh
@@ -45,49 +47,60 @@ class Storm:
         self._kills = kills
         self._answers = 0
         self._running = set(adapters)
+        self._used = dict.fromkeys(adapters, 0)
+        self._over = False
         self._changed = asyncio.Condition()
-        self._heard: set[str] = set()
         self.recoveries: list[Recovery] = []
 
-    def answered(self, adapter: str) -> None:
-        """An op of `adapter` was answered."""
-        self._answers += 1
-        self._heard.add(adapter)
-        self._wake.set()
+    async def turn(self, adapter: str) -> None:
+        """Return once `adapter` may do its next op."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._over or self._used[adapter] < QUOTA)
 
-    def finished(self, adapter: str) -> None:
+    async def answered(self, adapter: str) -> None:
+        """An op of `adapter` was answered."""
+        async with self._changed:
+            self._answers += 1
+            self._used[adapter] += 1
+            self._changed.notify_all()
+
+    async def finished(self, adapter: str) -> None:
         """`adapter` has no more ops."""
-        self._running.discard(adapter)
-        self._wake.set()
+        async with self._changed:
+            self._running.discard(adapter)
+            self._changed.notify_all()
 
     async def rage(self) -> None:
         """Kill, wait until every adapter goes on, kill again."""
-        self._wake = asyncio.Event()
         for kill in range(1, self._kills + 1):
-            goal = self._answers + self._rng.randint(0, 2 * OPS_PER_KILL - 2)
+            goal = self._answers + self._rng.randint(0, QUOTA * len(SCRIPTS) - 1)
             await self._until(lambda goal=goal: self._answers >= goal)
             # Anywhere in the ops that run now: before, in or after their journal, pass or answer.
-            await asyncio.sleep(self._rng.uniform(0, 0.15))
+            await asyncio.sleep(self._rng.uniform(0, 0.05))
             if not self._running:
                 return
             service = self._rng.choice(["coordinator", *TRAINERS])
             after, start = self._answers, time.monotonic()
-            self._heard.clear()
             await self._mesh.services[service].kill_and_restart()
             if self._rng.random() < 0.8:  # else the next one comes in the middle of the recovery
-                await self._until(lambda: self._running <= self._heard)
+                await self._until(lambda: all(self._used[adapter] for adapter in self._running))
             took_s = time.monotonic() - start
             self.recoveries.append(Recovery(kill, service, after, took_s))
+        async with self._changed:
+            self._over = True
+            self._changed.notify_all()
 
     async def _until(self, holds) -> None:
-        while self._running and not holds():
-            self._wake.clear()
-            await self._wake.wait()
+        """Return once it holds, or no ops are left; until then everybody has a new quota."""
+        async with self._changed:
+            self._used = dict.fromkeys(self._used, 0)
+            self._changed.notify_all()
+            await self._changed.wait_for(lambda: holds() or not self._running)
 
 
 @pytest.mark.timeout(3600)
 async def test_killed_at_random_points_no_op_is_lost_or_doubled(tmp_path, capsys):
-    steps = max(6, round(KILLS * OPS_PER_KILL / len(SCRIPTS) / OPS_PER_STEP))
+    steps = 6 + math.ceil(KILLS * 2 * QUOTA / OPS_PER_STEP)
     async with world(tmp_path) as mesh, Client(mesh.address) as client:
         calm = await run_all(client, "calm", steps, storm=None)
         adapters = [name.format("storm") for name in SCRIPTS]
@@ -101,29 +114,26 @@ async def test_killed_at_random_points_no_op_is_lost_or_doubled(tmp_path, capsys
     for (calm_digest, calm_trace), (wild_digest, wild_trace) in zip(calm, wild, strict=True):
         assert wild_trace.results == calm_trace.results
         assert wild_digest == calm_digest
-    assert len(storm.recoveries) == KILLS, "the ops ended before the kills: raise OPS_PER_KILL"
+    assert len(storm.recoveries) == KILLS, "the ops ended before the kills"
 
 
 async def run_all(client, prefix, steps, *, storm):
     """Digest and trace of each script."""
 
     async def one(script: int, name: str):
-        trace = Trace(storm.answered if storm else lambda adapter: None)
-        digest = await train(client, name, script, steps, trace)
+        trace = Trace()
+        digest = await train(client, name, script, steps, trace, storm)
         if storm:
-            storm.finished(name)
+            await storm.finished(name)
         return digest, trace
 
     async with asyncio.TaskGroup() as tasks:
-        raging = tasks.create_task(storm.rage()) if storm else None
-        # The storm makes its event before anybody can be heard.
-        await asyncio.sleep(0)
         running = [
             tasks.create_task(one(script, name.format(prefix)))
             for script, name in enumerate(SCRIPTS)
         ]
-        if raging:
-            await raging
+        if storm:
+            await storm.rage()
     return [task.result() for task in running]
 
 

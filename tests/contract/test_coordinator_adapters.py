@@ -105,6 +105,15 @@ class TestAdapters:
             await mesh.client.adapters.delete(f"{A}0")
             await mesh.client.adapters.create(A, BASE_MODEL, LORA, "r")
 
+    async def test_adapters_that_are_made_at_once_are_spread(self, tmp_path):
+        fakes = Fakes(trainers={"t:1": FakeTrainer(), "t:2": FakeTrainer()})
+        async with running_coordinator(tmp_path, fakes) as mesh:
+            await mesh.until_served()
+            names = [f"{A}{number}" for number in range(4)]
+            create = mesh.client.adapters.create
+            await asyncio.gather(*(create(name, BASE_MODEL, LORA) for name in names))
+            assert [len(trainer.adapters) for trainer in fakes.trainers.values()] == [2, 2]
+
     async def test_a_trainer_that_does_not_take_an_adapter_is_passed_over(self, tmp_path):
         picky, full = FakeTrainer(max_adapters=9), FakeTrainer(max_adapters=1)
         picky.refuses = InvalidRequest("lora.rank: 4 is too large here", field="lora.rank")
