@@ -190,7 +190,9 @@ class Adapters:
             NotFound: there is none of that name.
             Unavailable: that one's trainer is away.
         """
-        await self._existing(name)
+        parse_adapter(name)
+        if not await self._delivery.has_tail(name):
+            return (await self._existing(name)).adapter
 
         async def work() -> types.Adapter:
             await self._delivery.settle(name)
@@ -249,7 +251,10 @@ class Adapters:
                 async with asyncio.timeout(_DELETE_TIMEOUT_S):
                     trainer = self._trainers[stored.trainer]
                     await trainer.delete_adapter(name, epoch=stored.epoch)
-        await self._sampling.unload(stored.adapter.base_model, name, None)
+        # Nobody waits for a sampler that does not answer: what it holds nobody asks for any more.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DELETE_TIMEOUT_S):
+                await self._sampling.unload(stored.adapter.base_model, name, None)
 
     async def train(
         self, adapter: str, sequence: int, op: types.TrainingOp, *, job: str
@@ -321,7 +326,9 @@ class Adapters:
 
         async def work() -> tuple[StoredAdapter, types.Snapshot]:
             await self._delivery.settle(adapter)
-            return await self._snapshots.take(adapter)
+            stored, snapshot = await self._snapshots.take(adapter)
+            self._check_at(stored, stored.adapter.next_sequence, snapshot.next_sequence)
+            return stored, snapshot
 
         return await self._turns.take(adapter, work)
 
@@ -334,11 +341,25 @@ class Adapters:
 
         async def work() -> types.PublishedVersion:
             await self._delivery.settle(name)
-            _, version = await self._recovery.call(name, publish)
+            stored, version = await self._recovery.call(name, publish)
+            self._check_at(stored, stored.adapter.policy_version, version.policy_version)
             await self._store.publish(name, version, now=self._clock())
             return version
 
         return await self._turns.take(name, work)
+
+    def _check_at(self, stored: StoredAdapter, expected: int, found: int) -> None:
+        """Refuse what the trainer has made of another state than that which the journal has.
+
+        An op that the journal refused may have run there after all.
+        """
+        if found != expected:
+            self._recovery.doubt(stored.adapter.name, diverged=True)
+            raise Unavailable(
+                f"{stored.adapter.name} is at {found} on its trainer and at {expected} in the "
+                "journal; it is brought back",
+                resource=stored.adapter.name,
+            )
 
     async def export_adapter(
         self, name: str, policy_version: int | None

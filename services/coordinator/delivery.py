@@ -15,6 +15,7 @@ from rollmesh.errors import (
     DeadlineExceeded,
     FailedPrecondition,
     Fenced,
+    InternalError,
     MeshError,
     NotFound,
     Overloaded,
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# After these nobody knows whether the op ran.
-_OPEN = (Unavailable, DeadlineExceeded, Fenced)
+# After these nobody knows whether the op ran: one attempt of the channel may have begun it, and the
+# next one have found the trainer full.
+_OPEN = (Unavailable, DeadlineExceeded, Fenced, Overloaded)
 
 
 class Delivery:
@@ -60,6 +62,10 @@ class Delivery:
             await self._settle(found)
         return await self._deliver(entry, op, found)
 
+    async def has_tail(self, adapter: str) -> bool:
+        """Whether an op of the adapter is under way, or its end unknown. In no turn."""
+        return await self._journal.tail(adapter) is not None
+
     async def settle(self, adapter: str) -> None:
         """Come to know how the adapter's tail ends, if there is one.
 
@@ -71,10 +77,11 @@ class Delivery:
             await self._settle(tail)
 
     async def _settle(self, tail: JournaledOp) -> None:
+        op = await self._journal.op_of(tail)
         try:
-            await self._deliver(tail, await self._journal.op_of(tail), None)
+            await self._deliver(tail, op, None)
         except MeshError as error:
-            if not _refuses(error, is_new=False):
+            if not _refuses(error):
                 raise
             log.info("op %d of %s was refused: %s", tail.sequence, tail.adapter, error)
 
@@ -82,12 +89,14 @@ class Delivery:
         self, entry: JournaledOp, op: types.TrainingOp, stored: StoredAdapter | None
     ) -> types.TrainingResult:
         """`stored`: of a new op, the adapter as it was read when the op was appended."""
-        is_new = stored is not None
         try:
             stored, result = await self._ask(entry, op, stored)
         except MeshError as error:
-            if _refuses(error, is_new=is_new):
+            if _refuses(error):
                 await self._journal.refuse(entry)
+                if isinstance(error, InternalError):
+                    # Whatever went wrong there, what it left is not to be trusted.
+                    self._recovery.doubt(entry.adapter, diverged=True)
             raise
         await self._journal.record(entry, result, epoch=stored.epoch)
         self._snapshots.note(stored, entry)
@@ -107,13 +116,10 @@ class Delivery:
             if isinstance(op, types.LoadSnapshot):
                 raise FailedPrecondition(str(error), **error.context) from error
             raise Unavailable(f"{name} went astray: {error}", resource=name) from error
-        except (SequenceGap, AlreadyExists) as error:
+        except (SequenceGap, AlreadyExists, Fenced) as error:
             raise Unavailable(f"{name} went astray: {error}", resource=name) from error
 
 
-def _refuses(error: MeshError, *, is_new: bool) -> bool:
-    """Whether the op did not run and will not.
-
-    A trainer that is too busy for an op may have run it the time before: only a new one is refused.
-    """
-    return not isinstance(error, _OPEN) and (is_new or not isinstance(error, Overloaded))
+def _refuses(error: MeshError) -> bool:
+    """Whether the op did not run and will not."""
+    return not isinstance(error, _OPEN)

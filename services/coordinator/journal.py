@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import logging
 from typing import TYPE_CHECKING, cast
 
 from rollmesh import types
+from rollmesh.errors import NotFound, Unavailable
 from services.coordinator.store import JournaledOp
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from rollmesh.blobs import Blobs
     from services.coordinator.ports import OpCodec, OpKind
     from services.coordinator.store import OpStore, StoredAdapter
+
+log = logging.getLogger(__name__)
 
 MAX_ROW_BYTES = 256 * 1024
 """A larger body or result goes into the blob store."""
@@ -54,10 +58,8 @@ class Journal:
     def entry(self, adapter: str, sequence: int, op: types.TrainingOp) -> JournaledOp:
         """The entry of an op, which `append` may put into the journal."""
         kind, body = self._codec.op_to_bytes(op)
-        digest = hashlib.sha256(kind.encode())
-        digest.update(body)
         key = op.snapshot.key if isinstance(op, types.LoadSnapshot) else None
-        return JournaledOp(adapter, sequence, kind, digest.hexdigest(), body, snapshot_key=key)
+        return JournaledOp(adapter, sequence, kind, _digest(kind, body), body, snapshot_key=key)
 
     async def append(self, entry: JournaledOp, *, job: str) -> JournaledOp | StoredAdapter:
         """Make `entry` the tail of its adapter, which this then answers.
@@ -103,8 +105,17 @@ class Journal:
         return await self.op_of(await self._ops.get(adapter, sequence))
 
     async def op_of(self, entry: JournaledOp) -> types.TrainingOp:
-        """What is to be done."""
-        body = await self._read(entry.body, entry.body_key)
+        """What is to be done.
+
+        Raises:
+            Unavailable: the blob store does not have it, or something else.
+        """
+        try:
+            body = await self._read(entry.body, entry.body_key)
+        except NotFound as error:
+            raise _not_as_written(entry) from error
+        if _digest(entry.kind, body) != entry.digest:
+            raise _not_as_written(entry)
         return self._codec.op_from_bytes(_kind(entry), body)
 
     async def result_of(self, entry: JournaledOp) -> types.TrainingResult:
@@ -122,6 +133,20 @@ class Journal:
             return await asyncio.to_thread(self._blobs.read, key)
         assert body is not None  # noqa: S101 - the rows that are asked for have one
         return body
+
+
+def _digest(kind: str, body: bytes) -> str:
+    digest = hashlib.sha256(kind.encode())
+    digest.update(body)
+    return digest.hexdigest()
+
+
+def _not_as_written(entry: JournaledOp) -> Unavailable:
+    log.error("op %d of %s is not in the blob store as written", entry.sequence, entry.adapter)
+    return Unavailable(
+        f"op {entry.sequence} of {entry.adapter} is not in the blob store as it was written",
+        resource=entry.adapter,
+    )
 
 
 def _kind(entry: JournaledOp) -> OpKind:

@@ -158,7 +158,8 @@ class Recovery:
     async def _held(self, stored: StoredAdapter) -> types.TrainerAdapter | None:
         """What its owner has of it, where the journal can go on from there."""
         name = stored.adapter.name
-        if self._ownership.is_over(stored.trainer) or name in self._diverged:
+        owner = self._ownership.trainer(stored.trainer, stored.adapter.base_model)
+        if owner is None or name in self._diverged:
             return None
         try:
             async with self._ownership.call(stored.trainer):
@@ -172,6 +173,8 @@ class Recovery:
 
     def _places(self, stored: StoredAdapter) -> list[Trainer]:
         owner = self._ownership.trainer(stored.trainer, stored.adapter.base_model)
+        if owner and not owner.serving:
+            return []  # It has its lease; and what answers there next may be of another base model.
         return [*([owner] if owner else []), *self._elsewhere(stored)]
 
     def _elsewhere(self, stored: StoredAdapter) -> list[Trainer]:
@@ -195,12 +198,12 @@ class Recovery:
             try:
                 async with self._ownership.call(trainer.address):
                     held = await _begin(trainer.port, stored)
-            except (CapacityExhausted, InvalidRequest) as error:
-                obstacle = error
             except Fenced as error:
                 raise Unavailable(f"{name} is not free yet: {error}", resource=name) from error
-            except (NotFound, FailedPrecondition) as error:
-                raise await self._given_up(stored, f"its snapshot: {error}") from error
+            except (CapacityExhausted, InvalidRequest, NotFound, FailedPrecondition) as error:
+                # It may be the trainer's fault, whose blob store is another or not there yet.
+                log.warning("%s cannot be restored at %s: %s", name, trainer.address, error)
+                obstacle = error
             else:
                 self._diverged.discard(name)
                 log.info("%s goes from %s to %s", name, former or "nowhere", trainer.address)
@@ -225,8 +228,14 @@ class Recovery:
                 except _ASTRAY as error:
                     raise Unavailable(f"{name} went astray: {error}", resource=name) from error
                 except (InvalidRequest, FailedPrecondition) as error:
-                    problem = f"op {sequence} was done once and is refused now: {error}"
-                    raise await self._given_up(stored, problem) from error
+                    # A trainer with other limits than the one before; another may take it.
+                    log.warning("%s: op %d was done and is refused now: %s", name, sequence, error)
+                    self.doubt(name, diverged=True)
+                    raise Unavailable(
+                        f"{name} cannot be recovered at {stored.trainer}: op {sequence} was done "
+                        f"once and is refused there: {error}",
+                        resource=name,
+                    ) from error
                 if not isinstance(result, types.ForwardBackwardResult):
                     await self._publish(stored, trainer, result.policy_version, published)
         self.found(stored)
@@ -244,8 +253,14 @@ class Recovery:
         name = stored.adapter.name
         try:
             version = await trainer.publish_adapter(name, epoch=stored.epoch)
-        except _ASTRAY as error:
+        except (*_ASTRAY, FailedPrecondition) as error:
             raise Unavailable(f"{name} went astray: {error}", resource=name) from error
+        if version.policy_version != policy_version:
+            # An op that was sent before the connection broke has ended only now: look again.
+            raise Unavailable(
+                f"{name} is at version {version.policy_version} by now, not at {policy_version}",
+                resource=name,
+            )
         if version.digest != published[policy_version]:
             raise await self._given_up(
                 stored,

@@ -42,6 +42,8 @@ from services.coordinator.store import (
     check_url,
     open_store,
 )
+from services.coordinator.store.database import Database
+from services.coordinator.store.migrate import migrate
 from services.coordinator.store.tables import metadata
 from tests.fakes.databases import postgresql_server
 
@@ -133,6 +135,37 @@ async def test_the_migrations_make_the_schema_that_the_code_uses(url):
         )
     await engine.dispose()
     assert differences == []
+
+
+async def test_a_database_of_the_build_before_keeps_all_that_it_has(url):
+    database = Database(url)
+    await database.transact(lambda connection: migrate(connection, "0001"))
+
+    async def fill(connection):
+        values = {"name": A, "lora": '{"rank": 4, "target_modules": []}'}
+        await connection.execute(
+            text(
+                "INSERT INTO adapters (name, project, base_model, lora, trainer, ready, "
+                "policy_version, next_sequence, published_digest, create_time) "
+                "VALUES (:name, 'p', 'm', :lora, 't:1', true, 3, 7, 'd', 1.0)"
+            ),
+            values,
+        )
+        await connection.execute(
+            text(
+                "INSERT INTO versions (adapter, policy_version, digest, create_time) "
+                "VALUES (:name, 3, 'd', 1.0)"
+            ),
+            {"name": A},
+        )
+
+    await database.transact(fill)
+    await database.close()
+    async with open_store(url, request_retention_s=RETENTION_S) as store:
+        stored = await store.adapters.get(A)
+        assert (stored.adapter.next_sequence, stored.epoch) == (7, 0)
+        assert "journaled" in stored.problem
+        assert await store.adapters.version(A, 3) == types.PublishedVersion(3, "d")
 
 
 async def test_a_second_start_finds_what_the_first_left(url):

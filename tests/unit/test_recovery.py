@@ -13,6 +13,7 @@ from rollmesh.blobs import Blobs
 from rollmesh.errors import (
     AlreadyExists,
     FailedPrecondition,
+    InternalError,
     InvalidRequest,
     NonFinite,
     NotFound,
@@ -21,6 +22,7 @@ from rollmesh.errors import (
     Unavailable,
 )
 from services.coordinator import journal, upkeep
+from services.coordinator.recovery import send
 from services.coordinator.store import open_store
 from tests.fakes.coordinator import eventually
 from tests.fakes.mesh import BASE_MODEL, FakeTrainer
@@ -181,7 +183,7 @@ class TestRepeats:
             assert trainer.chains[A] == await undisturbed(OPS[:2])
 
     @pytest.mark.parametrize(
-        "refusal", [InvalidRequest("a token"), NonFinite("a loss"), Overloaded("the queue")]
+        "refusal", [InvalidRequest("a token"), NonFinite("a loss"), InternalError("a bug")]
     )
     async def test_a_refused_op_does_not_use_up_its_sequence(self, store, blobs, trainer, refusal):
         async with running_core(store, blobs, {"t:1": trainer}) as core:
@@ -193,6 +195,61 @@ class TestRepeats:
             assert await store.ops.tail(A) is None
             await train_all(core)
             assert trainer.chains[A] == await undisturbed()
+
+    async def test_an_op_that_found_the_trainer_full_may_have_run_and_is_repeated(
+        self, store, blobs, trainer
+    ):
+        async with running_core(store, blobs, {"t:1": trainer}) as core:
+            await create(core)
+            trainer.refuses_ops = Overloaded("the queue")
+            with pytest.raises(Overloaded):
+                await train(core, 1, OPS[0])
+            # As where the attempt before, whose connection broke, had begun it.
+            trainer.refuses_ops = None
+            stored = await store.adapters.get(A)
+            await send(trainer, A, 1, OPS[0], epoch=stored.epoch)
+            await train_all(core)
+            assert trainer.chains[A] == await undisturbed()
+            assert trainer.num_ops == len(OPS)
+
+    async def test_what_is_published_and_kept_is_what_the_journal_has(self, store, blobs, trainer):
+        async with running_core(store, blobs, {"t:1": trainer}) as core:
+            await create(core)
+            await train_all(core, OPS[:2])
+            # An op that the journal does not have has run there, unnoticed.
+            stored = await store.adapters.get(A)
+            for sequence, op in ((3, batch(9)), (4, STEP)):
+                await send(trainer, A, sequence, op, epoch=stored.epoch)
+            for ask in (core.publish_adapter, core.snapshot):
+                with pytest.raises(Unavailable, match="in the journal"):
+                    await ask(A)
+                assert (await core.publish_adapter(A)).policy_version == 1
+                assert trainer.chains[A] == await undisturbed(OPS[:2])
+                stored = await store.adapters.get(A)
+                for sequence, op in ((3, batch(9)), (4, STEP)):
+                    await send(trainer, A, sequence, op, epoch=stored.epoch)
+
+    async def test_an_op_whose_body_is_lost_or_damaged_never_runs(self, store, tmp_path, trainer):
+        blobs = Blobs(str(tmp_path / "bodies"))
+        large = batch(1, length=journal.MAX_ROW_BYTES)
+        async with running_core(store, blobs, {"t:1": trainer}) as core:
+            await create(core)
+            trainer.away = True
+            with pytest.raises(Unavailable):
+                await train(core, 1, large)
+            trainer.away = False
+            (body,) = (path for path in (tmp_path / "bodies").rglob("*") if path.is_file())
+            whole = body.read_bytes()
+            body.write_bytes(whole[:-1] + b"?")
+            with pytest.raises(Unavailable, match="as it was written"):
+                await train(core, 1, large)
+            body.unlink()
+            with pytest.raises(Unavailable, match="as it was written"):
+                await train(core, 1, large)
+            assert trainer.num_ops == 0
+            body.write_bytes(whole)
+            await train(core, 1, large)
+            assert trainer.num_ops == 1
 
     async def test_the_same_op_many_times_at_once_runs_once(self, store, blobs, trainer):
         async with running_core(store, blobs, {"t:1": trainer}) as core:

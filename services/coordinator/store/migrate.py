@@ -24,23 +24,23 @@ if TYPE_CHECKING:
 _FOLDER = Path(__file__).parent / "migrations"
 
 
-async def migrate(connection: AsyncConnection) -> None:
-    """Apply the migrations that the database lacks.
+async def migrate(connection: AsyncConnection, revision: str = "head") -> None:
+    """Apply the migrations that the database lacks, up to `revision`.
 
     Raises:
         FailedPrecondition: it was made by a newer build.
     """
-    await connection.run_sync(_upgrade)
+    await connection.run_sync(_upgrade, revision)
 
 
-def _upgrade(connection: Connection) -> None:
+def _upgrade(connection: Connection, revision: str) -> None:
     # Its own account of every start would drown ours.
     logging.getLogger("alembic").setLevel(logging.WARNING)
     config = Config()
     config.set_main_option("script_location", str(_FOLDER))
     config.attributes["connection"] = connection
     try:
-        command.upgrade(config, "head")
+        command.upgrade(config, revision)
     except CommandError as error:
         head = ScriptDirectory.from_config(config).get_current_head()
         raise FailedPrecondition(

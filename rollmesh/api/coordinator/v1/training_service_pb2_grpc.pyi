@@ -33,8 +33,8 @@ class TrainingServiceStub:
     long as the coordinator's `result_retention_s` says and in any case until a later op was answered;
     with another body ALREADY_EXISTS; a gap is FAILED_PRECONDITION with `expected_sequence` in its
     ErrorInfo. An op that fails with INVALID_ARGUMENT or FAILED_PRECONDITION changes nothing and does
-    not use up its sequence. One that fails with UNAVAILABLE, DEADLINE_EXCEEDED or CANCELLED may have
-    been journaled, and then runs: repeat it with the same body to learn how it went.
+    not use up its sequence. One that fails with any other status may have been journaled, and then
+    runs: repeat it with the same body to learn how it went.
     Each of them: NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: the adapter cannot be
     recovered. RESOURCE_EXHAUSTED: `max_queued_ops` wait in the trainer or too many at the coordinator;
     try again after RetryInfo. UNAVAILABLE: no trainer has it at the moment; try again.
@@ -75,8 +75,8 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     long as the coordinator's `result_retention_s` says and in any case until a later op was answered;
     with another body ALREADY_EXISTS; a gap is FAILED_PRECONDITION with `expected_sequence` in its
     ErrorInfo. An op that fails with INVALID_ARGUMENT or FAILED_PRECONDITION changes nothing and does
-    not use up its sequence. One that fails with UNAVAILABLE, DEADLINE_EXCEEDED or CANCELLED may have
-    been journaled, and then runs: repeat it with the same body to learn how it went.
+    not use up its sequence. One that fails with any other status may have been journaled, and then
+    runs: repeat it with the same body to learn how it went.
     Each of them: NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: the adapter cannot be
     recovered. RESOURCE_EXHAUSTED: `max_queued_ops` wait in the trainer or too many at the coordinator;
     try again after RetryInfo. UNAVAILABLE: no trainer has it at the moment; try again.
@@ -113,8 +113,8 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     long as the coordinator's `result_retention_s` says and in any case until a later op was answered;
     with another body ALREADY_EXISTS; a gap is FAILED_PRECONDITION with `expected_sequence` in its
     ErrorInfo. An op that fails with INVALID_ARGUMENT or FAILED_PRECONDITION changes nothing and does
-    not use up its sequence. One that fails with UNAVAILABLE, DEADLINE_EXCEEDED or CANCELLED may have
-    been journaled, and then runs: repeat it with the same body to learn how it went.
+    not use up its sequence. One that fails with any other status may have been journaled, and then
+    runs: repeat it with the same body to learn how it went.
     Each of them: NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: the adapter cannot be
     recovered. RESOURCE_EXHAUSTED: `max_queued_ops` wait in the trainer or too many at the coordinator;
     try again after RetryInfo. UNAVAILABLE: no trainer has it at the moment; try again.

@@ -16,21 +16,17 @@ _CHECKPOINT_NAME = sa.String(240).with_variant(sa.String(240, collation="C"), "p
 
 def upgrade() -> None:
     """Add what recovery needs. Adapters from before have no journal: they cannot be recovered."""
-    with op.batch_alter_table("adapters") as adapters:
-        adapters.add_column(sa.Column("epoch", sa.BigInteger, nullable=False, server_default="0"))
-        adapters.add_column(sa.Column("snapshot", sa.Text))
-        adapters.add_column(sa.Column("origin", sa.Text))
-        adapters.add_column(
-            sa.Column("num_versions", sa.Integer, nullable=False, server_default="1")
-        )
-        adapters.add_column(sa.Column("problem", sa.Text, nullable=False, server_default=""))
-        adapters.add_column(sa.Column("idle_ttl_s", sa.Double))
-        adapters.add_column(sa.Column("use_time", sa.Double, nullable=False, server_default="0"))
-    with op.batch_alter_table("adapters") as adapters:
-        adapters.alter_column("epoch", server_default=None)
-        adapters.alter_column("num_versions", server_default=None)
-        adapters.alter_column("problem", server_default=None)
-        adapters.alter_column("use_time", server_default=None)
+    # Defaults stay: to take them away SQLite makes the table anew, and so drops what refers to it.
+    for column in (
+        sa.Column("epoch", sa.BigInteger, nullable=False, server_default="0"),
+        sa.Column("snapshot", sa.Text),
+        sa.Column("origin", sa.Text),
+        sa.Column("num_versions", sa.Integer, nullable=False, server_default="1"),
+        sa.Column("problem", sa.Text, nullable=False, server_default=""),
+        sa.Column("idle_ttl_s", sa.Double),
+        sa.Column("use_time", sa.Double, nullable=False, server_default="0"),
+    ):
+        op.add_column("adapters", column)
     op.execute(
         "UPDATE adapters SET problem = 'it was trained before ops were journaled' "
         "WHERE next_sequence > 1"
