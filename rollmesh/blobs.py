@@ -99,8 +99,8 @@ class Blobs:
 
 def _write_file(path: str, depth: int, parts: tuple[bytes, ...]) -> None:
     """Under another name first, flushed to the disk, then renamed, and the name flushed too."""
-    # The dot keeps it out of `keys`; the same key is only ever written with the same content.
-    unfinished = f"{path}.{os.getpid()}-{threading.get_ident()}"
+    # A key of its own: what a killed process leaves is found by `keys`, and nothing refers to it.
+    unfinished = f"{path}-unfinished-{os.getpid()}-{threading.get_ident()}"
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(_new_file(unfinished))
         stack.callback(_remove, unfinished)

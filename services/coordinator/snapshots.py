@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from rollmesh.errors import MeshError
+from rollmesh.errors import MeshError, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NUM_AT_ONCE = 4
-"""Snapshots that are written at once."""
+"""Snapshots that one trainer writes at once beside ops."""
+TIMEOUT_S = 120.0
+"""After which one is given up: gigabytes take a slow blob store a minute, and a trainer whose
+writing hangs answers its polls and nothing else, ever."""
 
 
 class Snapshots:
@@ -59,12 +63,17 @@ class Snapshots:
         self._num_bytes: dict[str, int] = {}
         self._due: asyncio.Queue[str] = asyncio.Queue()
         self._wanted: set[str] = set()
+        # By trainer, so that one that hangs holds up no other's.
+        self._at_once: defaultdict[str, asyncio.Semaphore] = defaultdict(
+            lambda: asyncio.Semaphore(NUM_AT_ONCE)
+        )
 
     async def run(self) -> None:
         """Take those that are due, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            for _ in range(NUM_AT_ONCE):
-                tasks.create_task(self._work())
+            while True:
+                # As many tasks as names are wanted at most.
+                tasks.create_task(self._tried(await self._due.get()))
 
     def note(self, stored: StoredAdapter, op: JournaledOp) -> None:
         """An op was recorded as done.
@@ -88,31 +97,26 @@ class Snapshots:
 
     async def take(self, name: str) -> tuple[StoredAdapter, types.Snapshot]:
         """A snapshot of the adapter as it is, in its turn, and with no tail."""
-
-        async def ask(stored: StoredAdapter, trainer: TrainerPort) -> types.Snapshot:
-            return await trainer.snapshot_adapter(name, epoch=stored.epoch)
-
-        stored, snapshot = await self._recovery.call(name, ask)
+        stored, snapshot = await self._recovery.call(name, _write)
         await self._keep(stored, snapshot)
         return stored, snapshot
 
-    async def _work(self) -> None:
-        while True:
-            name = await self._due.get()
-            try:
-                await self._take_beside(name)
-            except MeshError as error:
-                log.warning("no snapshot of %s, until its next op: %s", name, error)
-            finally:
-                self._wanted.discard(name)
+    async def _tried(self, name: str) -> None:
+        try:
+            await self._take_beside(name)
+        except MeshError as error:
+            log.warning("no snapshot of %s, until its next op: %s", name, error)
+        finally:
+            self._wanted.discard(name)
 
     async def _take_beside(self, name: str) -> None:
-        stored = await self._store.get(name)
-        if not self._recovery.is_current(stored):
-            return
-        async with self._ownership.call(stored.trainer):
-            trainer = self._trainers[stored.trainer]
-            snapshot = await trainer.snapshot_adapter(name, epoch=stored.epoch)
+        address = (await self._store.get(name)).trainer
+        async with self._at_once[address]:
+            stored = await self._store.get(name)
+            if stored.trainer != address or not self._recovery.is_current(stored):
+                return
+            async with self._ownership.call(address):
+                snapshot = await _write(stored, self._trainers[address])
         # In a turn, so that an op that the snapshot contains is recorded by then.
         await self._turns.take(name, lambda: self._keep(stored, snapshot))
 
@@ -120,3 +124,16 @@ class Snapshots:
         name = stored.adapter.name
         if await self._store.keep_snapshot(name, snapshot, epoch=stored.epoch):
             self._num_bytes.pop(name, None)
+
+
+async def _write(stored: StoredAdapter, trainer: TrainerPort) -> types.Snapshot:
+    name = stored.adapter.name
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            return await trainer.snapshot_adapter(name, epoch=stored.epoch)
+    except TimeoutError:
+        raise Unavailable(
+            f"the trainer at {stored.trainer} has not written a snapshot of {name} in "
+            f"{TIMEOUT_S:g} s",
+            resource=name,
+        ) from None

@@ -1,7 +1,7 @@
 """Lets go of what has outlived its use: expired checkpoints, idle adapters, unreferenced blobs.
 
 A blob is written before the row that refers to it, and whoever found it through a row may read it
-after that row is gone. So only what no row referred to at any sweep of a whole hour is deleted,
+after that row is gone. So only what no row referred to at any sweep of GRACE_S is deleted,
 and each sweep lists the blobs before it reads the references: a blob that a row came to refer to
 in between is then seen as referred to.
 """
@@ -22,8 +22,12 @@ if TYPE_CHECKING:
     from services.coordinator.adapters import Adapters
     from services.coordinator.store import CheckpointStore, References
 
-GRACE_S = 3600.0
-"""How long a blob that no row refers to, and a name that was reserved in vain, are kept."""
+GRACE_S = 900.0
+"""How long a blob that no row refers to, and a name that was reserved in vain, are kept: well over
+the time from writing a blob to its row, and so short that what the snapshots of busy adapters
+supersede does not fill a disk."""
+DELETE_TIMEOUT_S = 10.0
+"""How long an idle adapter may keep the sweep waiting, by a trainer or calls that hang."""
 
 PREFIXES = ("snapshots", "ops")
 
@@ -58,7 +62,7 @@ class Sweeper:
         self._interval_s = interval_s
         self._clock = clock
         # Key to the sweep that found it unreferenced first. As many as there are such blobs, which
-        # an hour bounds. A restart begins anew: it may keep one for longer, never for less.
+        # GRACE_S bounds. A restart begins anew: it may keep one for longer, never for less.
         self._unreferenced: dict[str, float] = {}
 
     async def run(self) -> None:
@@ -82,9 +86,13 @@ class Sweeper:
         used_before = self._clock() - USE_NOTED_EVERY_S
         for name in await self._references.idle_adapters(used_before=used_before):
             try:
-                await self._adapters.delete_idle_adapter(name)
+                async with asyncio.timeout(DELETE_TIMEOUT_S):
+                    await self._adapters.delete_idle_adapter(name)
             except (FailedPrecondition, NotFound):
                 continue  # it was used, or deleted, meanwhile
+            except TimeoutError:
+                _log.warning("%s is idle, and its deletion has to wait for its calls", name)
+                continue
             except MeshError as error:
                 _log.warning("%s is idle and cannot be deleted now: %s", name, error)
                 continue

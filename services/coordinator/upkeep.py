@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import defaultdict
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
 NUM_AT_ONCE = 4
-"""Adapters that are recovered at once."""
+"""Adapters of one trainer that are recovered, moved or let go of at once."""
 EXPIRE_EVERY_S = 60.0
 
 
@@ -58,9 +59,13 @@ class Upkeep:
         self._turns = turns
         self._result_retention_s = result_retention_s
         self._clock = clock
-        self._at_once = asyncio.Semaphore(NUM_AT_ONCE)
-        self._under_way: set[str] = set()
-        self._problems: dict[str, str] = {}  # told already
+        # By the trainer that an adapter is or was at, so that one that hangs holds up no other's.
+        self._at_once: defaultdict[str, asyncio.Semaphore] = defaultdict(
+            lambda: asyncio.Semaphore(NUM_AT_ONCE)
+        )
+        # By the adapter, and the trainer that is to let go of it; "": it is to be mended.
+        self._under_way: set[tuple[str, str]] = set()
+        self._problems: dict[tuple[str, str], str] = {}  # told already
 
     async def run(self) -> None:
         """Look after every change of the fleet, and every second, until cancelled."""
@@ -81,58 +86,64 @@ class Upkeep:
     async def _look(self, tasks: asyncio.TaskGroup) -> None:
         adapters = {stored.adapter.name: stored for stored in await self._store.all()}
         tails = await self._ops.tails()
-        self._problems = {name: told for name, told in self._problems.items() if name in adapters}
+        self._problems = {key: told for key, told in self._problems.items() if key[0] in adapters}
         for name, stored in adapters.items():
-            if self._is_amiss(stored, tails) and not self._turns.is_busy(name):
-                self._begin(tasks, name, self._mend)
+            if self._is_amiss(stored, tails):
+                self._begin(tasks, (name, ""), partial(self._mend, name))
         for trainer in self._fleet.all_trainers():
             for name in self._astray(trainer, adapters):
-                if not self._turns.is_busy(name):  # else it may be about to be made
-                    self._begin(tasks, name, partial(self._drop, trainer=trainer))
+                self._begin(tasks, (name, trainer.address), partial(self._drop, name, trainer))
 
     def _begin(
         self,
         tasks: asyncio.TaskGroup,
-        name: str,
-        work: Callable[[str], Coroutine[Any, Any, None]],
+        key: tuple[str, str],
+        work: Callable[[], Coroutine[Any, Any, None]],
     ) -> None:
-        if name not in self._under_way:
-            self._under_way.add(name)
-            tasks.create_task(self._tried(name, work))
+        if key not in self._under_way:
+            self._under_way.add(key)
+            tasks.create_task(self._tried(key, work))
 
-    async def _tried(self, name: str, work: Callable[[str], Coroutine[Any, Any, None]]) -> None:
+    async def _tried(
+        self, key: tuple[str, str], work: Callable[[], Coroutine[Any, Any, None]]
+    ) -> None:
         try:
-            async with self._at_once:
-                await self._turns.take(name, lambda: work(name))
+            await work()
         except MeshError as error:
-            if self._problems.get(name) != str(error):
-                self._problems[name] = str(error)
+            if self._problems.get(key) != str(error):
+                self._problems[key] = str(error)
                 log.warning("%s", error)
         else:
-            self._problems.pop(name, None)
+            self._problems.pop(key, None)
         finally:
-            self._under_way.discard(name)
+            self._under_way.discard(key)
 
     def _is_amiss(self, stored: StoredAdapter, tails: set[str]) -> bool:
         if not stored.ready or stored.problem:
             return False
+        name = stored.adapter.name
         return (
             not self._recovery.is_current(stored)
-            or stored.adapter.name in tails
+            # The tail of an adapter in use is what is under way there.
+            or (name in tails and not self._turns.is_busy(name))
             or (self._ownership.is_draining(stored.trainer) and self._recovery.can_move(stored))
         )
 
     async def _mend(self, name: str) -> None:
+        await self._turns.take(name, lambda: self._mend_in_turn(name))
+
+    async def _mend_in_turn(self, name: str) -> None:
         stored = await self._store.get(name)
-        if self._ownership.is_draining(stored.trainer) and self._recovery.can_move(stored):
-            try:
-                await self._delivery.settle(name)
-                await self._snapshots.take(name)
-            except MeshError as error:
-                log.info("%s moves without a fresh snapshot: %s", name, error)
-            await self._recovery.move(name)
-        await self._recovery.at_home(name)
-        await self._delivery.settle(name)
+        async with self._at_once[stored.trainer]:
+            if self._ownership.is_draining(stored.trainer) and self._recovery.can_move(stored):
+                try:
+                    await self._delivery.settle(name)
+                    await self._snapshots.take(name)
+                except MeshError as error:
+                    log.info("%s moves without a fresh snapshot: %s", name, error)
+                await self._recovery.move(name)
+            await self._recovery.at_home(name)
+            await self._delivery.settle(name)
 
     def _astray(self, trainer: Trainer, adapters: Mapping[str, StoredAdapter]) -> list[str]:
         """What `trainer` holds, as its last poll says, and does not own."""
@@ -143,18 +154,31 @@ class Upkeep:
             if not _owns(trainer, adapters.get(each.name), epoch=each.epoch)
         ]
 
-    async def _drop(self, name: str, *, trainer: Trainer) -> None:
-        """Have `trainer` let go of an adapter, if it still does not own it."""
+    async def _drop(self, name: str, trainer: Trainer) -> None:
+        """Have `trainer` let go of an adapter, if it still does not own it.
+
+        Only the question takes a turn, after a creation that is under way: an adapter in use
+        elsewhere does not wait for its former trainer, where the epoch says which copy is meant.
+        """
+        epoch = await self._turns.take(name, lambda: self._former_epoch(name, trainer))
+        if epoch is None:
+            return
+        log.info("%s at %s is no more than a former copy", name, trainer.address)
+        async with self._at_once[trainer.address]:
+            # Fenced: it owns it again, under a later epoch.
+            with contextlib.suppress(Fenced):
+                async with self._ownership.call(trainer.address):
+                    await trainer.port.delete_adapter(name, epoch=epoch)
+
+    async def _former_epoch(self, name: str, trainer: Trainer) -> int | None:
+        """The epoch under which `trainer` holds an adapter that it does not own."""
         held = {each.name: each.epoch for each in (trainer.info.held if trainer.info else ())}
         stored: StoredAdapter | None = None
         with contextlib.suppress(NotFound):
             stored = await self._store.get(name)
         if name in held and not _owns(trainer, stored, epoch=held[name]):
-            log.info("%s at %s is no more than a former copy", name, trainer.address)
-            # Fenced: it owns it again, under a later epoch.
-            with contextlib.suppress(Fenced):
-                async with self._ownership.call(trainer.address):
-                    await trainer.port.delete_adapter(name, epoch=held[name])
+            return held[name]
+        return None
 
     async def _expire(self) -> None:
         while True:

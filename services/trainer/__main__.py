@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import uuid
 
 from rollmesh.config import from_command_line, run
@@ -48,7 +49,12 @@ async def serve(config: TrainerConfig) -> None:
         async with contextlib.AsyncExitStack() as stack:
             blobs = Blobs(config.blobs)
             model = load(config)
-            engine = Engine(model, max_queued_ops=config.max_queued_ops)
+            engine = Engine(
+                model,
+                max_queued_ops=config.max_queued_ops,
+                # Without its thread it is of no use to anybody; its successor will be.
+                broken=lambda: os.kill(os.getpid(), signal.SIGTERM),
+            )
             stack.callback(engine.close)
             snapshots = Snapshots(
                 blobs,

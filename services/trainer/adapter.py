@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import time
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from rollmesh.types import FloatArray, Snapshot, TrainingResult
     from services.trainer.engine import Engine
     from services.trainer.model import Model
+    from services.trainer.optimizer import AdamState, AdamStep
     from services.trainer.snapshots import Snapshots
     from services.trainer.state import State
     from services.trainer.uninterrupted import Uninterrupted
@@ -118,6 +120,8 @@ class Adapter:
     async def forward(self, data: Sequence[Datum]) -> tuple[FloatArray, ...]:
         """Per datum the log-probability of each target, float32 [T], after the ops before it."""
         model = self._model
+        # Nothing else of it is read, or looked at.
+        data = [Datum(datum.token_ids, datum.target_token_ids) for datum in data]
         check_tokens(data, vocab_size=model.vocab_size, max_length=model.max_length)
         await self._acquire_turn()
         weights = self._state.weights
@@ -134,10 +138,12 @@ class Adapter:
         Raises:
             NonFinite: a loss, a gradient, or the sum; the pending gradients are as they were.
         """
+        asked_at = time.perf_counter()
 
         async def compute(state: State) -> tuple[ForwardBackwardResult, State]:
             model = self._model
             check_batch(data, config, vocab_size=model.vocab_size, max_length=model.max_length)
+            waited_s = time.perf_counter() - asked_at
             with (
                 span("trainer.forward_backward", adapter=self.name),
                 timed("rollmesh.trainer.op", op="forward_backward"),
@@ -146,7 +152,8 @@ class Adapter:
                 # Not in the engine, which may be full by now, and all of this be for nothing.
                 pending = await asyncio.to_thread(_accumulated, state.pending, found.gradients)
             record("rollmesh.trainer.tokens", sum(len(datum.token_ids) for datum in data))
-            result = ForwardBackwardResult(found.logprobs, found.metrics)
+            metrics = {**found.metrics, "queued_s": found.metrics["queued_s"] + waited_s}
+            result = ForwardBackwardResult(found.logprobs, metrics)
             return result, replace(state, pending=pending)
 
         digest = _digest("forward_backward", data, config)
@@ -159,6 +166,7 @@ class Adapter:
             FailedPrecondition: none are pending.
             NonFinite: the gradients' norm or the step's result; all is as it was.
         """
+        asked_at = time.perf_counter()
 
         async def compute(state: State) -> tuple[OptimStepResult, State]:
             check_adam(config)
@@ -170,11 +178,16 @@ class Adapter:
                 span("trainer.optim_step", adapter=self.name),
                 timed("rollmesh.trainer.op", op="optim_step"),
             ):
-                step = await self._engine.run(
-                    adam_step, state.weights.parameters(), state.pending, state.adam, config
+                step, begun_at, ended_at = await self._engine.run(
+                    _timed_step, state.weights.parameters(), state.pending, state.adam, config
                 )
             version = state.policy_version + 1
-            metrics = {"grad_norm": step.grad_norm, "learning_rate": config.learning_rate}
+            metrics = {
+                "grad_norm": step.grad_norm,
+                "learning_rate": config.learning_rate,
+                "queued_s": begun_at - asked_at,
+                "run_s": ended_at - begun_at,
+            }
             weights = state.weights.replaced(step.parameters)
             return OptimStepResult(version, metrics), replace(
                 state, weights=weights, adam=step.state, pending=None, policy_version=version
@@ -307,7 +320,9 @@ class Adapter:
                 raise AlreadyExists(
                     f"sequence {sequence} of {self.name} was another op",
                     resource=self.name,
+                    field="sequence",
                     value=sequence,
+                    allowed=expected,
                     expected_sequence=expected,
                 )
             return stored
@@ -315,7 +330,9 @@ class Adapter:
             raise SequenceGap(
                 f"sequence {sequence} of {self.name}, expected is {expected}",
                 resource=self.name,
+                field="sequence",
                 value=sequence,
+                allowed=expected,
                 expected_sequence=expected,
             )
         return None
@@ -382,6 +399,18 @@ def check_shape(snapshot: Snapshot, found: LoraConfig, wanted: LoraConfig) -> No
                 value=is_there,
                 allowed=must_be,
             )
+
+
+def _timed_step(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    state: AdamState,
+    config: AdamConfig,
+) -> tuple[AdamStep, float, float]:
+    """The step, and when it began and ended, in seconds of time.perf_counter."""
+    begun_at = time.perf_counter()
+    step = adam_step(parameters, gradients, state, config)
+    return step, begun_at, time.perf_counter()
 
 
 def _accumulated(

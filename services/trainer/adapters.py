@@ -262,6 +262,8 @@ class Adapters:
     def _hold(self, name: str, lora: LoraConfig, state: State, epoch: int) -> TrainerAdapter:
         """Put a complete adapter in place, if nobody else has meanwhile."""
         if held := self._held_under(name, epoch):
+            if held.lora != lora:
+                raise AlreadyExists(f"{name} exists with {held.lora}", resource=name)
             return held.view
         self._check_room(name, lora)
         if replaced := self._adapters.pop(name, None):

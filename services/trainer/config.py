@@ -41,7 +41,8 @@ class TrainerConfig(Config):
     """Ops that may wait for the one that runs, and as many of each adapter for that adapter's own;
     one more is refused with OVERLOADED."""
     num_threads: PositiveInt = 2
-    """Threads of torch on the CPU. Bits of results depend on it."""
+    """Threads of torch on the CPU. Bits of results depend on it: trainers that take adapters over
+    from each other must have the same number, and the same kind of processor."""
     blobs: str = ".rollmesh/blobs"
     """Where snapshots go: a folder, or a URL that fsspec understands (s3://…, gs://…; its driver,
     such as s3fs, must be installed). The coordinator and all trainers must share it."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import logging
 import threading
 import time
 from collections import deque
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from services.trainer.model import Model
     from services.trainer.requests import BatchGradients
 
+log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -95,17 +97,24 @@ class _Batch:
 
 
 class Engine:
-    """Runs ops and batches; at most `max_queued_ops` of both together wait to begin.
+    """Runs ops and batches; at most `max_queued_ops` ops, and as many batches of an adapter, wait.
 
-    Beside those, one op and one batch of each adapter may have begun.
+    Beside those, one op and one batch of each adapter may have begun. `broken` is called should the
+    thread end by a bug: nothing can be computed after that.
     """
 
     def __init__(
-        self, model: Model, *, max_queued_ops: int, clock: Callable[[], float] = time.perf_counter
+        self,
+        model: Model,
+        *,
+        max_queued_ops: int,
+        clock: Callable[[], float] = time.perf_counter,
+        broken: Callable[[], None] = lambda: None,
     ) -> None:
         self._model = model
         self._max_queued_ops = max_queued_ops
         self._clock = clock
+        self._broken = broken
         # Guards all below; held for moments only, by the event loop as by the thread.
         self._changed = threading.Condition()
         self._ops: deque[_Op] = deque()
@@ -126,7 +135,7 @@ class Engine:
         # The thread sees the caller's trace and log fields.
         found = _Op(partial(contextvars.copy_context().run, op, *args, **kwargs))
         with self._changed:
-            self._admit()
+            self._admit(len(self._ops))
             self._ops.append(found)
             self._changed.notify()
         try:
@@ -185,7 +194,8 @@ class Engine:
     ) -> Any:
         batch = _Batch(adapter, request, result, self._clock())
         with self._changed:
-            self._admit()
+            waiting = self._batches.get(adapter, ())
+            self._admit(sum(each.begun_at is None for each in waiting))
             self._batches.setdefault(adapter, deque()).append(batch)
             self._changed.notify()
         try:
@@ -196,13 +206,9 @@ class Engine:
                     self._remove(batch)
             raise
 
-    def _admit(self) -> None:
+    def _admit(self, num_waiting: int) -> None:
         if self._closed:
             _refuse()
-        unbegun = [
-            batch for queue in self._batches.values() for batch in queue if batch.begun_at is None
-        ]
-        num_waiting = len(self._ops) + len(unbegun)
         if num_waiting >= self._max_queued_ops:
             raise Overloaded(
                 f"{num_waiting} ops wait, max_queued_ops is {self._max_queued_ops}",
@@ -222,6 +228,9 @@ class Engine:
         try:
             while self._turn():
                 pass
+        except BaseException:
+            log.critical("the engine's thread has ended by a bug", exc_info=True)
+            self._broken()
         finally:  # Also when a bug ends the thread: nobody may wait for it for ever.
             with self._changed:
                 self._closed = True
@@ -251,7 +260,12 @@ class Engine:
         with self._changed:
             heads = [queue[0] for queue in self._batches.values()]
         for batch in heads:
-            batch.prepare()
+            try:
+                batch.prepare()
+            except Exception as error:  # noqa: BLE001 - raised to the caller of the batch at fault
+                with self._changed:
+                    self._remove(batch)
+                batch.answer.give(partial(_raise, error))
         with self._changed:
             if self._closed:
                 return
@@ -274,6 +288,10 @@ class Engine:
                 with self._changed:
                     self._remove(batch)
                 batch.finish(request, self._clock())
+
+
+def _raise(error: Exception) -> Any:
+    raise error
 
 
 def _refuse() -> Any:

@@ -9,7 +9,9 @@ What is computed over everybody's rows must give a row the same bits whoever its
   positions long, so that what norms compute of each row comes in whole vectors too.
 - Activation functions are computed in vectors, and what is left over at the end of each thread's
   share one by one, with other roundings. Nothing is ever left over: see `whole_vectors`.
-- Norms, attention and softmax work on one row, or one head of one sequence, whatever else there is;
+- What comes in is made contiguous: a view's strides can depend on how many sequences there are.
+- Norms, attention and softmax work on one row, or one head of one sequence, whatever else there is
+  (but not where it is the only one: a pass has two sequences or more, see passes.py);
   sums and products of elements are exact in any order of the elements.
 This is for float32 on a CPU. A GPU computes the whole base product at once; its bits may depend on
 the number of rows.
@@ -20,11 +22,14 @@ Legend: N rows of the pass, S rows of a segment, I inputs and O outputs of a lay
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.functional import pad
+
+from rollmesh.errors import Unimplemented
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,6 +65,7 @@ class SharedLinear:
 
     Attributes:
         segments: of the pass under way, those whose adapters change this layer.
+        num_rows: of that pass that are somebody's.
     """
 
     def __init__(self, name: str, layer: nn.Linear) -> None:
@@ -67,11 +73,19 @@ class SharedLinear:
         self.weight_OI = layer.weight
         self.bias_O = layer.bias
         self.segments: list[Segment] = []
+        self.num_rows = 0
         # Makes the output take gradients where the input takes none, as in the first layer.
         self._anchor = torch.zeros((), requires_grad=True)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's output for `x`, with each segment's update."""
+        if self.segments and x.numel() < self.num_rows * x.shape[-1]:
+            raise Unimplemented(
+                f"the layer {self.name} is given only some of the positions, as experts are: it "
+                "cannot be adapted",
+                field="lora.target_modules",
+                value=self.name,
+            )
         anchor = self._anchor if self.segments else None
         output: Tensor = _Apply.apply(x, anchor, self)  # type: ignore[no-untyped-call]
         return output
@@ -80,7 +94,8 @@ class SharedLinear:
 class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, _anchor: Tensor | None, layer: SharedLinear) -> Tensor:
-        x_NI = x.reshape(-1, x.shape[-1])
+        # A layout can depend on the number of sequences in the pass, and bits on the layout.
+        x_NI = x.reshape(-1, x.shape[-1]).contiguous()
         y_NO = _product(x_NI, layer.weight_OI.t())
         if layer.bias_O is not None:
             y_NO += layer.bias_O
@@ -97,12 +112,15 @@ class _Apply(torch.autograd.Function):
         ctx.layer, ctx.segments, ctx.reduced = layer, layer.segments, reduced
         if layer.segments:
             ctx.save_for_backward(x_NI)
-        return y_NO.view(*x.shape[:-1], -1)
+        # No view, as autograd sees it: some models change a layer's output in place.
+        shape = (*x.shape[:-1], y_NO.shape[-1])
+        output: Tensor = torch.ops.aten._unsafe_view(y_NO, shape)  # noqa: SLF001
+        return output
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, None, None]:
         layer: SharedLinear = ctx.layer
-        gy_NO = gy.reshape(-1, gy.shape[-1])
+        gy_NO = gy.reshape(-1, gy.shape[-1]).contiguous()
         gx_NI = _product(gy_NO, layer.weight_OI) if ctx.needs_input_grad[0] else None
         for segment, (reduced_SR, b_RO) in zip(ctx.segments, ctx.reduced, strict=True):
             rows = slice(segment.start, segment.stop)
@@ -110,9 +128,10 @@ class _Apply(torch.autograd.Function):
             gy_SO = gy_NO[rows].float()
             g_SR = gy_SO @ b_RO.t()
             g_SR *= segment.scale
-            segment.gradients[layer.name] = Factors(
-                g_SR.t() @ x_NI[rows].float(), (reduced_SR.t() @ gy_SO).t()
-            )
+            found = Factors(g_SR.t() @ x_NI[rows].float(), (reduced_SR.t() @ gy_SO).t())
+            if before := segment.gradients.get(layer.name):  # a layer that the model runs twice
+                found = Factors(*(old + new for old, new in zip(before, found, strict=True)))
+            segment.gradients[layer.name] = found
             if gx_NI is not None:
                 _add_product(gx_NI[rows], g_SR, segment.factors.a_RI)
         gx = None if gx_NI is None else gx_NI.view(*gy.shape[:-1], -1)
@@ -159,7 +178,9 @@ def _padding(size: int) -> int:
     """Elements to add so that the equal shares of torch's threads are whole vectors."""
     filled = size
     while True:
-        step = _VECTOR * min(torch.get_num_threads(), -(-filled // _GRAIN))
+        # Most functions give a thread at least a grain; some, such as GELU, use all threads.
+        num_threads = torch.get_num_threads()
+        step = _VECTOR * math.lcm(num_threads, min(num_threads, -(-filled // _GRAIN)))
         if filled % step == 0:
             return filled - size
         filled += step - filled % step

@@ -116,6 +116,7 @@ class LoraLayers:
                 used.setdefault(name, []).append(segment)
         for name, segments in used.items():
             self._layers[name].segments = segments
+            self._layers[name].num_rows = parts[-1].stop
         try:
             yield
         finally:

@@ -145,12 +145,16 @@ def _targets(part: Part, device: torch.device) -> Tensor:
 
 
 def _split(values: Tensor, sizes: list[int]) -> Sequence[Tensor]:
-    found: Sequence[Tensor] = values.split(sizes)  # type: ignore[no-untyped-call]
+    found: Sequence[Tensor] = values[: sum(sizes)].split(sizes)  # type: ignore[no-untyped-call]
     return found
 
 
 def _token_ids(parts: Sequence[Part], device: torch.device) -> Tensor:
+    """The parts' tokens, one part after the other, and then perhaps a sequence of nobody's."""
     rows = [torch.from_numpy(part.chunk.token_ids_BT) for part in parts]
+    if device.type == "cpu" and sum(map(len, rows)) == 1:
+        # For a single sequence torch takes other ways in places, with other roundings.
+        rows.append(torch.zeros_like(rows[0]))
     return torch.cat(rows).to(device)
 
 

@@ -191,8 +191,8 @@ def advance(taken: Sequence[tuple[Request, Unit]], run_pass: RunPass) -> None:
     A pass that breaks is run again with each request by itself: only one that breaks its own pass
     fails, and the bits of the others are the same as in company.
     """
-    parts = [(request, request.part(unit)) for request, unit in taken]
     try:
+        parts = [(request, request.part(unit)) for request, unit in taken]
         outcomes = run_pass([part for _, part in parts])
     except Exception as error:  # noqa: BLE001 - raised to the caller of the request at fault
         requests = list(dict.fromkeys(request for request, _ in taken))

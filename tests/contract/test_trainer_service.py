@@ -129,6 +129,11 @@ async def test_the_trainer_tells_what_it_serves(client):
     assert set(info.target_modules) == set(TARGETS)
 
 
+def timeless(step):
+    """The result of a step, without its times."""
+    return replace(step, metrics=without_times(step.metrics))
+
+
 def without_times(metrics):
     return {name: value for name, value in metrics.items() if name not in {"queued_s", "run_s"}}
 
@@ -146,7 +151,8 @@ async def test_a_life_over_the_wire_gives_the_bits_of_the_core(client):
         for found, wanted in zip(result.logprobs, expected.logprobs, strict=True):
             np.testing.assert_array_equal(found, wanted)
         assert await client.get_adapter(A) == core.view
-        assert await client.optim_step(A, 2, ADAM, epoch=1) == await core.optim_step(1, 2, ADAM)
+        stepped = await client.optim_step(A, 2, ADAM, epoch=1)
+        assert timeless(stepped) == timeless(await core.optim_step(1, 2, ADAM))
         for found, wanted in zip(
             await client.forward(A, data), await core.forward(data), strict=True
         ):
@@ -206,7 +212,7 @@ async def test_an_op_whose_caller_goes_away_is_applied_once_and_answers_the_retr
         core = adapters.get(A)
         expected = await core.forward_backward(1, 1, data, SAMPLED)
         assert without_times(retried.metrics) == without_times(expected.metrics)
-        assert step == await core.optim_step(1, 2, ADAM)
+        assert timeless(step) == timeless(await core.optim_step(1, 2, ADAM))
 
 
 async def test_reads_do_not_wait_for_an_op_that_runs(client, gate):
@@ -375,7 +381,8 @@ async def test_an_adapter_is_taken_over_from_its_snapshot_with_the_same_bits(cli
     restored = await client.restore_adapter(A, snapshot, epoch=2)
     assert restored == replace(before, epoch=2)
     assert await client.restore_adapter(A, snapshot, epoch=2) == restored
-    assert await client.optim_step(A, 6, ADAM, epoch=2) == expected
+    stepped = await client.optim_step(A, 6, ADAM, epoch=2)
+    assert timeless(stepped) == timeless(expected)
     assert await client.publish_adapter(A, epoch=2) == published
     assert (await client.restore_adapter(A, snapshot, epoch=2)).next_sequence == 7
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     GemmaConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
@@ -99,5 +101,19 @@ ARCHITECTURES = {
         {},
         attention=("query_key_value", "dense"),
         mlp=("dense_h_to_4h", "dense_4h_to_h"),
+    ),
+    # Its layers' outputs are changed in place.
+    "falcon": Architecture(
+        FalconConfig,
+        {"ffn_hidden_size": 24},
+        attention=("query_key_value", "dense"),
+        mlp=("dense_h_to_4h", "dense_4h_to_h"),
+    ),
+    # The gradients of its layers come as views, whose strides depend on the number of sequences.
+    "gpt_neo": Architecture(
+        GPTNeoConfig,
+        {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
+        attention=("q_proj", "k_proj", "v_proj", "out_proj"),
+        mlp=("c_fc", "c_proj"),
     ),
 }

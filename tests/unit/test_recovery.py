@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from rollmesh.errors import (
     SequenceGap,
     Unavailable,
 )
-from services.coordinator import journal, upkeep
+from services.coordinator import journal, snapshots, upkeep
 from services.coordinator.recovery import send
 from services.coordinator.store import open_store
 from tests.fakes.coordinator import eventually
@@ -64,8 +65,30 @@ def trainer():
     return FakeTrainer(max_adapters=100)
 
 
-def two(**settings) -> dict[str, FakeTrainer]:
-    trainers = {"t:1": FakeTrainer(**settings), "t:2": FakeTrainer(**settings)}
+class Hanging(FakeTrainer):
+    """Its polls answer, and what writes or lets go of something may not."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.writing = asyncio.Event()  # cleared: snapshots and deletions hang
+        self.writing.set()
+        self.num_hung = 0
+
+    async def snapshot_adapter(self, name, *, epoch):
+        await self._write()
+        return await super().snapshot_adapter(name, epoch=epoch)
+
+    async def delete_adapter(self, name, *, epoch):
+        await self._write()
+        await super().delete_adapter(name, epoch=epoch)
+
+    async def _write(self):
+        self.num_hung += not self.writing.is_set()
+        await self.writing.wait()
+
+
+def two(kind=FakeTrainer, **settings) -> dict[str, FakeTrainer]:
+    trainers = {"t:1": kind(**settings), "t:2": kind(**settings)}
     trainers["t:2"].snapshots = trainers["t:1"].snapshots
     return trainers
 
@@ -395,6 +418,50 @@ class TestSnapshots:
 
             await eventually(taken)
 
+    async def test_one_that_hangs_is_given_up_and_tried_again(self, store, blobs, monkeypatch):
+        monkeypatch.setattr(snapshots, "TIMEOUT_S", 0.05)
+        trainer = Hanging()
+        async with running_core(store, blobs, {"t:1": trainer}, snapshot_every_ops=2) as core:
+            await create(core)
+            trainer.writing.clear()
+            async with asyncio.timeout(20):
+                with pytest.raises(Unavailable, match="has not written"):
+                    await core.snapshot(A)
+            await train_all(core)
+            monkeypatch.setattr(snapshots, "TIMEOUT_S", 1000.0)
+            trainer.writing.set()
+            for sequence in range(6, 10):
+                await train(core, sequence, STEP)
+
+            async def taken() -> bool:
+                return (await store.adapters.get(A)).snapshot is not None
+
+            await eventually(taken)
+
+    async def test_a_trainer_that_hangs_holds_up_no_snapshot_of_another(self, store, blobs):
+        trainers = two(Hanging, max_adapters=100)
+        async with running_core(store, blobs, trainers, snapshot_every_ops=1) as core:
+            names = [f"{A}{number}" for number in range(2 * snapshots.NUM_AT_ONCE + 2)]
+            for name in names:
+                await create(core, name)
+            hanging, other = trainers.values()
+            assert len(hanging.adapters) > snapshots.NUM_AT_ONCE
+            hanging.writing.clear()
+            for name in hanging.adapters:
+                await train(core, 1, STEP, name)
+
+            async def full() -> bool:
+                return hanging.num_hung == snapshots.NUM_AT_ONCE
+
+            await eventually(full)
+            (name, *_) = other.adapters
+            await train(core, 1, STEP, name)
+
+            async def taken() -> bool:
+                return (await store.adapters.get(name)).snapshot is not None
+
+            await eventually(taken)
+
     async def test_a_fork_begins_with_its_snapshot_also_when_it_is_recovered(
         self, store, blobs, trainer
     ):
@@ -494,6 +561,78 @@ class TestOwnership:
             assert other.num_ops == 0  # it came with a fresh snapshot
             await create(core, f"{A}2")
             assert list(owner.adapters) == []
+
+    async def test_so_does_one_that_is_never_at_rest(self, store, blobs):
+        trainers = two()
+        async with running_core(store, blobs, trainers) as core, asyncio.TaskGroup() as tasks:
+            await create(core)
+            owner, other = _owner_first(trainers)
+            ops, moved = [], asyncio.Event()
+
+            async def client() -> None:
+                calls = deque()
+                while not moved.is_set():
+                    ops.append(STEP)
+                    calls.append(tasks.create_task(train(core, len(ops), STEP)))
+                    if len(calls) > 3:
+                        await calls.popleft()
+                await asyncio.gather(*calls)
+
+            async def has_moved() -> bool:
+                return A in other.chains and A not in owner.chains
+
+            training = tasks.create_task(client())
+            await owner.ran.wait()
+            owner.draining = True
+            try:
+                await eventually(has_moved)
+            finally:
+                moved.set()
+                await training
+            assert other.chains[A] == await undisturbed(ops)
+
+    async def test_an_adapter_that_has_moved_does_not_wait_for_a_former_trainer_that_hangs(
+        self, store, blobs, monkeypatch
+    ):
+        monkeypatch.setattr(snapshots, "TIMEOUT_S", 0.05)
+        trainers = two(Hanging)
+        async with running_core(store, blobs, trainers) as core:
+            await create(core)
+            owner, other = _owner_first(trainers)
+            owner.writing.clear()
+            owner.draining = True
+
+            async def let_go_of() -> bool:
+                return A in other.chains and owner.num_hung > 1  # the snapshot, the deletion
+
+            await eventually(let_go_of)
+            async with asyncio.timeout(20):
+                await train_all(core)
+            other.restart()  # and it is mended there
+
+            async def mended() -> bool:
+                return other.chains.get(A) == await undisturbed()
+
+            await eventually(mended)
+
+    async def test_a_trainer_that_hangs_holds_up_no_adapter_of_another(self, store, blobs):
+        trainers = two(max_adapters=100)
+        async with running_core(store, blobs, trainers) as core:
+            for number in range(2 * upkeep.NUM_AT_ONCE + 2):
+                await create(core, f"{A}{number}")
+            hanging, other = trainers.values()
+            assert len(hanging.adapters) > upkeep.NUM_AT_ONCE
+            held = set(other.adapters)
+            hanging.creating.clear()
+            hanging.asked.clear()
+            hanging.restart()
+            await hanging.asked.wait()
+            other.restart()
+
+            async def mended() -> bool:
+                return set(other.adapters) == held
+
+            await eventually(mended)
 
     async def test_with_no_other_trainer_a_draining_one_goes_on(self, store, blobs, trainer):
         trainer.draining = False

@@ -11,6 +11,7 @@ from rollmesh import types
 from rollmesh.blobs import Blobs
 from rollmesh.errors import FailedPrecondition, NotFound, Unavailable
 from rollmesh.job import JobSpec
+from services.coordinator import sweeper
 from services.coordinator.store import JournaledOp, Origin, Request, open_store
 from services.coordinator.store.tables import adapters
 from services.coordinator.sweeper import GRACE_S, Sweeper
@@ -334,6 +335,23 @@ class TestIdleAdapters:
         world.adapters.refusals.clear()
         await world.sweep(MINUTE_S)
         assert world.adapters.deleted == [f"{P}/adapters/b", f"{P}/adapters/a"]
+
+    async def test_one_whose_turn_does_not_come_keeps_no_other(self, world, monkeypatch):
+        monkeypatch.setattr(sweeper, "DELETE_TIMEOUT_S", 0.01)
+        for name in ("a", "b"):
+            await world.adapter(name, idle_ttl_s=100.0)
+        delete = world.adapters.delete_idle_adapter
+
+        async def hang(name):
+            if name == f"{P}/adapters/a":
+                await asyncio.Event().wait()
+            await delete(name)
+
+        world.adapters.delete_idle_adapter = hang
+        world.now += 160
+        async with asyncio.timeout(20):
+            await world.sweeper.delete_idle()
+        assert world.adapters.deleted == [f"{P}/adapters/b"]
 
 
 async def test_a_blob_store_that_is_away_stops_nothing_else(world, monkeypatch):

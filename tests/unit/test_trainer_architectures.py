@@ -181,6 +181,35 @@ def test_adapters_of_any_shape_in_one_pass_are_each_what_peft_makes_of_them_alon
         assert_same_result(request.gradients({}), peft_result(peft, factors, data, config))
 
 
+@pytest.mark.parametrize("num_threads", [1, 3])
+@each_architecture
+def test_bits_are_the_same_alone_and_beside_any_number_of_others(name, num_threads):
+    sets = ARCHITECTURES[name].targets
+    config = LossConfig("importance_sampling")
+    model = trained(name, tied=True, max_batch_tokens=64 * MAX_LENGTH)
+    torch.set_num_threads(num_threads)
+    try:
+        lora = LoraConfig(3, 9.0, sets["all-linear and unembedding"], seed=5)
+        weights, data = random_weights(model, lora), batch((30,), config)
+        alone = model.forward_backward(weights, data, config)
+        for number in (1, 2, 5, 40):
+            requests = [model.request(weights, data, config)] + [
+                model.request(
+                    random_weights(model, LoraConfig(2, 4.0, sets["attention"], seed=seed)),
+                    batch((20,), config, seed=seed),
+                    config,
+                )
+                for seed in range(number)
+            ]
+            advance(next_pass(requests, model.max_batch_tokens), model.run_pass)
+            beside = requests[0].gradients({})
+            assert beside.logprobs[0].tobytes() == alone.logprobs[0].tobytes()
+            for ours, theirs in zip(beside.gradients, alone.gradients, strict=True):
+                assert torch.equal(ours, theirs)
+    finally:
+        torch.set_num_threads(1)
+
+
 @each_architecture
 @each_target
 def test_peft_loads_an_export_and_gives_its_logprobs(tmp_path, name, targets):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rollmesh.errors import InvalidRequest, NonFinite, Overloaded, Unavailable
-from rollmesh.types import LossConfig
+from rollmesh.types import Datum, LossConfig
 from services.trainer.engine import Engine
 from services.trainer.model import Model
 from tests.fakes.tiny_qwen3 import TARGETS, batch, tiny_qwen3
@@ -117,19 +117,33 @@ async def test_ops_run_one_at_a_time_in_order_of_arrival_in_one_thread(engine, g
 
 async def test_more_than_may_wait_are_refused_with_the_bound(engine, gate, model):
     async with held(engine, gate) as tasks:
-        waiting = [tasks.create_task(engine.run(int)) for _ in range(5)]
-        trained = [training(tasks, engine, model, rank, (3,)) for rank in (1, 1, 2, 3)]
+        waiting = [tasks.create_task(engine.run(int)) for _ in range(9)]
+        trained = [training(tasks, engine, model, 1, (3,)) for _ in range(9)]
         await settle()
         for refused in (
             engine.run(int),
-            engine.forward("adapter 4", model.weights(4), batch((3,))),
+            engine.forward("adapter 1", model.weights(1), batch((3,))),
         ):
             with pytest.raises(Overloaded) as caught:
                 await refused
             assert caught.value.context["allowed"] == "9"
             assert caught.value.retry_after_s > 0
-    assert [task.result() for task in waiting] == [0] * 5
+        # One that fills its own queue takes nobody else's place.
+        trained.append(training(tasks, engine, model, 2, (3,)))
+    assert [task.result() for task in waiting] == [0] * 9
     assert all(task.result().gradients for task in trained)
+    assert await engine.run(int) == 0
+
+
+async def test_a_batch_that_cannot_even_be_cut_fails_alone(engine, gate, model):
+    wrong = [Datum(np.zeros(8, np.int32), np.zeros(8, np.int32), np.ones(3, np.float32))]
+    async with held(engine, gate) as tasks:
+        bad = asyncio.ensure_future(engine.forward("adapter 4", model.weights(4), wrong))
+        good = training(tasks, engine, model, 1, (8,))
+        await settle()
+    with pytest.raises(ValueError, match="broadcast"):
+        await bad
+    assert good.result().gradients
     assert await engine.run(int) == 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -81,14 +83,24 @@ def test_a_row_has_the_same_bits_wherever_it_stands_and_however_many_there_are(n
         torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("num_threads", [1, 2, 3, 4])
-@pytest.mark.parametrize("function", [nn.functional.silu, nn.functional.gelu])
-def test_an_activation_gives_an_element_the_same_bits_wherever_it_stands(function, num_threads):
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize(
+    "function",
+    [
+        nn.functional.silu,
+        nn.functional.gelu,
+        pytest.param(partial(nn.functional.gelu, approximate="tanh"), id="gelu_tanh"),
+    ],
+)
+@pytest.mark.parametrize("value", [0.7371, -1.2345, 2.9])
+def test_an_activation_gives_an_element_the_same_bits_wherever_it_stands(
+    function, value, num_threads
+):
     torch.set_num_threads(num_threads)
     try:
         apply = whole_vectors(function)
-        for size in (1, 7, 33, 40_001, 70_000, 100_003, 200_001):
-            x = torch.full((size,), 0.7371, requires_grad=True)
+        for size in (1, 7, 33, 17_001, 25_003, 40_001, 70_000, 100_003):
+            x = torch.full((size,), value, requires_grad=True)
             y = apply(x)
             (gx,) = torch.autograd.grad(y.sum(), x)
             assert len(set(y.tolist())) == 1

@@ -63,7 +63,8 @@ async def go_on(adapters, name, num_ops, *, epoch=1):
             metrics = {key: found.metrics[key] for key in found.metrics if key[-2:] != "_s"}
             results.append([metrics, [row.tolist() for row in found.logprobs]])
         else:
-            results.append(await held.optim_step(epoch, sequence, ADAM))
+            stepped = await held.optim_step(epoch, sequence, ADAM)
+            results.append([stepped.policy_version, stepped.metrics["grad_norm"]])
     return results
 
 

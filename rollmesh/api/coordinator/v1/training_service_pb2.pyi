@@ -231,7 +231,9 @@ class OptimStepResponse(_message.Message):
     """The adapter's policy_version after the step."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """By name: `grad_norm` (global, before clipping), `learning_rate`."""
+        """By name: `grad_norm` (global, before clipping), `learning_rate`, and `queued_s` and `run_s`:
+        seconds that it waited in the trainer, and that it took.
+        """
 
     def __init__(
         self,
