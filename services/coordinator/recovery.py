@@ -10,6 +10,7 @@ Every method that is a coroutine is to be called in the adapter's turn.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import TYPE_CHECKING, TypeVar
 
@@ -42,6 +43,13 @@ log = logging.getLogger(__name__)
 
 # What a trainer says that does not have the adapter as the journal says.
 _ASTRAY = (NotFound, Fenced, SequenceGap, AlreadyExists)
+
+
+LOOK_S = 10.0
+"""For a trainer to say what it has of an adapter, which computes nothing."""
+RESTORE_S = 300.0
+"""For a trainer to read a snapshot: gigabytes from a slow blob store fit in. A trainer that answers
+polls and nothing else would hold its adapters up for ever."""
 
 
 class Recovery:
@@ -162,10 +170,12 @@ class Recovery:
         if owner is None or name in self._diverged:
             return None
         try:
-            async with self._ownership.call(stored.trainer):
+            async with asyncio.timeout(LOOK_S), self._ownership.call(stored.trainer):
                 held = await self._trainers[stored.trainer].get_adapter(name)
         except NotFound:
             return None
+        except TimeoutError:
+            raise _hangs(name, stored.trainer) from None
         begin = 1 if stored.snapshot is None else stored.snapshot.next_sequence
         end = stored.adapter.next_sequence + (await self._journal.tail(name) is not None)
         fits = held.epoch == stored.epoch and begin <= held.next_sequence <= end
@@ -196,8 +206,10 @@ class Recovery:
             stored = await self._store.give(stored, trainer.address, now=self._clock())
             self._ownership.note_given(trainer)
             try:
-                async with self._ownership.call(trainer.address):
+                async with asyncio.timeout(RESTORE_S), self._ownership.call(trainer.address):
                     held = await _begin(trainer.port, stored)
+            except TimeoutError:
+                obstacle = _hangs(name, trainer.address)
             except Fenced as error:
                 raise Unavailable(f"{name} is not free yet: {error}", resource=name) from error
             except (CapacityExhausted, InvalidRequest, NotFound, FailedPrecondition) as error:
@@ -276,6 +288,10 @@ class Recovery:
 
     def _place(self, stored: StoredAdapter) -> tuple[str, int, str]:
         return stored.trainer, stored.epoch, self._ownership.instance(stored.trainer)
+
+
+def _hangs(name: str, address: str) -> Unavailable:
+    return Unavailable(f"{name}: the trainer at {address} does not answer in time", resource=name)
 
 
 async def send(
