@@ -101,15 +101,18 @@ def fused(rounds: int) -> dict[str, float]:
 
 
 def _measure(ways: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Tokens/s of each round of each way; the ways take turns."""
+    """Tokens/s of each round of each way; the ways take turns.
+
+    Each is run twice and timed the second time: what the way before it left of the caches and the
+    allocator's memory should not be its own.
+    """
     speeds: dict[str, list[float]] = {way: [] for way in ways}
-    for round_ in range(rounds + 1):
+    for _ in range(rounds):
         for way, run in ways.items():
+            run()
             start = time.perf_counter()
             run()
-            if round_ > 0:  # The first one warms up.
-                took = time.perf_counter() - start
-                speeds[way].append(TENANTS * SEQUENCES * TOKENS / took)
+            speeds[way].append(TENANTS * SEQUENCES * TOKENS / (time.perf_counter() - start))
     return speeds
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections import defaultdict
 from typing import TYPE_CHECKING
@@ -59,8 +60,10 @@ class Snapshots:
         self._turns = turns
         self._every_ops = every_ops
         self._every_bytes = every_bytes
-        # Both hold each adapter that exists once at most.
+        # All hold each adapter that exists once at most.
         self._num_bytes: dict[str, int] = {}
+        # The newest op that made a snapshot due while another one was being taken.
+        self._missed: dict[str, JournaledOp] = {}
         self._due: asyncio.Queue[str] = asyncio.Queue()
         self._wanted: set[str] = set()
         # By trainer, so that one that hangs holds up no other's.
@@ -82,18 +85,30 @@ class Snapshots:
         again: for that an overdue one waits for as long as it took to become due.
         """
         name = op.adapter
-        begin = 1 if stored.snapshot is None else stored.snapshot.next_sequence
         self._num_bytes[name] = self._num_bytes.get(name, 0) + len(op.body or b"")
+        if not self._is_due(stored, op):
+            return
+        if name in self._wanted:
+            self._missed[name] = dataclasses.replace(op, body=None)
+        else:
+            self._want(name)
+
+    def _is_due(self, stored: StoredAdapter, op: JournaledOp) -> bool:
+        begin = 1 if stored.snapshot is None else stored.snapshot.next_sequence
         due = max(
-            (op.sequence + 1 - begin) / self._every_ops, self._num_bytes[name] / self._every_bytes
+            (op.sequence + 1 - begin) / self._every_ops,
+            self._num_bytes.get(op.adapter, 0) / self._every_bytes,
         )
-        if due >= (2 if op.kind == "forward_backward" else 1) and name not in self._wanted:
-            self._wanted.add(name)
-            self._due.put_nowait(name)
+        return due >= (2 if op.kind == "forward_backward" else 1)
+
+    def _want(self, name: str) -> None:
+        self._wanted.add(name)
+        self._due.put_nowait(name)
 
     def forget(self, name: str) -> None:
         """The adapter is gone."""
         self._num_bytes.pop(name, None)
+        self._missed.pop(name, None)
 
     async def take(self, name: str) -> tuple[StoredAdapter, types.Snapshot]:
         """A snapshot of the adapter as it is, in its turn, and with no tail."""
@@ -104,10 +119,15 @@ class Snapshots:
     async def _tried(self, name: str) -> None:
         try:
             await self._take_beside(name)
+            missed = self._missed.pop(name, None)
+            again = missed is not None and self._is_due(await self._store.get(name), missed)
         except MeshError as error:
             log.warning("no snapshot of %s, until its next op: %s", name, error)
+            again = False
         finally:
             self._wanted.discard(name)
+        if again:
+            self._want(name)
 
     async def _take_beside(self, name: str) -> None:
         address = (await self._store.get(name)).trainer

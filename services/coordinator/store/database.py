@@ -143,10 +143,24 @@ class _SqliteConnection(aiosqlite.Connection):
         ends = fn in {self._conn.commit, self._conn.rollback, self._conn.close}
         if (self._in_write and not ends) or (ends and self._is_idle(fn)):
             return fn(*args, **kwargs)
+        if begins and self._begin_at_once(fn, *args):
+            return None
         self._in_write = False
         result = await super()._execute(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
         self._in_write = begins
         return result
+
+    def _begin_at_once(self, fn: Any, *args: Any) -> bool:
+        """Begin writing if nobody else does: nearly always, as writers here queue up."""
+        self._conn.execute("PRAGMA busy_timeout = 0")
+        try:
+            fn(*args)
+        except sqlite3.OperationalError:
+            return False
+        finally:
+            self._conn.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
+        self._in_write = True
+        return True
 
     def _is_idle(self, fn: Any) -> bool:
         """Whether `fn` rolls nothing back, as a connection does on its way to the pool."""
