@@ -28,8 +28,9 @@ test: setup ## Run all tests
 	@$(BIN)/python -m pytest
 
 .PHONY: chaos
-chaos: setup ## Kill trainers and coordinator N times at random points (SEED=), and compare the weights
-	@CHAOS_KILLS=$(or $(N),60) CHAOS_SEED=$(or $(SEED),20) $(BIN)/python -m pytest -s tests/chaos
+chaos: setup ## The long chaos runs: kill trainers and coordinator N times at random points (SEED=), and samplers
+	@CHAOS_KILLS=$(or $(N),60) CHAOS_SEED=$(or $(SEED),20) CHAOS_TOKENS=500000 CHAOS_ROUNDS=8 CHAOS_PUBLISHES=10000 \
+		$(BIN)/python -m pytest -s tests/chaos
 
 .PHONY: check
 check: setup ## Lint, types, protos (lint and breaking), import rules, drift of generated files

@@ -50,14 +50,14 @@ class Blobs:
         except OSError as error:
             raise _unavailable(error) from error
 
-    def read(self, key: str) -> bytes:
-        """What was written under `key`.
+    def read(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
+        """What was written under `key`, or those of its bytes from `start` to `end`.
 
         Raises:
             NotFound: nothing was, or it is deleted.
         """
         try:
-            content: bytes = self._files.cat_file(self._path(key))
+            content: bytes = self._files.cat_file(self._path(key), start, end)
         except FileNotFoundError:
             raise NotFound(f"there is no blob {key}", resource=key) from None
         except OSError as error:

@@ -15,13 +15,14 @@ class MeshError(Exception):
     Attributes:
         status: canonical gRPC code name.
         reason: stable machine-readable name, the same on the wire.
-        retry_after_s: seconds after which a retry makes sense; 0: it does not.
+        retry_after_s: seconds after which a retry makes sense, by the class unless the one who
+            raises it knows better; 0: it does not.
         context: what the error is about, as strings: `field`, `value`, `allowed`, `resource`, …
     """
 
     status: ClassVar[str] = "INTERNAL"
     reason: ClassVar[str] = "INTERNAL"
-    retry_after_s: ClassVar[float] = 0.0
+    retry_after_s: float = 0.0
 
     def __init__(self, message: str, **context: object) -> None:
         super().__init__(message)

@@ -21,6 +21,7 @@ from pydantic import (
 from rollmesh.config import Config, read_yaml
 from rollmesh.errors import InvalidRequest
 from rollmesh.names import ID_PATTERN
+from rollmesh.types import LogprobsKind
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -191,6 +192,34 @@ class SamplingSpec(Config):
     """Draw from the smallest set of tokens with this total probability."""
     stop: list[Annotated[str, Field(min_length=1)]] = Field(default=[], max_length=16)
     """Text that ends a completion once generated."""
+    min_p: Annotated[FiniteFloat, Field(ge=0, lt=1)] | None = None
+    """Draw only from tokens with at least this share of the likeliest one's probability."""
+    logprobs_kind: LogprobsKind = "policy"
+    """Which log-probabilities are on both sides of the ratio: `policy`, the policy's own, or
+    `sampled`, those of the policy at `temperature`. docs/losses.md compares them."""
+    continue_on_newest: bool = False
+    """Completions under way move to each newer version; staleness counts from their oldest."""
+    max_logprob_gap: Positive | None = None
+    """Bound, in nats, of the gap between sampler and trainer in a token's log-probability under the
+    same version. A sampler beyond it is in quarantine for this job, and its groups that are at hand
+    are drawn anew. Costs one forward pass a step. Not compared are groups still under way at the
+    optimizer step and tokens of older versions. Absent: the gap is measured, and has no bound."""
+
+    @model_validator(mode="after")
+    def _whole_distribution(self) -> Self:
+        cuts = {
+            "top_k": self.top_k is not None,
+            "top_p": (self.top_p or 1.0) < 1,
+            "min_p": bool(self.min_p),
+        }
+        given = [name for name, is_cut in cuts.items() if is_cut]
+        if self.logprobs_kind == "sampled" and given:
+            raise ValueError(
+                f"logprobs_kind 'sampled' goes without {' and '.join(given)}: the trainer computes "
+                "the whole distribution at sampling.temperature, not one that is cut off; "
+                "'policy' goes with them"
+            )
+        return self
 
 
 class StopSpec(Config):
@@ -236,6 +265,15 @@ class JobSpec(Config):
     """What to measure on held-out tasks. Absent: nothing."""
     seed: int = 0
     """Seed of everything random in the job."""
+
+    @model_validator(mode="after")
+    def _staleness_to_continue(self) -> Self:
+        if self.sampling.continue_on_newest and not self.algorithm.max_staleness:
+            raise ValueError(
+                "sampling.continue_on_newest needs algorithm.max_staleness of at least 1: with 0 "
+                "no completion is under way when a newer version comes"
+            )
+        return self
 
     @model_validator(mode="after")
     def _evaluation_for_its_stop(self) -> Self:
@@ -369,7 +407,8 @@ class Warned(Config):
     kind: Literal["warning"] = "warning"
     """Tells the events apart."""
     reason: str
-    """Stable name: STEP_RECOVERED, TRAINER_UNAVAILABLE, REWARD_UNAVAILABLE, SAMPLER_UNAVAILABLE."""
+    """Stable name: STEP_RECOVERED, TRAINER_UNAVAILABLE, REWARD_UNAVAILABLE, SAMPLER_UNAVAILABLE,
+    LOGPROB_GAP."""
     message: str
     """For a person to read."""
 

@@ -1,4 +1,6 @@
-"""Resource names: `projects/{p}`, under it `jobs/{j}` and `adapters/{a}`, then `checkpoints/{c}`.
+"""Resource names: `projects/{p}`, and what is under it.
+
+`jobs/{j}`, `leases/{l}`, `adapters/{a}`, and under that `checkpoints/{c}`.
 
 An id never holds a slash, a dot or an upper-case letter, so no name can climb out of a folder,
 and two names never differ in case alone.
@@ -12,7 +14,7 @@ from rollmesh.errors import InvalidRequest
 
 ID_PATTERN = r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _ID = re.compile(ID_PATTERN)
-_COLLECTIONS = ("adapters", "jobs")
+_COLLECTIONS = ("adapters", "jobs", "leases")
 
 
 def check_id(value: str, *, field: str) -> str:
@@ -41,6 +43,11 @@ def adapter_name(project: str, adapter: str) -> str:
 def job_name(project: str, job: str) -> str:
     """`projects/{project}/jobs/{job}`."""
     return f"projects/{project}/jobs/{job}"
+
+
+def lease_name(project: str, lease: str) -> str:
+    """`projects/{project}/leases/{lease}`."""
+    return f"projects/{project}/leases/{lease}"
 
 
 def parse_project(name: str, *, field: str = "parent") -> str:
@@ -77,6 +84,11 @@ def parse_checkpoint(name: str, *, field: str = "name") -> tuple[str, str, str]:
 def parse_job(name: str, *, field: str = "name") -> tuple[str, str]:
     """Ids of project and job in `projects/{p}/jobs/{j}`."""
     return _parse(name, "jobs", field)
+
+
+def parse_lease(name: str, *, field: str = "name") -> tuple[str, str]:
+    """Ids of project and lease in `projects/{p}/leases/{l}`."""
+    return _parse(name, "leases", field)
 
 
 def _parse(name: str, collection: str, field: str) -> tuple[str, str]:

@@ -6,7 +6,7 @@ the messages of the same name in protos/.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 LossName = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo"]
 StopReason = Literal["stop", "length"]
 MemberRole = Literal["trainer", "sampler", "reward"]
+LogprobsKind = Literal["policy", "sampled"]
+
+HEARTBEAT_S = 0.25
+"""Longest pause in a sampler's stream: without tokens a sign of life comes."""
+SILENCE_S = 1.5
+"""A sampler's stream that brings nothing for so long is lost."""
 
 BASE_VERSION = -1
 """policy_version in a span of tokens that the base model produced without an adapter."""
@@ -53,15 +59,20 @@ class AdapterSource:
     policy_version: int
     digest: str
     trainer_address: str = ""
+    export_key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class PolicySpan:
-    """Which policy produced a run of `num_tokens` tokens. BASE_VERSION and "": the base model."""
+    """Which policy produced a run of `num_tokens` tokens. BASE_VERSION and "": the base model.
+
+    `sampler`: instance_id of the sampler that drew them.
+    """
 
     num_tokens: int
     policy_version: int
     digest: str
+    sampler: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +87,48 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_p: float | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    json_schema: str | None = None
+    regex: str | None = None
+    logprobs_kind: LogprobsKind = "policy"
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Of a prompt of T tokens: their logprobs [T], and at each position the k likeliest [T][k].
+
+    Nothing predicts the first token: its logprob is NaN, its row of top_token_ids -1 and of
+    top_logprobs NaN.
+    """
+
+    logprobs: tuple[float, ...]
+    top_token_ids: tuple[tuple[int, ...], ...]
+    top_logprobs: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """A completion to draw: which of a request's, and the tokens that it has already."""
+
+    index: int
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionChunk:
-    """A piece of completion `index`: token_ids, as many logprobs, and spans over them."""
+    """A piece of completion `index`: token_ids, as many logprobs, and spans over them.
+
+    prompt_logprobs, where they are asked for, come with one chunk of the request.
+    """
 
     index: int
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     spans: tuple[PolicySpan, ...]
     stop_reason: StopReason | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +139,7 @@ class Completion:
     logprobs: tuple[float, ...]
     spans: tuple[PolicySpan, ...]
     stop_reason: StopReason
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 def join_chunks(chunks: Sequence[CompletionChunk]) -> Completion:
@@ -105,12 +148,14 @@ def join_chunks(chunks: Sequence[CompletionChunk]) -> Completion:
     assert stop_reason is not None  # noqa: S101 - a stream that ends without one is an error earlier
     spans: list[PolicySpan] = []
     for span in (span for chunk in chunks for span in chunk.spans):
-        if spans and (spans[-1].policy_version, spans[-1].digest) == (
+        merged = PolicySpan(
+            spans[-1].num_tokens + span.num_tokens if spans else 0,
             span.policy_version,
             span.digest,
-        ):
-            merged = spans[-1].num_tokens + span.num_tokens
-            spans[-1] = PolicySpan(merged, span.policy_version, span.digest)
+            span.sampler,
+        )
+        if spans and replace(merged, num_tokens=spans[-1].num_tokens) == spans[-1]:
+            spans[-1] = merged
         else:
             spans.append(span)
     return Completion(
@@ -118,6 +163,7 @@ def join_chunks(chunks: Sequence[CompletionChunk]) -> Completion:
         logprobs=tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
         spans=tuple(spans),
         stop_reason=stop_reason,
+        prompt_logprobs=next((c.prompt_logprobs for c in chunks if c.prompt_logprobs), None),
     )
 
 
@@ -150,6 +196,7 @@ class LossConfig:
     beta: float | None = None
     max_importance_ratio: float | None = None
     entropy: bool = False
+    temperature: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +229,11 @@ class OptimStepResult:
 
 @dataclass(frozen=True, slots=True)
 class PublishedVersion:
-    """A version that can be exported and sampled."""
+    """A version that can be exported and sampled, and where its blob is ("": nowhere)."""
 
     policy_version: int
     digest: str
+    export_key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +343,23 @@ class SamplerInfo:
     num_running: int
     loaded: tuple[AdapterSource, ...]
     max_rank: int
+    instance_id: str = ""
+    num_queued: int = 0
+    max_loras: int = 0
+    resident: tuple[AdapterSource, ...] = ()
+    kv_tokens: int = 0
+    reserved_kv_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A hold on one version of an adapter. `expire_time`: Unix seconds."""
+
+    name: str
+    adapter: str
+    policy_version: int
+    digest: str
+    expire_time: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,7 +420,10 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One process of the mesh as the coordinator sees it. `update_time`: Unix seconds."""
+    """One process of the mesh as the coordinator sees it. `update_time`: Unix seconds.
+
+    `problem`: why it is not serving, or what some job holds against it.
+    """
 
     role: MemberRole
     address: str

@@ -2,6 +2,7 @@
 
 import typer
 
+from rollmesh import types
 from rollmesh.cli.options import ADDRESS, Address, Json, ask
 from rollmesh.cli.output import one_line, print_json, print_table
 
@@ -18,7 +19,7 @@ def fleet(address: Address = ADDRESS, *, as_json: Json = False) -> None:
             (
                 member.role,
                 member.address,
-                "serving" if member.serving else f"not serving: {one_line(member.problem)}",
+                _state(member),
                 member.base_model,
                 member.backend,
                 str(member.num_adapters) if member.base_model else "",
@@ -28,3 +29,8 @@ def fleet(address: Address = ADDRESS, *, as_json: Json = False) -> None:
         ),
     )
     typer.echo(f"{answer.num_queued_requests} sample requests wait in the coordinator")
+
+
+def _state(member: types.Member) -> str:
+    state = "serving" if member.serving else "not serving"
+    return f"{state}: {one_line(member.problem)}" if member.problem else state

@@ -23,7 +23,7 @@ METRICS = (
 )
 """What is shown of a step: label, metric's name, format. Absent metrics are left out."""
 
-IN_TURN = ("wait", "forward_backward", "optim_step", "publish", "load")
+IN_TURN = ("wait", "agreement", "forward_backward", "optim_step", "publish", "load")
 """Phases that follow each other and together are nearly the whole step."""
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rollmesh import convert, types
 from rollmesh.api.sampler.v1 import sampler_service_pb2 as pb
 from rollmesh.api.sampler.v1.sampler_service_pb2_grpc import SamplerServiceStub
+from rollmesh.rpc.silence import unsilenced
 from rollmesh.rpc.status import mesh_errors
 
 if TYPE_CHECKING:
@@ -47,28 +48,40 @@ class SamplerClient:
         prompt_token_ids: Sequence[int],
         num_completions: int,
         params: types.SamplingParams,
+        *,
+        project: str,
+        continuations: Sequence[types.Continuation] = (),
     ) -> AsyncGenerator[types.CompletionChunk]:
-        """The chunks of all completions. Closing the iterator aborts the generation."""
+        """The chunks of all completions, or of `continuations` alone; closing it aborts the work.
+
+        Raises:
+            Unavailable: also when the stream was silent for SILENCE_S.
+        """
         request = pb.SampleRequest(
             source=convert.source_to_pb(source) if source else None,
             prompt_token_ids=prompt_token_ids,
             num_completions=num_completions,
             params=convert.params_to_pb(params),
+            project=project,
+            continuations=convert.continuations_to_pb(continuations),
         )
         with mesh_errors():
             call = self._stub.Sample(request)
             try:
-                async for response in call:
-                    yield convert.chunk_from_pb(response.chunk)
+                async for response in unsilenced(call):
+                    if response.HasField("chunk"):
+                        yield convert.chunk_from_pb(response.chunk)
             finally:
                 call.cancel()
 
     async def compute_logprobs(
-        self, source: types.AdapterSource | None, token_ids: Sequence[int]
+        self, source: types.AdapterSource | None, token_ids: Sequence[int], *, project: str
     ) -> types.Logprobs:
         """Log-probability of each token given those before it; the first is NaN."""
         request = pb.ComputeLogprobsRequest(
-            source=convert.source_to_pb(source) if source else None, token_ids=token_ids
+            source=convert.source_to_pb(source) if source else None,
+            token_ids=token_ids,
+            project=project,
         )
         with mesh_errors():
             response = await self._stub.ComputeLogprobs(request)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rollmesh import convert, types
 from rollmesh.api.coordinator.v1 import sampling_service_pb2 as pb
 from rollmesh.api.coordinator.v1.sampling_service_pb2_grpc import SamplingServiceStub
+from rollmesh.convert.values import duration_to_pb
 from rollmesh.rpc.status import mesh_errors
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class SamplingClient:
         prompt_token_ids: Sequence[int],
         num_completions: int = 1,
         params: types.SamplingParams = types.SamplingParams(),
+        *,
+        continue_on_newest: bool = False,
     ) -> AsyncIterator[types.CompletionChunk]:
         """The chunks of all completions as they come. Closing the iterator stops the generation."""
         request = pb.SampleRequest(
@@ -38,6 +41,7 @@ class SamplingClient:
             prompt_token_ids=prompt_token_ids,
             num_completions=num_completions,
             params=convert.params_to_pb(params),
+            continue_on_newest=continue_on_newest,
         )
         with mesh_errors():
             call = self._stub.Sample(request)
@@ -54,10 +58,20 @@ class SamplingClient:
         prompt_token_ids: Sequence[int],
         num_completions: int = 1,
         params: types.SamplingParams = types.SamplingParams(),
+        *,
+        continue_on_newest: bool = False,
     ) -> list[types.Completion]:
         """Whole completions, by index."""
         chunks: list[list[types.CompletionChunk]] = [[] for _ in range(num_completions)]
-        async for chunk in self.stream(project, policy, prompt_token_ids, num_completions, params):
+        stream = self.stream(
+            project,
+            policy,
+            prompt_token_ids,
+            num_completions,
+            params,
+            continue_on_newest=continue_on_newest,
+        )
+        async for chunk in stream:
             chunks[chunk.index].append(chunk)
         return [types.join_chunks(parts) for parts in chunks]
 
@@ -71,3 +85,34 @@ class SamplingClient:
         with mesh_errors():
             response = await self._stub.ComputeLogprobs(request)
         return convert.logprobs_from_pb(response)
+
+    async def create_lease(
+        self,
+        project: str,
+        policy: types.PolicyRef,
+        *,
+        ttl_s: float | None = None,
+        request_id: str = "",
+    ) -> types.Lease:
+        """Keep a version (without one: the newest) for `ttl_s` (None: the server's default)."""
+        request = pb.CreateLeaseRequest(
+            project=project,
+            policy=convert.policy_to_pb(policy),
+            ttl=None if ttl_s is None else duration_to_pb(ttl_s),
+            request_id=request_id,
+        )
+        with mesh_errors():
+            response = await self._stub.CreateLease(request)
+        return convert.lease_from_pb(response.lease)
+
+    async def renew_lease(self, name: str, *, ttl_s: float | None = None) -> types.Lease:
+        """Make a lease last for `ttl_s` from now."""
+        ttl = None if ttl_s is None else duration_to_pb(ttl_s)
+        with mesh_errors():
+            response = await self._stub.RenewLease(pb.RenewLeaseRequest(name=name, ttl=ttl))
+        return convert.lease_from_pb(response.lease)
+
+    async def delete_lease(self, name: str) -> None:
+        """End a lease; one that is gone is fine too."""
+        with mesh_errors():
+            await self._stub.DeleteLease(pb.DeleteLeaseRequest(name=name))

@@ -95,11 +95,13 @@ class TrainerClient:
         )
 
     async def forward(
-        self, adapter: str, data: Sequence[types.Datum]
+        self, adapter: str, data: Sequence[types.Datum], *, temperature: float | None = None
     ) -> tuple[types.FloatArray, ...]:
-        """Per datum the targets' log-probabilities, float32 [T]."""
+        """Per datum the targets' log-probabilities at `temperature` (None: 1), float32 [T]."""
         request = pb.ForwardRequest(
-            adapter=adapter, data=[convert.datum_to_pb(datum) for datum in data]
+            adapter=adapter,
+            data=[convert.datum_to_pb(datum) for datum in data],
+            temperature=temperature,
         )
         with mesh_errors():
             response = await self._stub.Forward(request)
@@ -151,13 +153,13 @@ class TrainerClient:
             response = await self._stub.PublishAdapter(
                 pb.PublishAdapterRequest(name=name, epoch=epoch)
             )
-        return types.PublishedVersion(response.policy_version, response.digest)
+        return types.PublishedVersion(response.policy_version, response.digest, response.export_key)
 
     async def export_adapter(
-        self, name: str, policy_version: int
+        self, name: str, policy_version: int, *, offset: int = 0
     ) -> AsyncGenerator[types.AdapterExport | bytes | str]:
-        """A header, then chunks of adapter_model.safetensors, then the digest."""
-        request = pb.ExportAdapterRequest(name=name, policy_version=policy_version)
+        """A header, then chunks of adapter_model.safetensors from `offset` on, then the digest."""
+        request = pb.ExportAdapterRequest(name=name, policy_version=policy_version, offset=offset)
         with mesh_errors():
             call = self._stub.ExportAdapter(request)
             try:

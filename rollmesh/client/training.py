@@ -44,11 +44,13 @@ class TrainingClient:
         )
 
     async def forward(
-        self, adapter: str, data: Sequence[types.Datum]
+        self, adapter: str, data: Sequence[types.Datum], *, temperature: float | None = None
     ) -> tuple[types.FloatArray, ...]:
-        """Per datum the targets' log-probabilities, float32 [T]."""
+        """Per datum the targets' log-probabilities at `temperature` (None: 1), float32 [T]."""
         request = pb.ForwardRequest(
-            adapter=adapter, data=[convert.datum_to_pb(datum) for datum in data]
+            adapter=adapter,
+            data=[convert.datum_to_pb(datum) for datum in data],
+            temperature=temperature,
         )
         with mesh_errors():
             response = await self._stub.Forward(request)

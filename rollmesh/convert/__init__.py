@@ -44,6 +44,8 @@ from rollmesh.convert.journal import (
     result_to_bytes,
 )
 from rollmesh.convert.policies import (
+    lease_from_pb,
+    lease_to_pb,
     lora_from_pb,
     lora_to_pb,
     optional_lora_from_pb,
@@ -58,12 +60,19 @@ from rollmesh.convert.policies import (
 from rollmesh.convert.sampling import (
     chunk_from_pb,
     chunk_to_pb,
+    continuations_from_pb,
+    continuations_to_pb,
     logprobs_from_pb,
     logprobs_to_pb,
     params_from_pb,
     params_to_pb,
 )
-from rollmesh.convert.tensors import floats_from_pb, tensor_from_pb, tensor_to_pb
+from rollmesh.convert.tensors import (
+    floats_from_pb,
+    matrix_from_pb,
+    tensor_from_pb,
+    tensor_to_pb,
+)
 from rollmesh.convert.training import (
     adam_from_pb,
     adam_to_pb,
@@ -76,6 +85,7 @@ from rollmesh.convert.training import (
 )
 from rollmesh.convert.values import (
     duration_to_pb,
+    optional,
     optional_duration_from_pb,
     struct_from_pb,
     struct_to_pb,
@@ -95,6 +105,8 @@ __all__ = [
     "checkpoint_to_pb",
     "chunk_from_pb",
     "chunk_to_pb",
+    "continuations_from_pb",
+    "continuations_to_pb",
     "data_from_pb",
     "datum_to_pb",
     "duration_to_pb",
@@ -108,14 +120,18 @@ __all__ = [
     "floats_from_pb",
     "job_from_pb",
     "job_to_pb",
+    "lease_from_pb",
+    "lease_to_pb",
     "logprobs_from_pb",
     "logprobs_to_pb",
     "lora_from_pb",
     "lora_to_pb",
     "loss_from_pb",
     "loss_to_pb",
+    "matrix_from_pb",
     "op_from_bytes",
     "op_to_bytes",
+    "optional",
     "optional_duration_from_pb",
     "optional_lora_from_pb",
     "optional_snapshot_from_pb",

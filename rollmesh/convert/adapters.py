@@ -157,6 +157,12 @@ def sampler_info_to_pb(info: types.SamplerInfo) -> sampler_service_pb2.GetSample
         num_running=info.num_running,
         loaded=[source_to_pb(source) for source in info.loaded],
         max_rank=info.max_rank,
+        instance_id=info.instance_id,
+        num_queued=info.num_queued,
+        max_loras=info.max_loras,
+        resident=[source_to_pb(source) for source in info.resident],
+        kv_tokens=info.kv_tokens,
+        reserved_kv_tokens=info.reserved_kv_tokens,
     )
 
 
@@ -170,6 +176,12 @@ def sampler_info_from_pb(message: sampler_service_pb2.GetSamplerResponse) -> typ
         num_running=message.num_running,
         loaded=tuple(source_from_pb(source) for source in message.loaded),
         max_rank=message.max_rank,
+        instance_id=message.instance_id,
+        num_queued=message.num_queued,
+        max_loras=message.max_loras,
+        resident=tuple(source_from_pb(source) for source in message.resident),
+        kv_tokens=message.kv_tokens,
+        reserved_kv_tokens=message.reserved_kv_tokens,
     )
 
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from rollmesh import types
 from rollmesh.api.common.v1 import policy_pb2
+from rollmesh.api.coordinator.v1 import sampling_service_pb2
 from rollmesh.api.sampler.v1 import sampler_service_pb2
-from rollmesh.convert.values import optional
+from rollmesh.convert.values import optional, time_from_pb, time_to_pb
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -55,13 +56,18 @@ def policy_from_pb(message: policy_pb2.PolicyRef) -> types.PolicyRef:
 def span_to_pb(span: types.PolicySpan) -> policy_pb2.PolicySpan:
     """PolicySpan."""
     return policy_pb2.PolicySpan(
-        num_tokens=span.num_tokens, policy_version=span.policy_version, digest=span.digest
+        num_tokens=span.num_tokens,
+        policy_version=span.policy_version,
+        digest=span.digest,
+        sampler=span.sampler,
     )
 
 
 def span_from_pb(message: policy_pb2.PolicySpan) -> types.PolicySpan:
     """PolicySpan."""
-    return types.PolicySpan(message.num_tokens, message.policy_version, message.digest)
+    return types.PolicySpan(
+        message.num_tokens, message.policy_version, message.digest, message.sampler
+    )
 
 
 def source_to_pb(source: types.AdapterSource) -> sampler_service_pb2.AdapterSource:
@@ -71,13 +77,18 @@ def source_to_pb(source: types.AdapterSource) -> sampler_service_pb2.AdapterSour
         policy_version=source.policy_version,
         digest=source.digest,
         trainer_address=source.trainer_address,
+        export_key=source.export_key,
     )
 
 
 def source_from_pb(message: sampler_service_pb2.AdapterSource) -> types.AdapterSource:
     """AdapterSource."""
     return types.AdapterSource(
-        message.adapter, message.policy_version, message.digest, message.trainer_address
+        message.adapter,
+        message.policy_version,
+        message.digest,
+        message.trainer_address,
+        message.export_key,
     )
 
 
@@ -86,3 +97,25 @@ def optional_source_from_pb(
 ) -> types.AdapterSource | None:
     """The request's `source`; None: the base model."""
     return source_from_pb(message.source) if message.HasField("source") else None
+
+
+def lease_to_pb(lease: types.Lease) -> sampling_service_pb2.Lease:
+    """Lease."""
+    return sampling_service_pb2.Lease(
+        name=lease.name,
+        adapter=lease.adapter,
+        policy_version=lease.policy_version,
+        digest=lease.digest,
+        expire_time=time_to_pb(lease.expire_time),
+    )
+
+
+def lease_from_pb(message: sampling_service_pb2.Lease) -> types.Lease:
+    """Lease."""
+    return types.Lease(
+        message.name,
+        message.adapter,
+        message.policy_version,
+        message.digest,
+        time_from_pb(message.expire_time),
+    )

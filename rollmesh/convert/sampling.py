@@ -4,20 +4,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from rollmesh import types
 from rollmesh.api.common.v1 import sampling_pb2
 from rollmesh.api.sampler.v1 import sampler_service_pb2
 from rollmesh.convert.policies import span_from_pb, span_to_pb
-from rollmesh.convert.tensors import floats_from_pb, tensor_to_pb
+from rollmesh.convert.tensors import floats_from_pb, matrix_from_pb, tensor_to_pb
 from rollmesh.convert.values import optional
+from rollmesh.errors import InvalidRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from rollmesh.api.coordinator.v1 import sampling_service_pb2
 
 _STOP_REASONS: dict[types.StopReason | None, sampling_pb2.StopReason.ValueType] = {
     None: sampling_pb2.STOP_REASON_UNSPECIFIED,
     "stop": sampling_pb2.STOP_REASON_STOP,
     "length": sampling_pb2.STOP_REASON_LENGTH,
+}
+KINDS: dict[types.LogprobsKind, sampling_pb2.LogprobsKind.ValueType] = {
+    "policy": sampling_pb2.LOGPROBS_KIND_POLICY,
+    "sampled": sampling_pb2.LOGPROBS_KIND_SAMPLED,
 }
 
 
@@ -32,6 +41,12 @@ def params_to_pb(params: types.SamplingParams) -> sampling_pb2.SamplingParams:
         stop=params.stop,
         stop_token_ids=params.stop_token_ids,
         ignore_eos=params.ignore_eos,
+        min_p=params.min_p,
+        logit_bias=dict(params.logit_bias),
+        json_schema=params.json_schema,  # type: ignore[arg-type]  # None is absent
+        regex=params.regex,  # type: ignore[arg-type]
+        logprobs_kind=KINDS[params.logprobs_kind],
+        prompt_logprobs=params.prompt_logprobs,
     )
 
 
@@ -46,6 +61,62 @@ def params_from_pb(message: sampling_pb2.SamplingParams) -> types.SamplingParams
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
+        min_p=optional(message, "min_p"),
+        logit_bias=tuple(sorted(message.logit_bias.items())),
+        json_schema=optional(message, "json_schema"),
+        regex=optional(message, "regex"),
+        logprobs_kind=kind_from_pb(message.logprobs_kind, field="params.logprobs_kind"),
+        prompt_logprobs=optional(message, "prompt_logprobs"),
+    )
+
+
+def kind_from_pb(value: sampling_pb2.LogprobsKind.ValueType, *, field: str) -> types.LogprobsKind:
+    """LogprobsKind; unspecified: the policy's own."""
+    kinds = {number: kind for kind, number in KINDS.items()}
+    kinds[sampling_pb2.LOGPROBS_KIND_UNSPECIFIED] = "policy"
+    if value not in kinds:
+        allowed = ", ".join(KINDS)
+        raise InvalidRequest(
+            f"{field}: {value} is not one of {allowed}", field=field, value=value, allowed=allowed
+        )
+    return kinds[value]
+
+
+def continuations_to_pb(
+    continuations: Iterable[types.Continuation],
+) -> list[sampling_pb2.Continuation]:
+    """Continuations."""
+    return [
+        sampling_pb2.Continuation(index=begun.index, token_ids=begun.token_ids)
+        for begun in continuations
+    ]
+
+
+def continuations_from_pb(
+    messages: Iterable[sampling_pb2.Continuation],
+) -> tuple[types.Continuation, ...]:
+    """Continuations."""
+    return tuple(types.Continuation(begun.index, tuple(begun.token_ids)) for begun in messages)
+
+
+def prompt_logprobs_to_pb(prompt: types.PromptLogprobs) -> sampling_pb2.PromptLogprobs:
+    """PromptLogprobs."""
+    shape = (len(prompt.logprobs), -1 if prompt.logprobs else 0)
+    return sampling_pb2.PromptLogprobs(
+        logprobs=tensor_to_pb(prompt.logprobs),
+        top_token_ids=tensor_to_pb(np.reshape(prompt.top_token_ids, shape), "<i4"),
+        top_logprobs=tensor_to_pb(np.reshape(prompt.top_logprobs, shape)),
+    )
+
+
+def prompt_logprobs_from_pb(message: sampling_pb2.PromptLogprobs) -> types.PromptLogprobs:
+    """PromptLogprobs."""
+    token_ids = matrix_from_pb(message.top_token_ids, field="top_token_ids", dtype="<i4")
+    logprobs = matrix_from_pb(message.top_logprobs, field="top_logprobs", dtype="<f4")
+    return types.PromptLogprobs(
+        floats_from_pb(message.logprobs),
+        tuple(tuple(row) for row in token_ids.tolist()),
+        tuple(tuple(row) for row in logprobs.tolist()),
     )
 
 
@@ -57,6 +128,9 @@ def chunk_to_pb(chunk: types.CompletionChunk) -> sampling_pb2.CompletionChunk:
         logprobs=tensor_to_pb(chunk.logprobs),
         spans=[span_to_pb(span) for span in chunk.spans],
         stop_reason=_STOP_REASONS[chunk.stop_reason],
+        prompt_logprobs=prompt_logprobs_to_pb(chunk.prompt_logprobs)
+        if chunk.prompt_logprobs
+        else None,
     )
 
 
@@ -69,6 +143,9 @@ def chunk_from_pb(message: sampling_pb2.CompletionChunk) -> types.CompletionChun
         logprobs=floats_from_pb(message.logprobs),
         spans=tuple(span_from_pb(span) for span in message.spans),
         stop_reason=reasons[message.stop_reason],
+        prompt_logprobs=prompt_logprobs_from_pb(message.prompt_logprobs)
+        if message.HasField("prompt_logprobs")
+        else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,17 @@ def tensor_to_pb(values: NDArray[Any] | Sequence[float], dtype: str = "<f4") -> 
 
 def tensor_from_pb(message: tensor_pb2.Tensor, *, field: str, dtype: str) -> NDArray[Any]:
     """A one-dimensional array of `dtype`; `field` names it in errors."""
+    return _array(message, 1, field=field, dtype=dtype)
+
+
+def matrix_from_pb(message: tensor_pb2.Tensor, *, field: str, dtype: str) -> NDArray[Any]:
+    """A two-dimensional array of `dtype`; `field` names it in errors."""
+    return _array(message, 2, field=field, dtype=dtype)
+
+
+def _array(
+    message: tensor_pb2.Tensor, num_dimensions: int, *, field: str, dtype: str
+) -> NDArray[Any]:
     wanted = np.dtype(dtype)
     if _DTYPES.get(message.dtype) != wanted:
         # Not every number that arrives has a name.
@@ -43,15 +55,16 @@ def tensor_from_pb(message: tensor_pb2.Tensor, *, field: str, dtype: str) -> NDA
             allowed=wanted.name,
         )
     shape = tuple(message.shape)
-    if len(shape) != 1 or shape[0] < 0 or shape[0] * wanted.itemsize != len(message.data):
+    fits = min(shape, default=0) >= 0 and math.prod(shape) * wanted.itemsize == len(message.data)
+    if len(shape) != num_dimensions or not fits:
+        needed = "one dimension is" if num_dimensions == 1 else f"{num_dimensions} dimensions are"
         raise InvalidRequest(
             f"{field}: shape {list(shape)} of {wanted.name} does not fit {len(message.data)} "
-            "bytes; "
-            "one dimension is needed",
+            f"bytes; {needed} needed",
             field=field,
             value=list(shape),
         )
-    return np.frombuffer(message.data, dtype=wanted)
+    return np.frombuffer(message.data, dtype=wanted).reshape(shape)
 
 
 def floats_from_pb(message: tensor_pb2.Tensor, *, field: str = "logprobs") -> tuple[float, ...]:

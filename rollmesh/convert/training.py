@@ -27,6 +27,7 @@ _LOSS_OPTIONS = (
     "clip_high_threshold",
     "beta",
     "max_importance_ratio",
+    "temperature",
 )
 
 

@@ -81,10 +81,13 @@ def to_error(call: grpc.aio.AioRpcError) -> MeshError:
     except ValueError:
         # The server answered with one code, and then the transport failed with another.
         status = None
-    info = ErrorInfo()
+    info, retry = ErrorInfo(), RetryInfo()
     for detail in status.details if status else ():
         if detail.Unpack(info) and info.domain == DOMAIN and info.reason in BY_REASON:
-            return BY_REASON[info.reason](status.message, **dict(info.metadata))
+            error = BY_REASON[info.reason](status.message, **dict(info.metadata))
+            if any(other.Unpack(retry) for other in status.details):
+                error.retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
+            return error
     message = f"{call.code().name}: {call.details()}"
     return _BY_CODE.get(call.code(), InternalError)(message)
 

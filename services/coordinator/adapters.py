@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from rollmesh import types
 from rollmesh.errors import (
-    DigestMismatch,
     FailedPrecondition,
     InvalidRequest,
     MeshError,
@@ -23,6 +22,7 @@ from rollmesh.errors import (
 )
 from rollmesh.names import parse_adapter, parse_project
 from services.coordinator.delivery import Delivery
+from services.coordinator.exporting import export
 from services.coordinator.making import make
 from services.coordinator.ownership import Ownership
 from services.coordinator.paging import page_size_of
@@ -36,9 +36,11 @@ from services.coordinator.upkeep import Upkeep
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
+    from rollmesh.blobs import Blobs
     from services.coordinator.base_models import BaseModels
     from services.coordinator.fleet.static import StaticFleet
     from services.coordinator.journal import Journal
+    from services.coordinator.newest import Publications
     from services.coordinator.ports import Sampling, TrainerPort
     from services.coordinator.store import Store, StoredAdapter
 
@@ -67,6 +69,8 @@ class Adapters:
         trainers: every configured trainer by address, serving or not.
         sampling: what is told to forget a deleted adapter.
         base_models: those that the mesh knows.
+        publications: what hears of new versions.
+        blobs: where their trainers write them.
         durability: settings.
         clock: Unix seconds.
     """
@@ -80,17 +84,24 @@ class Adapters:
         sampling: Sampling,
         *,
         base_models: BaseModels,
+        publications: Publications,
+        blobs: Blobs,
         durability: Durability,
         clock: Callable[[], float],
     ) -> None:
         self._store = store.adapters
+        self._versions = store.versions
         self._trainers = trainers
         self._sampling = sampling
         self._base_models = base_models
+        self._publications = publications
+        self._blobs = blobs
         self._clock = clock
         self._turns = Turns(max_waiting=MAX_WAITING)
         self._ownership = Ownership(fleet, lease_s=durability.trainer_lease_s)
-        self._recovery = Recovery(store.adapters, journal, self._ownership, trainers, clock=clock)
+        self._recovery = Recovery(
+            store.adapters, store.versions, journal, self._ownership, trainers, clock=clock
+        )
         self._snapshots = Snapshots(
             store.adapters,
             self._recovery,
@@ -228,7 +239,8 @@ class Adapters:
         """Delete an adapter that nobody used for its time to live.
 
         Raises:
-            FailedPrecondition: somebody used it meanwhile, or a job that has not ended owns it.
+            FailedPrecondition: somebody used it meanwhile, has a lease on a version of it, or a job
+                that has not ended owns it.
         """
 
         async def work() -> None:
@@ -236,16 +248,19 @@ class Adapters:
             ttl_s = stored.adapter.idle_ttl_s
             if ttl_s is None or self._clock() < stored.use_time + USE_NOTED_EVERY_S + ttl_s:
                 raise FailedPrecondition(f"{name} is in use", resource=name)
-            await self._delete(stored, None)
+            await self._delete(stored, None, unless_leased=True)
 
         await self._turns.take(name, work)
 
-    async def _delete(self, stored: StoredAdapter, request: Request | None) -> None:
+    async def _delete(
+        self, stored: StoredAdapter, request: Request | None, *, unless_leased: bool = False
+    ) -> None:
         name = stored.adapter.name
         check_free(stored)
-        await self._store.delete(name, request, now=self._clock())
+        await self._store.delete(name, request, now=self._clock(), unless_leased=unless_leased)
         self._recovery.forget(name)
         self._snapshots.forget(name)
+        self._publications.forget(name)
         if stored.trainer in self._trainers:
             with contextlib.suppress(MeshError, TimeoutError):
                 async with asyncio.timeout(_DELETE_TIMEOUT_S):
@@ -290,21 +305,22 @@ class Adapters:
         return result
 
     async def forward(
-        self, adapter: str, data: Sequence[types.Datum]
+        self, adapter: str, data: Sequence[types.Datum], *, temperature: float | None = None
     ) -> tuple[types.FloatArray, ...]:
         """Per datum the targets' log-probabilities; anybody in the project may ask."""
         try:
-            return await self._forward(adapter, data)
+            return await self._forward(adapter, data, temperature)
         except NotFound:
             self._recovery.doubt(adapter)
-            return await self._forward(adapter, data)
+            return await self._forward(adapter, data, temperature)
 
     async def _forward(
-        self, adapter: str, data: Sequence[types.Datum]
+        self, adapter: str, data: Sequence[types.Datum], temperature: float | None
     ) -> tuple[types.FloatArray, ...]:
         stored = await self._at_home(adapter)
         async with self._ownership.call(stored.trainer):
-            return await self._trainers[stored.trainer].forward(adapter, data)
+            trainer = self._trainers[stored.trainer]
+            return await trainer.forward(adapter, data, temperature=temperature)
 
     async def optim_step(
         self, adapter: str, sequence: int, adam: types.AdamConfig, *, job: str
@@ -343,7 +359,8 @@ class Adapters:
             await self._delivery.settle(name)
             stored, version = await self._recovery.call(name, publish)
             self._check_at(stored, stored.adapter.policy_version, version.policy_version)
-            await self._store.publish(name, version, now=self._clock())
+            version = await self._versions.publish(name, version, now=self._clock())
+            self._publications.announce(_source(name, version, stored.trainer))
             return version
 
         return await self._turns.take(name, work)
@@ -364,38 +381,29 @@ class Adapters:
     async def export_adapter(
         self, name: str, policy_version: int | None
     ) -> AsyncGenerator[types.AdapterExport | bytes | str]:
-        """A published version (None: the newest) as its trainer streams it.
+        """A published version (None: the newest); see `exporting.export`.
 
         Raises:
-            NotFound: no such version, or its trainer keeps it no longer.
-            Unavailable: the stream was torn.
-            DigestMismatch: the trainer sent something else than it had published.
+            NotFound: no such adapter, or version that is kept.
         """
         stored = await self._at_home(name)
-        version = await self._store.version(name, policy_version)
-        digest = ""
-        exported = self._trainers[stored.trainer].export_adapter(name, version.policy_version)
+        version = await self._versions.get(name, policy_version)
+        trainer = self._trainers[stored.trainer]
+        exported = export(name, version, trainer, stored.trainer, self._blobs)
         async with contextlib.aclosing(exported) as parts:
             async for part in parts:
-                if isinstance(part, str):
-                    digest = part
-                    if digest != version.digest:
-                        raise DigestMismatch(
-                            f"version {version.policy_version} of {name} was published as "
-                            f"{version.digest}, and {stored.trainer} sent {digest}",
-                            resource=name,
-                        )
                 yield part
-        if not digest:
-            raise Unavailable(f"the trainer at {stored.trainer} stopped in the middle of {name}")
 
     async def resolve(self, policy: types.PolicyRef) -> tuple[str, types.AdapterSource | None]:
-        """Base model, and the published version with its digest and trainer; None: no adapter.
+        """Base model, and the published version with where it is; None: no adapter.
+
+        Whoever has the answer is served though the version may be let go of the moment after: its
+        blob stays for a while, and a sampler unloads nothing that a request uses.
 
         Raises:
             InvalidRequest: no policy, a version without an adapter, or another base model than
                 the adapter's.
-            NotFound: nobody serves the base model; no such adapter or published version.
+            NotFound: nobody serves the base model; no such adapter, or version that is kept.
         """
         if not policy.adapter:
             if policy.policy_version is not None:
@@ -422,18 +430,17 @@ class Adapters:
                 value=policy.base_model,
                 allowed=base_model,
             )
-        version = await self._store.version(policy.adapter, policy.policy_version)
+        version = await self._versions.get(policy.adapter, policy.policy_version)
         if self._clock() - stored.use_time >= USE_NOTED_EVERY_S:
             await self._store.touch(policy.adapter, now=self._clock())
-        source = types.AdapterSource(
-            policy.adapter, version.policy_version, version.digest, stored.trainer
-        )
-        return base_model, source
+        return base_model, _source(policy.adapter, version, stored.trainer)
 
     def locate(self, source: types.AdapterSource) -> types.AdapterSource:
-        """The same version, at the trainer that has the adapter now, as far as that is known."""
-        address = self._recovery.address(source.adapter) or source.trainer_address
-        return dataclasses.replace(source, trainer_address=address)
+        """The same version, where it is by now, as far as that is known."""
+        name = source.adapter
+        address = self._recovery.address(name) or source.trainer_address
+        key = self._recovery.export_key(name, source.policy_version) or source.export_key
+        return dataclasses.replace(source, trainer_address=address, export_key=key)
 
     async def _existing(self, name: str) -> StoredAdapter:
         parse_adapter(name)
@@ -448,3 +455,11 @@ class Adapters:
         if self._recovery.is_current(stored):
             return stored
         return await self._turns.take(name, lambda: self._recovery.at_home(name))
+
+
+def _source(
+    name: str, version: types.PublishedVersion, trainer_address: str
+) -> types.AdapterSource:
+    return types.AdapterSource(
+        name, version.policy_version, version.digest, trainer_address, version.export_key
+    )

@@ -17,7 +17,10 @@ from services.coordinator.checkpoints import Checkpoints
 from services.coordinator.fleet.static import StaticFleet
 from services.coordinator.jobs import Jobs
 from services.coordinator.journal import Journal
+from services.coordinator.leases import Leases
+from services.coordinator.newest import Publications
 from services.coordinator.policies import Policies
+from services.coordinator.retention import Retention
 from services.coordinator.runner import Runner
 from services.coordinator.sampling import FleetSampling
 from services.coordinator.scheduler import Scheduler
@@ -60,12 +63,14 @@ async def coordinator(
         fleet,
         scheduler,
         locate=lambda source: adapters.locate(source),  # noqa: PLW0108 - they are made below
+        new_seed=lambda: secrets.randbits(48),
     )
     base_models = BaseModels(fleet, [model.name for model in config.base_models])
     blobs = Blobs(config.blobs_url)
     journal = Journal(
         store.ops, blobs, codec, clock=time.time, new_id=lambda: secrets.token_hex(16)
     )
+    publications = Publications()
     adapters = Adapters(
         store,
         journal,
@@ -73,6 +78,8 @@ async def coordinator(
         trainers,
         sampling,
         base_models=base_models,
+        publications=publications,
+        blobs=blobs,
         durability=Durability(
             trainer_lease_s=config.trainer_lease_s,
             snapshot_every_ops=config.snapshot_every_ops,
@@ -82,6 +89,22 @@ async def coordinator(
         clock=time.time,
     )
     checkpoints = Checkpoints(store.checkpoints, adapters, store.adapters, blobs, clock=time.time)
+    leases = Leases(
+        store.leases,
+        adapters,
+        max_leases=config.max_leases,
+        clock=time.time,
+        new_id=lambda: f"lease-{secrets.token_hex(8)}",
+    )
+    retention = Retention(
+        store.versions,
+        store.leases,
+        sampling,
+        blobs,
+        retention_s=config.version_retention_s,
+        max_superseded=config.max_superseded_versions,
+        clock=time.time,
+    )
     sweeper = Sweeper(
         store.references,
         store.checkpoints,
@@ -111,12 +134,13 @@ async def coordinator(
         jobs,
         adapters,
         checkpoints,
-        Policies(adapters, sampling),
+        Policies(adapters, sampling, publications),
+        leases,
         lambda: fleet.snapshot(sampling.num_queued_requests),
     )
     async with contextlib.AsyncExitStack() as stack:
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        for part in (fleet, adapters, sweeper):
+        for part in (fleet, adapters, retention, sweeper):
             stack.callback(tasks.create_task(part.run()).cancel)
         server = await stack.enter_async_context(
             serving(services, services=SERVICES, address=config.listen, drain_s=config.drain_s)

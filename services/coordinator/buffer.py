@@ -51,6 +51,10 @@ class RolloutBuffer:
         self._next_to_take = numbers.stop
         return [self._ready.pop(number) for number in numbers]
 
+    def waiting(self) -> list[Group]:
+        """Those that are ready before their step's turn, in order."""
+        return [self._ready[number] for number in sorted(self._ready)]
+
     def release(self, count: int) -> None:
         """As many groups have been trained, and the policy they made is live."""
         self._free += count

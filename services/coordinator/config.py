@@ -40,8 +40,8 @@ class CoordinatorConfig(Config):
     PGPASSWORD). One coordinator per database. Empty: coordinator.sqlite in state_dir."""
     blobs: str = ""
     """Folder, or URL that fsspec understands (s3://BUCKET/PREFIX), of the mesh's blob store:
-    snapshots of adapters, and large bodies of ops. The trainers' must be the same. Empty: blobs
-    in state_dir."""
+    snapshots of adapters, published versions, and large bodies of ops. The trainers' must be the
+    same. Empty: blobs in state_dir."""
     trainers: list[PeerAddress] = Field(min_length=1)
     """Addresses of the trainers, host:port."""
     samplers: list[PeerAddress] = Field(min_length=1)
@@ -72,6 +72,14 @@ class CoordinatorConfig(Config):
     result_retention_s: PositiveFloat = 3600.0
     """How long the result of a training op is kept for a repeat; that of an adapter's newest op is
     kept until a later one is answered."""
+    version_retention_s: NonNegativeFloat = 600.0
+    """How long a published version can be sampled after a newer one was published. The newest, what
+    a job needs and what is leased are kept in any case."""
+    max_superseded_versions: PositiveInt = 64
+    """Superseded versions of an adapter that are kept for that time, not counting what is leased;
+    beyond it the oldest go at once."""
+    max_leases: PositiveInt = 1000
+    """Leases on versions that a project may have at once; one more is refused with OVERLOADED."""
     drain_s: NonNegativeFloat = 10.0
     """Seconds that calls under way get to finish when the coordinator is told to end."""
     telemetry: TelemetryConfig = TelemetryConfig()

@@ -21,9 +21,11 @@ from services.coordinator.learning_rate import learning_rate
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+    from rollmesh.types import FloatArray
     from services.coordinator.metrics import Phases
     from services.coordinator.ports import JobContext, Sampling, Training
     from services.coordinator.retry import Patience
+    from services.coordinator.versions import Versions
 
 Result = TypeVar("Result")
 Progress = Literal["clean", "gradients_pending", "stepped"]
@@ -33,7 +35,13 @@ class Learner:
     """Trains and publishes one job's adapter. Every method waits while the trainer is away."""
 
     def __init__(
-        self, context: JobContext, *, training: Training, sampling: Sampling, patience: Patience
+        self,
+        context: JobContext,
+        *,
+        training: Training,
+        sampling: Sampling,
+        patience: Patience,
+        versions: Versions,
     ) -> None:
         self._job = context.name
         self._adapter = context.adapter
@@ -41,9 +49,12 @@ class Learner:
         self._training = training
         self._sampling = sampling
         self._patience = patience
-        # What may be on the samplers: after an interruption also versions from before it.
-        oldest = max(0, context.step - context.spec.algorithm.max_staleness - 1)
-        self._live = set(range(oldest, context.step))
+        self._versions = versions
+        sampling_spec = context.spec.sampling
+        # That of what the samplers' log-probabilities are of.
+        self._temperature = (
+            sampling_spec.temperature if sampling_spec.logprobs_kind == "sampled" else None
+        )
 
     async def progress(self, step: int) -> Progress:
         """What was trained of step `step`, the first one that is not recorded as finished.
@@ -69,20 +80,44 @@ class Learner:
             resource=self._adapter,
         )
 
-    async def forward_backward(self, step: int, data: Sequence[types.Datum]) -> Mapping[str, float]:
-        """The gradients of step `step`; its metrics.
+    async def forward(self, step: int, data: Sequence[types.Datum]) -> tuple[FloatArray, ...]:
+        """Per datum the targets' log-probabilities before step `step`, of the job's kind.
 
         Raises:
             CapacityExhausted: the batch is too large for one message, or for the trainer.
         """
-        coefficient = self._spec.algorithm.kl_coefficient
-        loss = types.LossConfig("importance_sampling", kl_coefficient=coefficient or None)
+        return await self._on_batch(
+            step,
+            data,
+            lambda: self._training.forward(self._adapter, data, temperature=self._temperature),
+        )
+
+    async def forward_backward(
+        self, step: int, data: Sequence[types.Datum]
+    ) -> types.ForwardBackwardResult:
+        """The gradients of step `step`.
+
+        Raises:
+            CapacityExhausted: the batch is too large for one message, or for the trainer.
+        """
+        loss = types.LossConfig(
+            "importance_sampling",
+            kl_coefficient=self._spec.algorithm.kl_coefficient or None,
+            temperature=self._temperature,
+        )
+        return await self._on_batch(
+            step,
+            data,
+            lambda: self._training.forward_backward(
+                self._adapter, 2 * step + 1, data, loss, job=self._job
+            ),
+        )
+
+    async def _on_batch(
+        self, step: int, data: Sequence[types.Datum], attempt: Callable[[], Awaitable[Result]]
+    ) -> Result:
         try:
-            result = await self._op(
-                lambda: self._training.forward_backward(
-                    self._adapter, 2 * step + 1, data, loss, job=self._job
-                )
-            )
+            return await self._op(attempt)
         except CapacityExhausted as error:
             raise CapacityExhausted(
                 f"step {step + 1}: its {len(data)} rollouts are too much for one call of the "
@@ -90,7 +125,6 @@ class Learner:
                 "sampling.max_tokens must be smaller",
                 **error.context,
             ) from error
-        return result.metrics
 
     async def optim_step(self, step: int) -> Mapping[str, float]:
         """The optimizer's part of step `step`; its metrics."""
@@ -125,14 +159,12 @@ class Learner:
             assert source is not None  # noqa: S101 - the reference names an adapter
         with phases.phase("load"):
             await self._sampling.load(base_model, source)
-        self._live.add(version)
+        self._versions.went_live(source)
         return source
 
-    async def retire(self, *, newest: int, in_use: Mapping[int, int]) -> None:
-        """Unload the versions before `newest` that nobody uses; `in_use`: users by version."""
-        idle = {version for version in self._live if version < newest and not in_use.get(version)}
-        self._live -= idle
-        for version in sorted(idle):
+    async def retire(self, *, newest: int) -> None:
+        """Unload the versions before `newest` that nobody needs."""
+        for version in self._versions.let_go(newest=newest):
             await self._sampling.unload(self._spec.base_model, self._adapter, version)
 
     async def _op(self, attempt: Callable[[], Awaitable[Result]]) -> Result:

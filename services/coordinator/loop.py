@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from rollmesh import telemetry
 from rollmesh.job import StepCompleted, Warned
-from rollmesh.names import parse_job
-from services.coordinator.batch import batch
+from services.coordinator.agreement import Agreement, gap_metrics
+from services.coordinator.batch import batch, teaching
 from services.coordinator.buffer import RolloutBuffer
 from services.coordinator.evaluation import evaluate, is_due
 from services.coordinator.learner import Learner
@@ -18,6 +18,7 @@ from services.coordinator.metrics import Phases, of_groups, of_trainer
 from services.coordinator.prompts import check_templates
 from services.coordinator.retry import Outage, Patience
 from services.coordinator.rollouts import Rollouts
+from services.coordinator.versions import Versions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -77,6 +78,8 @@ async def run(
         except BaseExceptionGroup as failures:
             # What failed first cancelled the rest: the job's failure is that one error.
             failure = _first(failures)
+        finally:
+            sampling.end_quarantines(context.name)
         # Out here, so that the error keeps its own cause.
         raise failure
 
@@ -100,23 +103,31 @@ class _Loop:
         self._recording = asyncio.Lock()
         self._evaluation_tasks = evaluation_tasks
         self._evaluated_at = context.last_evaluation_step
-        self._in_use: Counter[int] = Counter()
+        algorithm, step = context.spec.algorithm, context.step
+        self._versions = Versions(
+            before=range(max(0, step - algorithm.max_staleness - 1), step),
+            continuing=context.spec.sampling.continue_on_newest,
+        )
         self._learner = Learner(
             context,
             training=training,
             sampling=sampling,
             patience=Patience("trainer", self._record),
+            versions=self._versions,
         )
-        project, _ = parse_job(context.name)
+        self._agreement = Agreement(
+            context, learner=self._learner, sampling=sampling, warn=self._record
+        )
         self._rollouts = Rollouts(
             context.spec,
-            project,
+            context.name,
             tasks,
             sampling=sampling,
             reward=reward,
             sampler_outage=Outage("sampler", self._record),
             reward_patience=Patience("reward", self._record),
             tokenizer=tokenizer,
+            versions=self._versions,
         )
 
     async def run(self) -> Outcome:
@@ -198,16 +209,19 @@ class _Loop:
             # What is started here is part of this step's trace; with max_staleness > 0 it is
             # trained in a later one.
             for number in buffer.admit():
-                task = tasks.create_task(self._group(number, source, buffer))
+                task = tasks.create_task(self._admitted(number, source, buffer))
                 under_way.add(task)
                 task.add_done_callback(under_way.discard)
             with phases.phase("wait"):
                 groups = await buffer.take(self._spec.algorithm.groups_per_step)
-            source, metrics = await self._train(step, groups, phases)
+            if self._agreement.is_asked_for:
+                with phases.phase("agreement"):
+                    groups = await self._agreement.reached(
+                        groups, step, partial(self._group, source=source)
+                    )
+            source, metrics = await self._train(step, groups, buffer, phases)
             buffer.release(len(groups))
-            unload = tasks.create_task(
-                self._learner.retire(newest=step + 1, in_use=dict(self._in_use))
-            )
+            unload = tasks.create_task(self._learner.retire(newest=step + 1))
             under_way.add(unload)
             unload.add_done_callback(under_way.discard)
             phases.add("sample", sum(group.sample_s for group in groups) / len(groups))
@@ -216,30 +230,37 @@ class _Loop:
             metrics |= of_groups(groups, step=step, step_s=phases.seconds["step"])
             telemetry.record("rollmesh.job.reward", metrics["reward_mean"])
             telemetry.record("rollmesh.job.staleness", metrics["staleness_max"])
+            if "logprob_gap_max" in metrics:
+                telemetry.record("rollmesh.job.logprob_gap", metrics["logprob_gap_max"])
             await self._completed(step, metrics, phases)
         return source
 
     async def _train(
-        self, step: int, groups: Sequence[Group], phases: Phases
+        self, step: int, groups: Sequence[Group], buffer: RolloutBuffer, phases: Phases
     ) -> tuple[types.AdapterSource, dict[str, float]]:
         algorithm = self._spec.algorithm
         oldest = min(group.policy_version for group in groups)
         assert step - oldest <= algorithm.max_staleness, (step, oldest)  # noqa: S101 - the buffer's
         data = batch(groups, algorithm, max_tokens=self._spec.sampling.max_tokens)
         with phases.phase("forward_backward"):
-            metrics = of_trainer(await self._learner.forward_backward(step, data))
+            result = await self._learner.forward_backward(step, data)
+        if self._agreement.is_asked_for:
+            with phases.phase("agreement"):
+                await self._agreement.look_at(buffer.waiting(), step)
         with phases.phase("optim_step"):
-            metrics |= of_trainer(await self._learner.optim_step(step))
+            metrics = of_trainer(result.metrics, await self._learner.optim_step(step))
+        metrics |= gap_metrics(teaching(groups, algorithm), result.logprobs, step)
         source = await self._learner.go_live(step + 1, phases)
         return source, metrics
 
-    async def _group(self, number: int, source: types.AdapterSource, buffer: RolloutBuffer) -> None:
-        version = source.policy_version
-        self._in_use[version] += 1
-        try:
-            buffer.put(await self._rollouts.group(number, source))
-        finally:
-            self._in_use[version] -= 1
+    async def _admitted(
+        self, number: int, source: types.AdapterSource, buffer: RolloutBuffer
+    ) -> None:
+        buffer.put(await self._group(number, source))
+
+    async def _group(self, number: int, source: types.AdapterSource) -> Group:
+        with self._versions.drawn_from(source):
+            return await self._rollouts.group(number, source)
 
     async def _completed(self, step: int, metrics: Mapping[str, float], phases: Phases) -> None:
         await self._record(

@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
     from services.coordinator.rollouts import Group
 
-_OF_FORWARD_BACKWARD = ("loss", "kl_sampler", "kl_base")
-_OF_OPTIM_STEP = ("grad_norm", "learning_rate")
-
 
 class Phases:
     """Seconds by phase of one step."""
@@ -34,15 +31,18 @@ class Phases:
         self.add(name, asyncio.get_running_loop().time() - start)
 
     def add(self, name: str, seconds: float) -> None:
-        """Phase `name` took so many seconds."""
-        self.seconds[name] = seconds
+        """Phase `name` took so many seconds, more."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         telemetry.record("rollmesh.job.phase", seconds, phase=name)
 
 
-def of_trainer(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Those of a training op's metrics that a step tells."""
-    told = (*_OF_FORWARD_BACKWARD, *_OF_OPTIM_STEP)
-    return {name: metrics[name] for name in told if name in metrics}
+def of_trainer(*ops: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of a step's training ops; the seconds that each of them tells are added up."""
+    told: dict[str, float] = {}
+    for metrics in ops:
+        for name, value in metrics.items():
+            told[name] = told.get(name, 0.0) + value if name.endswith("_s") else value
+    return told
 
 
 def of_groups(groups: Sequence[Group], *, step: int, step_s: float) -> dict[str, float]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
 
     from rollmesh import types
+    from services.coordinator.newest import Publications
     from services.coordinator.ports import Sampling, Training
 
 
@@ -21,9 +22,10 @@ MAX_COMPLETIONS = 1024
 class Policies:
     """Resolves a policy once per call, then asks the fleet."""
 
-    def __init__(self, training: Training, sampling: Sampling) -> None:
+    def __init__(self, training: Training, sampling: Sampling, publications: Publications) -> None:
         self._training = training
         self._sampling = sampling
+        self._publications = publications
 
     async def sample(
         self,
@@ -32,11 +34,14 @@ class Policies:
         prompt_token_ids: Sequence[int],
         num_completions: int,
         params: types.SamplingParams,
+        *,
+        continue_on_newest: bool = False,
     ) -> AsyncGenerator[types.CompletionChunk]:
-        """Chunks as they come, all of one version.
+        """Chunks as they come, of one version, or of each newer one that is published meanwhile.
 
         Raises:
-            InvalidRequest: the number of completions; what the sampler says of the rest.
+            InvalidRequest: the number of completions; a version, or no adapter, beside
+                `continue_on_newest`; what the sampler says of the rest.
             NotFound: no such policy in the project `parent`.
         """
         if not 0 <= num_completions <= MAX_COMPLETIONS:
@@ -46,9 +51,33 @@ class Policies:
                 value=num_completions,
                 allowed=f"1 to {MAX_COMPLETIONS}",
             )
+        if continue_on_newest and policy.policy_version is not None:
+            raise InvalidRequest(
+                f"policy.policy_version: {policy.policy_version} is not the newest for ever, which "
+                "continue_on_newest is to move to",
+                field="policy.policy_version",
+                value=policy.policy_version,
+                allowed="none with continue_on_newest",
+            )
+        if continue_on_newest and not policy.adapter:
+            raise InvalidRequest(
+                "continue_on_newest: a base model has no newer version to move to",
+                field="continue_on_newest",
+                value=True,
+                allowed="false without policy.adapter",
+            )
+        newest = self._publications.follow(policy.adapter) if continue_on_newest else None
         project, base_model, source = await self._resolve(parent, policy)
+        if newest and source:
+            newest.announce(source)
         chunks = self._sampling.stream(
-            project, base_model, source, prompt_token_ids, num_completions or 1, params
+            project,
+            base_model,
+            source,
+            prompt_token_ids,
+            num_completions or 1,
+            params,
+            newest=newest,
         )
         # A caller that leaves in the middle must give its place up then, not at garbage collection.
         async with contextlib.aclosing(chunks):

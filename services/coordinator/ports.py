@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from rollmesh import types
     from rollmesh.job import Happening, JobSpec
+    from services.coordinator.newest import Newest
 
 
 OpKind: TypeAlias = Literal["forward_backward", "optim_step", "load_snapshot"]
@@ -55,7 +56,7 @@ class TrainerPort(Protocol):
     ) -> types.ForwardBackwardResult: ...
 
     async def forward(
-        self, adapter: str, data: Sequence[types.Datum]
+        self, adapter: str, data: Sequence[types.Datum], *, temperature: float | None = None
     ) -> tuple[types.FloatArray, ...]: ...
 
     async def optim_step(
@@ -77,9 +78,9 @@ class TrainerPort(Protocol):
     async def publish_adapter(self, name: str, *, epoch: int) -> types.PublishedVersion: ...
 
     def export_adapter(
-        self, name: str, policy_version: int
+        self, name: str, policy_version: int, *, offset: int = 0
     ) -> AsyncGenerator[types.AdapterExport | bytes | str]:
-        """A header, then chunks of the safetensors file, then the digest."""
+        """A header, then chunks of the safetensors file from `offset` on, then the digest."""
         ...
 
 
@@ -110,12 +111,19 @@ class SamplerPort(Protocol):
         prompt_token_ids: Sequence[int],
         num_completions: int,
         params: types.SamplingParams,
+        *,
+        project: str,
+        continuations: Sequence[types.Continuation] = (),
     ) -> AsyncGenerator[types.CompletionChunk]:
-        """The chunks of all completions, each completion's in order, its last with stop_reason."""
+        """The chunks of all completions, or of `continuations` alone.
+
+        Each completion's are in order, its last has a stop_reason. A stream that is silent for
+        SILENCE_S raises Unavailable.
+        """
         ...
 
     async def compute_logprobs(
-        self, source: types.AdapterSource | None, token_ids: Sequence[int]
+        self, source: types.AdapterSource | None, token_ids: Sequence[int], *, project: str
     ) -> types.Logprobs: ...
 
 
@@ -167,6 +175,12 @@ class Training(Protocol):
         job: str,
     ) -> types.ForwardBackwardResult: ...
 
+    async def forward(
+        self, adapter: str, data: Sequence[types.Datum], *, temperature: float | None = None
+    ) -> tuple[types.FloatArray, ...]:
+        """Log-probabilities of the targets by the current weights, at `temperature` (None: 1)."""
+        ...
+
     async def optim_step(
         self, adapter: str, sequence: int, adam: types.AdamConfig, *, job: str
     ) -> types.OptimStepResult: ...
@@ -189,8 +203,13 @@ class Sampling(Protocol):
         prompt_token_ids: Sequence[int],
         num_completions: int,
         params: types.SamplingParams,
+        *,
+        newest: Newest | None = None,
     ) -> AsyncGenerator[types.CompletionChunk]:
-        """Chunks as they come. `project` is an id, not a name."""
+        """Chunks as they come. `project` is an id, not a name.
+
+        With `newest`, completions under way move to each newer version, at the border of a chunk.
+        """
         ...
 
     async def sample(
@@ -203,8 +222,12 @@ class Sampling(Protocol):
         params: types.SamplingParams,
         *,
         lost: Lost,
+        newest: Newest | None = None,
+        job: str = "",
     ) -> list[types.Completion]:
         """Whole completions, by index; a lost sampler costs time, and `lost` hears of it.
+
+        `newest` as in `stream`. `job`: whose quarantines hold; empty: nobody's.
 
         Raises:
             SourceUnavailable: the samplers cannot have the version from its trainer.
@@ -222,11 +245,22 @@ class Sampling(Protocol):
         ...
 
     async def load(self, base_model: str, source: types.AdapterSource) -> None:
-        """Return once the version is live on every sampler of the base model that is serving."""
+        """Return once the version is live on the samplers of the base model that are serving.
+
+        Not at once, but for a bounded time only: what is not loaded by then is with first use.
+        """
         ...
 
     async def unload(self, base_model: str, adapter: str, policy_version: int | None) -> None:
         """Let go of a version (None: all) everywhere; best effort."""
+        ...
+
+    def quarantine(self, job: str, sampler: str, reason: str) -> None:
+        """Ask nothing more for `job` of the sampler process with this instance_id."""
+        ...
+
+    def end_quarantines(self, job: str) -> None:
+        """`job` runs no more, or begins anew."""
         ...
 
 

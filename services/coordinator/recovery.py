@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from services.coordinator.journal import Journal
     from services.coordinator.ownership import Ownership
     from services.coordinator.ports import TrainerPort
-    from services.coordinator.store import AdapterStore, StoredAdapter
+    from services.coordinator.store import AdapterStore, StoredAdapter, VersionStore
 
 Result = TypeVar("Result")
 
@@ -57,6 +57,7 @@ class Recovery:
 
     Args:
         store: who owns what.
+        versions: what was published of it and is kept.
         journal: the ops.
         ownership: who may own what.
         trainers: every configured trainer by address.
@@ -66,6 +67,7 @@ class Recovery:
     def __init__(
         self,
         store: AdapterStore,
+        versions: VersionStore,
         journal: Journal,
         ownership: Ownership,
         trainers: Mapping[str, TrainerPort],
@@ -73,13 +75,16 @@ class Recovery:
         clock: Callable[[], float],
     ) -> None:
         self._store = store
+        self._versions = versions
         self._journal = journal
         self._ownership = ownership
         self._trainers = trainers
         self._clock = clock
         # Where adapters were found to be as the journal says, and the process that had them there;
-        # both hold names of adapters that exist.
+        # all hold names of adapters that exist.
         self._found: dict[str, tuple[str, int, str]] = {}
+        # Where the versions lie that the last recovery of each published again.
+        self._export_keys: dict[str, dict[int, str]] = {}
         self._diverged: set[str] = set()
 
     def is_current(self, stored: StoredAdapter) -> bool:
@@ -91,6 +96,10 @@ class Recovery:
     def address(self, name: str) -> str:
         """Where the adapter was found last; "": it is being looked for."""
         return self._found.get(name, ("", 0, ""))[0]
+
+    def export_key(self, name: str, policy_version: int) -> str:
+        """Where a version lies since the adapter was recovered; "": where it did before."""
+        return self._export_keys.get(name, {}).get(policy_version, "")
 
     def doubt(self, name: str, *, diverged: bool = False) -> None:
         """Look again before the next call; `diverged`: what its trainer has is something else."""
@@ -107,6 +116,7 @@ class Recovery:
         """The adapter is gone."""
         self._found.pop(name, None)
         self._diverged.discard(name)
+        self._export_keys.pop(name, None)
 
     async def call(
         self,
@@ -229,7 +239,8 @@ class Recovery:
     async def _caught_up(self, stored: StoredAdapter, held: types.TrainerAdapter) -> StoredAdapter:
         """Give the trainer the done ops that it lacks, and publish again what was published."""
         name, trainer = stored.adapter.name, self._trainers[stored.trainer]
-        published = await self._store.versions(name, first=held.policy_version)
+        published = await self._versions.since(name, held.policy_version)
+        self._export_keys[name] = {}
         async with self._ownership.call(stored.trainer):
             if not held.has_pending_gradients:
                 await self._publish(stored, trainer, held.policy_version, published)
@@ -258,7 +269,7 @@ class Recovery:
         stored: StoredAdapter,
         trainer: TrainerPort,
         policy_version: int,
-        published: Mapping[int, str],
+        published: Mapping[int, types.PublishedVersion],
     ) -> None:
         if policy_version not in published:
             return
@@ -273,12 +284,17 @@ class Recovery:
                 f"{name} is at version {version.policy_version} by now, not at {policy_version}",
                 resource=name,
             )
-        if version.digest != published[policy_version]:
+        known = published[policy_version]
+        if version.digest != known.digest:
             raise await self._given_up(
                 stored,
-                f"version {policy_version} was published as {published[policy_version]}, and the "
+                f"version {policy_version} was published as {known.digest}, and the "
                 f"trainer at {stored.trainer} comes to {version.digest}",
             )
+        # The trainer before may have died before it had written its own blob.
+        if version.export_key != known.export_key:
+            await self._versions.move(name, version)
+        self._export_keys[name][policy_version] = version.export_key
 
     async def _given_up(self, stored: StoredAdapter, problem: str) -> FailedPrecondition:
         name = stored.adapter.name

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 from rollmesh import telemetry, types
 from rollmesh.errors import InternalError, InvalidRequest
+from rollmesh.names import parse_job
+from services.coordinator.identity import check_identity
 from services.coordinator.prompts import fill, prompt_token_ids
 
 if TYPE_CHECKING:
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
 
     from rollmesh.job import JobSpec
     from services.coordinator.datasets import Task
+    from services.coordinator.newest import Newest
     from services.coordinator.ports import RewardPort, Sampling, Tokenizer
     from services.coordinator.retry import Outage, Patience
+    from services.coordinator.versions import Versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,10 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """What one training step needs of one prompt. `rewards` are in the order of the completions."""
+    """What one training step needs of one prompt. `rewards` are in the order of the completions.
+
+    `policy_version`: the oldest that drew a token of it.
+    """
 
     number: int
     policy_version: int
@@ -53,7 +60,7 @@ class Rollouts:
     def __init__(
         self,
         spec: JobSpec,
-        project: str,
+        job: str,
         tasks: Sequence[Task],
         *,
         sampling: Sampling,
@@ -61,18 +68,21 @@ class Rollouts:
         sampler_outage: Outage,
         reward_patience: Patience,
         tokenizer: Tokenizer,
+        versions: Versions,
     ) -> None:
         self._spec = spec
-        self._project = project
+        self._job = job
+        self._project, _ = parse_job(job)
         self._order = TaskOrder(tasks, spec.seed)
         self._sampling = sampling
         self._reward = reward
         self._sampler_outage = sampler_outage
         self._reward_patience = reward_patience
         self._tokenizer = tokenizer
+        self._versions = versions
 
     async def group(self, number: int, source: types.AdapterSource) -> Group:
-        """The group of that number, sampled from `source` and scored."""
+        """The group of that number, sampled from `source` or what follows it, and scored."""
         clock = asyncio.get_running_loop().time
         spec = self._spec
         task = self._order.task(number)
@@ -87,15 +97,22 @@ class Rollouts:
                     temperature=spec.sampling.temperature,
                     top_k=spec.sampling.top_k,
                     top_p=spec.sampling.top_p,
+                    min_p=spec.sampling.min_p,
                     stop=tuple(spec.sampling.stop),
                     seed=derived_seed(spec.seed, "group", number, task.id),
+                    logprobs_kind=spec.sampling.logprobs_kind,
                 ),
+                newest=self._versions.newest,
             )
             sampled = clock()
             rewards = await self.score([drawn])
             return Group(
                 number=number,
-                policy_version=source.policy_version,
+                policy_version=min(
+                    span.policy_version
+                    for completion in drawn.completions
+                    for span in completion.spans
+                ),
                 drawn=drawn,
                 rewards=rewards,
                 sample_s=sampled - start,
@@ -108,12 +125,15 @@ class Rollouts:
         source: types.AdapterSource,
         num_completions: int,
         params: types.SamplingParams,
+        newest: Newest | None = None,
     ) -> Drawn:
         """Completions of `task`, every token of which `source` produced.
 
+        Where they follow `newest` it may have been a later version too.
+
         Raises:
             InvalidRequest: the task makes no prompt, or one that the sampler refuses.
-            InternalError: another policy than `source` was sampled.
+            InternalError: another policy was sampled.
         """
         prompt = prompt_token_ids(self._spec.prompt, task, self._tokenizer)
         try:
@@ -126,13 +146,18 @@ class Rollouts:
                     num_completions,
                     params,
                     lost=lost,
+                    newest=newest,
+                    job=self._job,
                 )
         except InvalidRequest as error:
             raise InvalidRequest(
                 f"task {task.id!r}, whose prompt has {len(prompt)} tokens: {error}",
                 **error.context,
             ) from error
-        check_identity(completions, source, num_completions)
+        possible = {source.policy_version: source.digest}
+        if newest is not None:
+            possible |= self._versions.since(source)
+        check_identity(completions, source, num_completions, possible)
         return Drawn(task, prompt, completions)
 
     async def score(self, all_drawn: Sequence[Drawn]) -> list[float]:
@@ -163,37 +188,6 @@ class Rollouts:
             )
             for completion in drawn.completions
         ]
-
-
-def check_identity(
-    completions: Sequence[types.Completion], source: types.AdapterSource, num_completions: int
-) -> None:
-    """Refuse completions that are not, token for token, of the version that was asked for.
-
-    Training on another policy's tokens goes wrong silently, weeks before anyone looks here.
-
-    Raises:
-        InternalError: names what came.
-    """
-    if len(completions) != num_completions:
-        raise InternalError(
-            f"{num_completions} completions were asked for, {len(completions)} came"
-        )
-    for index, completion in enumerate(completions):
-        num_tokens = sum(span.num_tokens for span in completion.spans)
-        if not 0 < num_tokens == len(completion.token_ids) == len(completion.logprobs):
-            raise InternalError(
-                f"completion {index} has {len(completion.token_ids)} tokens, "
-                f"{len(completion.logprobs)} logprobs and spans over {num_tokens} tokens"
-            )
-        for span in completion.spans:
-            if (span.policy_version, span.digest) != (source.policy_version, source.digest):
-                raise InternalError(
-                    f"version {source.policy_version} of {source.adapter} (digest "
-                    f"{source.digest!r}) was asked for; {span.num_tokens} tokens of completion "
-                    f"{index} came from version {span.policy_version} (digest {span.digest!r})",
-                    adapter=source.adapter,
-                )
 
 
 class TaskOrder:

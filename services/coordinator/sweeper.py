@@ -29,7 +29,7 @@ supersede does not fill a disk."""
 DELETE_TIMEOUT_S = 10.0
 """How long an idle adapter may keep the sweep waiting, by a trainer or calls that hang."""
 
-PREFIXES = ("snapshots", "ops")
+PREFIXES = ("snapshots", "ops", "versions")
 
 _log = logging.getLogger(__name__)
 
@@ -83,8 +83,9 @@ class Sweeper:
 
     async def delete_idle(self) -> None:
         """Delete adapters that were not used for their time to live."""
-        used_before = self._clock() - USE_NOTED_EVERY_S
-        for name in await self._references.idle_adapters(used_before=used_before):
+        now = self._clock()
+        used_before = now - USE_NOTED_EVERY_S
+        for name in await self._references.idle_adapters(used_before=used_before, now=now):
             try:
                 async with asyncio.timeout(DELETE_TIMEOUT_S):
                     await self._adapters.delete_idle_adapter(name)

@@ -22,7 +22,7 @@ _NOBODY = "127.0.0.1:0"
 _CHOSEN = {
     "coordinator": ("listen", "state_dir", "blobs", "trainers", "samplers", "reward"),
     "trainers": ("listen", "blobs"),
-    "samplers": ("listen",),
+    "samplers": ("listen", "blobs"),
     "reward": ("listen",),
 }
 
@@ -79,7 +79,7 @@ def complete(
     }
     blobs = str(state_dir / "blobs")
     for name, member in complete.items():
-        if name.startswith("trainer-"):
+        if name.startswith(("trainer-", "sampler-")):
             complete[name] = member.model_copy(update={"blobs": blobs})
     complete["coordinator"] = complete["coordinator"].model_copy(
         update={

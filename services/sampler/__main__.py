@@ -9,6 +9,7 @@ import contextlib
 import logging
 import secrets
 import sys
+import time
 from typing import TYPE_CHECKING
 
 from rollmesh.config import from_command_line, run
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
     from rollmesh.rpc.server import Serving
     from rollmesh.types import AdapterSource
-    from services.sampler.adapters import Part
     from services.sampler.backends.base import Backend
+    from services.sampler.download import Part
     from services.sampler.engine import Sampler
 
 log = logging.getLogger("services.sampler")
@@ -54,32 +55,48 @@ async def serve(config: SamplerConfig, backend: Backend) -> None:
     from rollmesh.api.sampler.v1.sampler_service_pb2_grpc import (
         add_SamplerServiceServicer_to_server,
     )
+    from rollmesh.blobs import Blobs
     from rollmesh.rpc.server import serving, terminated
     from services.sampler.adapters import Adapters
     from services.sampler.cache import cache_folder
     from services.sampler.engine import Sampler
     from services.sampler.servicer import SamplerServicer
+    from services.sampler.slots import Slots
+    from services.sampler.transfer import Sources
 
     async with contextlib.AsyncExitStack() as stack:
-        folder = stack.enter_context(cache_folder(config.cache_dir))
+        folder = stack.enter_context(cache_folder(config.cache_dir, config.max_cache))
         stack.push_async_callback(backend.stop)
-        adapters = Adapters(
+        slots = Slots(
             backend,
-            pull,
+            quantum_s=config.quantum_s,
+            kv_overcommit=config.kv_overcommit,
+            max_completions=config.max_num_seqs,
+        )
+        adapters = Adapters(
+            Sources(trainer_parts, Blobs(config.blobs) if config.blobs else None).pull,
             folder,
+            release=slots.forget,
             base_model=config.base_model.name,
             max_rank=config.max_rank,
             max_versions=config.max_versions,
+            max_bytes=config.max_cache,
         )
+        # At the end what they free is no more than files.
         await stack.enter_async_context(adapters)
+        await stack.enter_async_context(slots)
         sampler = Sampler(
             backend,
             adapters,
+            slots,
+            # Of this process alone: the next one at this address has none of its state.
+            instance_id=secrets.token_hex(8),
             base_model=config.base_model.name,
             max_rank=config.max_rank,
             max_queued=config.max_queued,
             chunk_tokens=config.chunk_tokens,
             new_seed=lambda: secrets.randbits(63),
+            clock=time.monotonic,
         )
         running = await stack.enter_async_context(
             serving(
@@ -110,15 +127,18 @@ async def live(sampler: Sampler, running: Serving) -> None:
     raise EngineDiedError(await sampler.failure())
 
 
-async def pull(source: AdapterSource) -> AsyncGenerator[Part, None]:
+async def trainer_parts(source: AdapterSource, offset: int) -> AsyncGenerator[Part, None]:
     """A version from its trainer. A connection made anew costs little beside a training step."""
     from rollmesh.client import TrainerClient
     from rollmesh.rpc.channel import channel
 
     async with channel(source.trainer_address) as opened:
-        parts = TrainerClient(opened).export_adapter(source.adapter, source.policy_version)
-        async for part in parts:
-            yield part
+        parts = TrainerClient(opened).export_adapter(
+            source.adapter, source.policy_version, offset=offset
+        )
+        async with contextlib.aclosing(parts):
+            async for part in parts:
+                yield part
 
 
 if __name__ == "__main__":

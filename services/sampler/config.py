@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from rollmesh.config import Address, BaseModelConfig, Config
 from rollmesh.telemetry import TelemetryConfig
@@ -41,24 +41,34 @@ class SamplerConfig(Config):
     max_length: PositiveInt | None = None
     """Longest prompt plus completion, in tokens. Absent: the model's own."""
     max_queued: PositiveInt = 1024
-    """Requests admitted at once; one more is refused with OVERLOADED."""
+    """Requests that may wait for a slot or for key-value memory, at most half of them of one
+    project; one more is refused with OVERLOADED. As many others may wait for a version to come."""
+    kv_overcommit: Annotated[float, Field(ge=1)] = 2.0
+    """Requests are admitted until what they may come to need is so many times the key-value memory:
+    most completions end before max_tokens, and the engine computes again what it had to put off."""
     max_num_seqs: PositiveInt = 256
-    """Completions computed together; the others of the admitted requests wait."""
+    """Completions computed together. A request begins only while fewer run."""
     chunk_tokens: PositiveInt = 16
     """Tokens of a completion that are gathered before they are sent."""
-    max_versions: PositiveInt = 64
-    """Adapter versions known at once. The least recently used is dropped, and pulled again when
+    max_versions: PositiveInt = 256
+    """Adapter versions kept in cache_dir. The least recently used is dropped, and pulled again when
     it is asked for."""
+    max_cache: Bytes = 2 * 2**30
+    """Bytes of adapters kept in cache_dir, as max_versions; text like "512MiB" works too."""
     max_rank: Annotated[int, Field(ge=1, le=512)] = 64
     """Largest LoRA rank. The engine reserves memory for it in every slot."""
     max_loras: PositiveInt = 8
-    """Slots: versions computed together in one batch. More take turns. vLLM only."""
-    max_cpu_loras: PositiveInt = 64
-    """Versions that vLLM keeps in main memory, at least max_loras; others it reads again from
-    cache_dir."""
+    """Slots: versions computed together in one batch. More take turns."""
+    quantum_s: PositiveFloat = 1.0
+    """How long a version may keep its slot while others wait for one; longer where a change costs
+    more than an eighth of that. Then its running completions end, no new one begins, and the slot
+    goes to who waits longest."""
+    blobs: str = ""
+    """Folder, or URL that fsspec understands, of the mesh's blob store: versions are pulled from
+    there while their trainer is away. Empty: they have to wait for it."""
     cache_dir: Path | None = None
-    """Folder for the pulled adapters, best in memory. Absent: /dev/shm, else the temporary folder.
-    The sampler makes a folder of its own there and removes it at the end."""
+    """Folder for the pulled adapters, best in memory. Absent: /dev/shm where max_cache fits, else
+    the temporary folder. The sampler makes a folder of its own there and removes it at the end."""
     kv_cache_memory: Bytes | None = None
     """Memory for the KV cache: bytes, or text like "512MiB", "4GiB". Absent: 1 GiB on a CPU, what
     vLLM finds free on a GPU. vLLM only."""
@@ -73,11 +83,3 @@ class SamplerConfig(Config):
     """Seconds that requests under way get to finish when the service is told to end."""
     telemetry: TelemetryConfig = TelemetryConfig()
     """Traces, metrics and logs."""
-
-    @model_validator(mode="after")
-    def _slots_fit_into_the_cache(self) -> SamplerConfig:
-        if self.max_cpu_loras < self.max_loras:
-            raise ValueError(
-                f"max_cpu_loras: {self.max_cpu_loras} is less than max_loras, {self.max_loras}"
-            )
-        return self

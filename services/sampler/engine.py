@@ -5,32 +5,43 @@ Every token is attributed to the version that the request held from its first to
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rollmesh.errors import Overloaded, Unavailable
+from rollmesh.errors import Unavailable
 from rollmesh.names import parse_adapter
-from rollmesh.telemetry import record, span
+from rollmesh.telemetry import span
 from rollmesh.types import (
     BASE_VERSION,
-    AdapterSource,
-    CompletionChunk,
-    LoadTimes,
+    Continuation,
     Logprobs,
     PolicySpan,
     SamplerInfo,
     SamplingParams,
 )
 from services.sampler import validation
-from services.sampler.backends.base import Delta
+from services.sampler.admission import Need
+from services.sampler.chunks import Chunks
+from services.sampler.heartbeat import with_heartbeats
+from services.sampler.policies import Policies
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
+    from rollmesh.types import AdapterSource, CompletionChunk, LoadTimes
     from services.sampler.adapters import Adapters
     from services.sampler.backends.base import Backend, LoadedAdapter, Model
+    from services.sampler.heartbeat import Pipe
+    from services.sampler.slots import Running, Slots
+
+SILENT_S = 1.0
+"""An engine without a sign of life for so long is not asked for anything."""
+DEAD_S = 60.0
+"""One that is silent for so long will not come back."""
+_LOOK_S = 1.0
+"""Pause between two looks at how long it has been silent."""
 
 
 class Sampler:
@@ -40,173 +51,177 @@ class Sampler:
         self,
         backend: Backend,
         adapters: Adapters,
+        slots: Slots,
         *,
+        instance_id: str,
         base_model: str,
         max_rank: int,
         max_queued: int,
         chunk_tokens: int,
         new_seed: Callable[[], int],
+        clock: Callable[[], float],
     ) -> None:
         self._backend = backend
         self._adapters = adapters
+        self._slots = slots
+        self._instance_id = instance_id
         self._base_model = base_model
         self._max_rank = max_rank
-        self._max_queued = max_queued
         self._chunk_tokens = chunk_tokens
         self._new_seed = new_seed
         self._started: Model | None = None
-        self._num_requests = 0
+        self._policies = Policies(adapters, slots, max_queued=max_queued, clock=clock)
         self._num_running = 0
 
     async def start(self) -> None:
         """Return once the engine draws: what its first batch makes slow is paid for here."""
-        self._started = await self._backend.start()
-        params = SamplingParams(max_tokens=2, ignore_eos=True)
-        async for _ in self.sample(None, [0], 2, params):
+        model = await self._backend.start()
+        draw = validation.resolve(
+            SamplingParams(max_tokens=2, ignore_eos=True), 2, 1, model, self._new_seed
+        )
+        first = [Continuation(0), Continuation(1)]
+        async for _ in self._backend.sample(None, [0], first, draw, project="sampler"):
             pass
+        self._slots.open(model)
+        self._started = model
 
     async def failure(self) -> str:
-        """Wait until the engine is dead; return why."""
-        return await self._backend.failure()
+        """Wait until the engine is dead, or has been silent for DEAD_S; return why."""
+        while True:
+            try:
+                async with asyncio.timeout(_LOOK_S):
+                    return await self._backend.failure()
+            except TimeoutError:
+                silent_s = self._backend.silent_s()
+                if silent_s >= DEAD_S:
+                    return f"the engine has been silent for {silent_s:.0f} s"
 
     async def get_sampler(self) -> SamplerInfo:
-        """What this sampler serves and how busy it is."""
+        """What this sampler serves and how busy it is.
+
+        Raises:
+            Unavailable: the engine is starting, or silent.
+        """
+        model = self._model()
+        here = self._adapters.here()
         return SamplerInfo(
             base_model=self._base_model,
-            vocab_size=self._model.vocab_size,
-            max_length=self._model.max_length,
+            vocab_size=model.vocab_size,
+            max_length=model.max_length,
             backend=self._backend.name,
             num_running=self._num_running,
-            loaded=self._adapters.live(),
+            loaded=tuple(source for source, adapter in here if self._slots.proven(adapter)),
             max_rank=self._max_rank,
+            instance_id=self._instance_id,
+            num_queued=self._policies.num_queued,
+            max_loras=model.max_loras,
+            resident=tuple(source for source, adapter in here if self._slots.resident(adapter)),
+            kv_tokens=model.kv_tokens,
+            reserved_kv_tokens=self._slots.reserved_tokens,
         )
 
     async def load_adapter(self, source: AdapterSource) -> LoadTimes:
-        """Return once a version is live; errors as `Adapters.ensure`."""
+        """Return once a version is live; errors as `Policies.load`."""
         validation.check_source(source)
-        assert self._model  # noqa: S101 - raises Unavailable until the engine is there
-        return await self._adapters.ensure(source)
+        self._model()
+        return await self._policies.load(source)
 
     async def unload_adapter(self, adapter: str, policy_version: int | None) -> None:
         """Return once a version (None: every version) is gone and no request uses it."""
         parse_adapter(adapter, field="adapter")
         await self._adapters.unload(adapter, policy_version)
 
-    async def sample(
+    def sample(
         self,
+        project: str,
         source: AdapterSource | None,
         prompt_token_ids: Sequence[int],
         num_completions: int,
         params: SamplingParams,
-    ) -> AsyncGenerator[CompletionChunk, None]:
-        """The chunks of all completions, each completion's in order. Closing it aborts the work.
+        continuations: Sequence[Continuation] = (),
+    ) -> AsyncGenerator[CompletionChunk | None]:
+        """The chunks of all completions, or of `continuations` alone, each completion's in order.
+
+        None is a sign of life. Closing the stream aborts the work.
 
         Raises:
             InvalidRequest: the context names the field.
-            Overloaded: as many requests as may be are here.
-            Unavailable: the engine is starting, dead or going away.
+            Overloaded: as many requests, or as many of this project, as may be wait here.
+            Unavailable: the engine is starting, silent, dead or going away.
         """
-        validation.check_prompt(prompt_token_ids, self._model, field="prompt_token_ids")
-        draw = validation.resolve(
-            params, num_completions, len(prompt_token_ids), self._model, self._new_seed
-        )
-        # Greedy completions are all the same one: it is drawn once.
-        num_drawn = num_completions if draw.temperature else 1
-        with span("sampler.sample", num_completions=num_completions):
+        model = self._model()
+        validation.check_project(project)
+        validation.check_prompt(prompt_token_ids, model, field="prompt_token_ids")
+        if source is not None:
+            validation.check_source(source)
+        num_prompt_tokens = len(prompt_token_ids)
+        draw = validation.resolve(params, num_completions, num_prompt_tokens, model, self._new_seed)
+        validation.check_continuations(continuations, num_completions, model, draw)
+        begun = continuations or [Continuation(index) for index in range(num_completions)]
+        # Greedy completions that go on from the same tokens are all the same one: it is drawn once.
+        same: dict[object, list[Continuation]] = {}
+        for completion in begun:
+            key = completion.index if draw.temperature else completion.token_ids
+            same.setdefault(key, []).append(completion)
+        drawn = [completions[0] for completions in same.values()]
+        indices = {each[0].index: [other.index for other in each] for each in same.values()}
+
+        async def produce(pipe: Pipe[CompletionChunk]) -> None:
+            chunks = Chunks(indices, self._chunk_tokens, self._origin(source))
             async with (
-                self._policy(source, num_completions) as adapter,
+                self._begun(
+                    project, source, Need(num_prompt_tokens, draw.max_tokens, len(drawn))
+                ) as (adapter, running),
                 contextlib.aclosing(
-                    self._backend.sample(adapter, prompt_token_ids, num_drawn, draw)
+                    self._backend.sample(adapter, prompt_token_ids, drawn, draw, project=project)
                 ) as deltas,
-                contextlib.aclosing(_gathered(deltas, self._chunk_tokens)) as pieces,
             ):
-                async for piece in pieces:
-                    for index in [piece.index] if draw.temperature else range(num_completions):
-                        record("rollmesh.sampler.tokens", len(piece.token_ids))
-                        yield _chunk(index, piece, source)
+                async for delta in deltas:
+                    for chunk in chunks.add(delta):
+                        await pipe.put(chunk)
+                    if delta.stop_reason is not None:
+                        running.end_one()
+
+        return with_heartbeats(produce, self._backend.silent_s)
 
     async def compute_logprobs(
-        self, source: AdapterSource | None, token_ids: Sequence[int]
+        self, project: str, source: AdapterSource | None, token_ids: Sequence[int]
     ) -> Logprobs:
         """Log-probability of each token given those before it; errors as `sample`."""
-        validation.check_sequence(token_ids, self._model)
-        async with self._policy(source, 1) as adapter:
-            logprobs = await self._backend.compute_logprobs(adapter, token_ids)
-        return Logprobs(tuple(logprobs), _spans(len(token_ids), source)[0])
+        validation.check_project(project)
+        validation.check_sequence(token_ids, self._model())
+        if source is not None:
+            validation.check_source(source)
+        async with self._begun(project, source, Need(len(token_ids), 0, 1)) as (adapter, _):
+            logprobs = await self._backend.compute_logprobs(adapter, token_ids, project=project)
+        origin = self._origin(source)
+        return Logprobs(tuple(logprobs), replace(origin, num_tokens=len(logprobs)))
 
-    @property
     def _model(self) -> Model:
+        """The model, of an engine that is alive."""
         if self._started is None:
             raise Unavailable("the engine is starting")
+        silent_s = self._backend.silent_s()
+        if silent_s >= SILENT_S:
+            raise Unavailable(f"the engine has been silent for {silent_s:.1f} s")
         return self._started
 
+    def _origin(self, source: AdapterSource | None) -> PolicySpan:
+        """A span over no tokens yet. `source` None: the base model."""
+        if source is None:
+            return PolicySpan(0, BASE_VERSION, "", self._instance_id)
+        # The backend has read this digest back from the tensors that it loaded.
+        return PolicySpan(0, source.policy_version, source.digest, self._instance_id)
+
     @contextlib.asynccontextmanager
-    async def _policy(
-        self, source: AdapterSource | None, num_completions: int
-    ) -> AsyncIterator[LoadedAdapter | None]:
-        """Admit a request, and keep its policy live while the block runs."""
-        with self._admitted(num_completions):
-            if source is None:
-                yield None
-                return
-            validation.check_source(source)
-            async with self._adapters.use(source) as adapter:
-                yield adapter
-
-    @contextlib.contextmanager
-    def _admitted(self, num_completions: int) -> Iterator[None]:
-        if self._num_requests >= self._max_queued:
-            raise Overloaded(
-                f"{self._num_requests} requests are here, as many as may be",
-                resource="requests",
-                limit=self._max_queued,
-            )
-        self._num_requests += 1
-        self._num_running += num_completions
+    async def _begun(
+        self, project: str, source: AdapterSource | None, need: Need
+    ) -> AsyncIterator[tuple[LoadedAdapter | None, Running]]:
+        """Wait for all that a request needs, and keep it while the block runs."""
+        self._num_running += need.num_completions
         try:
-            yield
+            with span("sampler.sample", num_completions=need.num_completions):
+                async with self._policies.use(project, source, need) as begun:
+                    yield begun
         finally:
-            self._num_requests -= 1
-            self._num_running -= num_completions
-
-
-@dataclass
-class _Buffer:
-    """Tokens of one completion that are not sent yet."""
-
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-
-
-async def _gathered(
-    deltas: AsyncGenerator[Delta, None], chunk_tokens: int
-) -> AsyncGenerator[Delta, None]:
-    """`deltas` in pieces of at least `chunk_tokens` tokens, a completion's last one excepted."""
-    buffers: defaultdict[int, _Buffer] = defaultdict(_Buffer)
-    async for delta in deltas:
-        buffer = buffers[delta.index]
-        buffer.token_ids += delta.token_ids
-        buffer.logprobs += delta.logprobs
-        if delta.stop_reason is not None or len(buffer.token_ids) >= chunk_tokens:
-            del buffers[delta.index]
-            yield Delta(delta.index, buffer.token_ids, buffer.logprobs, delta.stop_reason)
-
-
-def _chunk(index: int, delta: Delta, source: AdapterSource | None) -> CompletionChunk:
-    return CompletionChunk(
-        index=index,
-        token_ids=tuple(delta.token_ids),
-        logprobs=tuple(delta.logprobs),
-        spans=_spans(len(delta.token_ids), source),
-        stop_reason=delta.stop_reason,
-    )
-
-
-def _spans(num_tokens: int, source: AdapterSource | None) -> tuple[PolicySpan, ...]:
-    """One span over all tokens; of none, none. `source` None: the base model."""
-    if not num_tokens:
-        return ()
-    if source is None:
-        return (PolicySpan(num_tokens, BASE_VERSION, ""),)
-    # Adapters has checked that the tensors which it loaded have this digest.
-    return (PolicySpan(num_tokens, source.policy_version, source.digest),)
+            self._num_running -= need.num_completions

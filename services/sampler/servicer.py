@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     import grpc
 
+    from rollmesh.types import CompletionChunk
     from services.sampler.engine import Sampler
 
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -53,14 +54,16 @@ class SamplerServicer(SamplerServiceServicer):
     ) -> AsyncGenerator[pb.SampleResponse]:
         """Draws completions."""
         chunks = self._sampler.sample(
+            request.project,
             convert.optional_source_from_pb(request),
             request.prompt_token_ids,
             request.num_completions,
             convert.params_from_pb(request.params),
+            convert.continuations_from_pb(request.continuations),
         )
         async with contextlib.aclosing(chunks):
             async for chunk in chunks:
-                yield pb.SampleResponse(chunk=convert.chunk_to_pb(chunk))
+                yield _sample_response(chunk)
 
     async def ComputeLogprobs(
         self, request: pb.ComputeLogprobsRequest, context: Context
@@ -68,6 +71,11 @@ class SamplerServicer(SamplerServiceServicer):
         """Log-probabilities of given tokens."""
         return convert.logprobs_to_pb(
             await self._sampler.compute_logprobs(
-                convert.optional_source_from_pb(request), request.token_ids
+                request.project, convert.optional_source_from_pb(request), request.token_ids
             )
         )
+
+
+def _sample_response(chunk: CompletionChunk | None) -> pb.SampleResponse:
+    """One without a chunk is a sign of life."""
+    return pb.SampleResponse(chunk=None if chunk is None else convert.chunk_to_pb(chunk))

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -40,6 +41,7 @@ async def serve(config: TrainerConfig) -> None:
     from rollmesh.telemetry import log_fields, telemetry
     from services.trainer.adapters import Adapters
     from services.trainer.engine import Engine
+    from services.trainer.exports import Exports
     from services.trainer.model import load
     from services.trainer.servicer import TrainerServicer
     from services.trainer.snapshots import Snapshots
@@ -47,6 +49,8 @@ async def serve(config: TrainerConfig) -> None:
 
     with telemetry("trainer", config.telemetry):
         async with contextlib.AsyncExitStack() as stack:
+            loop = asyncio.get_running_loop()
+            ends_at = loop.time()
             blobs = Blobs(config.blobs)
             model = load(config)
             engine = Engine(
@@ -64,7 +68,10 @@ async def serve(config: TrainerConfig) -> None:
                 max_queued=config.max_queued_ops,
             )
             stack.callback(snapshots.close)
+            exports = Exports(blobs, new_id=lambda: uuid.uuid4().hex)
             uninterrupted = await stack.enter_async_context(Uninterrupted())
+            # Before that, for a publish may wait for others to be written.
+            stack.push_async_callback(lambda: exports.close(ends_at - loop.time()))
             # After drain_s, and before all of the above: an op that outlived it ends before its
             # next pass.
             stack.callback(model.stop)
@@ -72,6 +79,7 @@ async def serve(config: TrainerConfig) -> None:
                 model,
                 engine,
                 snapshots,
+                exports,
                 uninterrupted,
                 base_model=config.base_model.name,
                 max_rank=config.max_rank,
@@ -95,6 +103,7 @@ async def serve(config: TrainerConfig) -> None:
             with log_fields(port=running.port):
                 log.info("serving")
             await terminated()
+            ends_at = loop.time() + config.drain_s
             await adapters.moved_away(config.drain_s / 2)
 
 

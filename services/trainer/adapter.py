@@ -39,7 +39,7 @@ from rollmesh.types import (
     PublishedVersion,
     TrainerAdapter,
 )
-from services.trainer.checks import check_adam, check_batch, check_tokens
+from services.trainer.checks import check_adam, check_batch, check_temperature, check_tokens
 from services.trainer.export import AdapterVersion, make_version
 from services.trainer.optimizer import adam_step
 
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
     from rollmesh.types import FloatArray, Snapshot, TrainingResult
     from services.trainer.engine import Engine
+    from services.trainer.exports import Exports
     from services.trainer.model import Model
     from services.trainer.optimizer import AdamState, AdamStep
     from services.trainer.snapshots import Snapshots
@@ -78,6 +79,7 @@ class Adapter:
         model: Model,
         engine: Engine,
         snapshots: Snapshots,
+        exports: Exports,
         uninterrupted: Uninterrupted,
         base_model: str,
         kept_versions: int,
@@ -90,6 +92,7 @@ class Adapter:
         self._model = model
         self._engine = engine
         self._snapshots = snapshots
+        self._exports = exports
         self._uninterrupted = uninterrupted
         self._base_model = base_model
         self._kept_versions = kept_versions
@@ -117,18 +120,24 @@ class Adapter:
         """It is no longer held: whatever waits or runs ends with `reason`."""
         self._gone = reason
 
-    async def forward(self, data: Sequence[Datum]) -> tuple[FloatArray, ...]:
-        """Per datum the log-probability of each target, float32 [T], after the ops before it."""
+    async def forward(
+        self, data: Sequence[Datum], temperature: float | None = None
+    ) -> tuple[FloatArray, ...]:
+        """Per datum the log-probability of each target, float32 [T], after the ops before it.
+
+        At `temperature`; None: 1.
+        """
         model = self._model
         # Nothing else of it is read, or looked at.
         data = [Datum(datum.token_ids, datum.target_token_ids) for datum in data]
+        check_temperature("temperature", temperature)
         check_tokens(data, vocab_size=model.vocab_size, max_length=model.max_length)
         await self._acquire_turn()
         weights = self._state.weights
         self._turn.release()
         self._check_held()
         with timed("rollmesh.trainer.op", op="forward"):
-            return await self._engine.forward(self.name, weights, data)
+            return await self._engine.forward(self.name, weights, data, temperature)
 
     async def forward_backward(
         self, epoch: int, sequence: int, data: Sequence[Datum], config: LossConfig
@@ -223,7 +232,11 @@ class Adapter:
         return await self._once(epoch, sequence, body, compute)
 
     async def snapshot(self, epoch: int) -> Snapshot:
-        """Write the adapter as its newest finished op left it; ops go on meanwhile."""
+        """Write the adapter as its newest finished op left it; ops go on meanwhile.
+
+        Raises:
+            Unavailable: the blob store does not take it, or what was published before it.
+        """
         self._check_epoch(epoch)
 
         def take() -> State:
@@ -234,13 +247,19 @@ class Adapter:
             span("trainer.snapshot", adapter=self.name),
             timed("rollmesh.trainer.op", op="snapshot"),
         ):
-            return await self._snapshots.write(self.name, self.lora, take)
+            snapshot = await self._snapshots.write(self.name, self.lora, take)
+            # A recovery that begins with it publishes nothing again of what was published before.
+            await self._exports.written(self.name)
+            return snapshot
 
     async def publish(self, epoch: int) -> PublishedVersion:
         """Make the current weights an exportable version; the one that already is costs nothing.
 
+        It is written to the blob store too, after this returns.
+
         Raises:
             FailedPrecondition: gradients are pending.
+            Unavailable: the blob store is behind, or the trainer is going away.
         """
 
         async def work() -> PublishedVersion:
@@ -256,12 +275,15 @@ class Adapter:
                     version = await self._engine.run(
                         make_version, self.view, self._state.weights, self._base_model
                     )
+                    self._check_held()
+                    version = replace(version, export_key=await self._exports.write(version))
                 self._check_held()
                 versions = {**self._versions, number: version}
                 self._versions = dict(list(versions.items())[-self._kept_versions :])
                 with log_fields(adapter=self.name, policy_version=number, digest=version.digest):
                     log.info("published")
-            return PublishedVersion(number, self._versions[number].digest)
+            version = self._versions[number]
+            return PublishedVersion(number, version.digest, version.export_key)
 
         return await self._in_turn(work)
 

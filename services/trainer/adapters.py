@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rollmesh.types import LoraConfig, Snapshot, TrainerAdapter
     from services.trainer.engine import Engine
     from services.trainer.export import AdapterVersion
+    from services.trainer.exports import Exports
     from services.trainer.model import Model
     from services.trainer.snapshots import Snapshots
     from services.trainer.uninterrupted import Uninterrupted
@@ -59,6 +60,7 @@ class Adapters:
         model: Model,
         engine: Engine,
         snapshots: Snapshots,
+        exports: Exports,
         uninterrupted: Uninterrupted,
         *,
         base_model: str,
@@ -72,6 +74,7 @@ class Adapters:
         self._model = model
         self._engine = engine
         self._snapshots = snapshots
+        self._exports = exports
         self._uninterrupted = uninterrupted
         self._base_model = base_model
         self._max_rank = max_rank
@@ -276,6 +279,7 @@ class Adapters:
             model=self._model,
             engine=self._engine,
             snapshots=self._snapshots,
+            exports=self._exports,
             uninterrupted=self._uninterrupted,
             base_model=self._base_model,
             kept_versions=self._kept_versions,

@@ -30,6 +30,7 @@ _TAKERS: dict[str, tuple[LossName, ...]] = {
     "beta": ("dro",),
     "max_importance_ratio": ("cross_entropy", "importance_sampling", "ppo", "gspo"),
 }
+MAX_TEMPERATURE = 2.0
 # A log-probability of 0, made by a sampler in low precision, may come out a little above it.
 _MAX_LOGPROB = 1e-3
 # torch refuses scalars, and products of them, that overflow float32.
@@ -81,6 +82,7 @@ def check_loss(config: LossConfig) -> None:
             )
     if config.kl_coefficient is not None:
         _check_number("loss_config.kl_coefficient", config.kl_coefficient, at_least=0)
+    check_temperature("loss_config.temperature", config.temperature)
     if config.beta is not None:
         _check_number("loss_config.beta", config.beta, at_least=0)
     high = 0.0
@@ -94,6 +96,12 @@ def check_loss(config: LossConfig) -> None:
         _check_number(
             "loss_config.max_importance_ratio", config.max_importance_ratio, above=0, at_least=high
         )
+
+
+def check_temperature(field: str, temperature: float | None) -> None:
+    """Refuse one outside the range of LossConfig."""
+    if temperature is not None:
+        _check_number(field, temperature, above=0, at_most=MAX_TEMPERATURE)
 
 
 def check_tokens(data: Sequence[Datum], *, vocab_size: int, max_length: int) -> None:

@@ -29,8 +29,9 @@ class TrainerConfig(Config):
     """Bytes that the adapters may take, all their published versions and pending gradients counted
     from the start: 4 bytes × parameters × (4 + kept_versions) each, where an adapter has rank ×
     (inputs + outputs) parameters for each layer that it adapts. One adapter too many is refused
-    with CAPACITY_EXHAUSTED. What a pass needs, and the copies of two adapters whose snapshots are
-    written or read, come on top."""
+    with CAPACITY_EXHAUSTED. What a pass needs, the copies of two adapters whose snapshots are
+    written or read, and at most 8 published versions that are not in the blob store yet, come on
+    top."""
     kept_versions: Annotated[int, Field(ge=2)] = 8
     """Published versions kept of each adapter, in main memory, the newest ones. A job's
     max_staleness may be at most 2 less: what is sampled must not be forgotten."""
@@ -44,12 +45,14 @@ class TrainerConfig(Config):
     """Threads of torch on the CPU. Bits of results depend on it: trainers that take adapters over
     from each other must have the same number, and the same kind of processor."""
     blobs: str = ".rollmesh/blobs"
-    """Where snapshots go: a folder, or a URL that fsspec understands (s3://…, gs://…; its driver,
-    such as s3fs, must be installed). The coordinator and all trainers must share it."""
+    """Where snapshots and published versions go: a folder, or a URL that fsspec understands
+    (s3://…, gs://…; its driver, such as s3fs, must be installed). The coordinator and all trainers
+    must share it; samplers may."""
     drain_s: NonNegativeFloat = 20.0
     """Seconds to end in. When told to end, the trainer first says so in GetTrainer and serves on,
     for at most half of them, while the coordinator moves its adapters away; it stays SERVING. It
     goes on once it holds none, or nobody has called GetTrainer for 2 s. Then it is NOT_SERVING,
-    takes no new calls, and ops under way get the other half to finish."""
+    takes no new calls, and ops under way get the other half to finish. What is published is written
+    to the blob store meanwhile."""
     telemetry: TelemetryConfig = TelemetryConfig()
     """Traces, metrics and logs."""

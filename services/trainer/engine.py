@@ -164,7 +164,11 @@ class Engine:
         return found
 
     async def forward(
-        self, adapter: str, weights: LoraWeights, data: Sequence[Datum]
+        self,
+        adapter: str,
+        weights: LoraWeights,
+        data: Sequence[Datum],
+        temperature: float | None = None,
     ) -> tuple[FloatArray, ...]:
         """Per datum the log-probability of each target, float32 [T], in shared passes.
 
@@ -174,7 +178,7 @@ class Engine:
         """
         found: tuple[FloatArray, ...] = await self._batch(
             adapter,
-            partial(self._model.request, weights, data, None),
+            partial(self._model.request, weights, data, None, temperature),
             lambda request, _times: request.logprobs(),
         )
         return found

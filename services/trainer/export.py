@@ -10,6 +10,7 @@ from peft import LoraConfig as PeftLoraConfig
 from safetensors.torch import save
 
 from rollmesh.digest import safetensors_digest
+from rollmesh.errors import InvalidRequest
 from rollmesh.types import AdapterExport
 
 if TYPE_CHECKING:
@@ -21,16 +22,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterVersion:
-    """What ExportAdapter streams: header, the bytes of adapter_model.safetensors, their digest."""
+    """What ExportAdapter streams: header, the bytes of adapter_model.safetensors, their digest.
+
+    `export_key`: where the same is in the blob store, or will be. Empty: nowhere.
+    """
 
     header: AdapterExport
     file: bytes
     digest: str
+    export_key: str = ""
 
-    def chunks(self, size: int) -> Iterator[bytes]:
-        """The file in pieces of at most `size` bytes."""
-        for start in range(0, len(self.file), size):
-            yield self.file[start : start + size]
+    def chunks(self, size: int, *, offset: int = 0) -> Iterator[bytes]:
+        """The file from `offset` on, in pieces of at most `size` bytes.
+
+        Raises:
+            InvalidRequest: it has no such offset.
+        """
+        if not 0 <= offset <= len(self.file):
+            raise InvalidRequest(
+                f"offset: {offset}, the file has {len(self.file)} bytes",
+                field="offset",
+                value=offset,
+                allowed=f"0 to {len(self.file)}",
+            )
+        return (self.file[start : start + size] for start in range(offset, len(self.file), size))
 
 
 def make_version(adapter: TrainerAdapter, weights: LoraWeights, base_model: str) -> AdapterVersion:

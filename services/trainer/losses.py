@@ -1,8 +1,8 @@
 """The losses, as protos/ and docs/losses.md define them, and the metrics of a batch.
 
-p is the log-probability that the adapter gives a target, q its sampling_logprobs, b the base
-model's, A its advantage, w its weight. Everything is computed in float64: a ratio times an
-advantage may pass what float32 holds while the loss does not.
+p is the log-probability that the adapter gives a target at the config's temperature, q its
+sampling_logprobs, b the base model's, A its advantage, w its weight. Everything is computed in
+float64: a ratio times an advantage may pass what float32 holds while the loss does not.
 Legend: B sequences, T positions, V vocabulary.
 """
 
@@ -136,9 +136,14 @@ def _row_sums(values_BT: Tensor) -> Tensor:
     return values_BT.cumsum(dim=1)[:, -1]
 
 
+def tempered(logits: Tensor, temperature: float | None) -> Tensor:
+    """float32, of the distribution at `temperature`; without one nothing is divided."""
+    return logits.float() if temperature is None else logits.float() / temperature
+
+
 @torch.no_grad()
-def entropies(logits_BTV: Tensor) -> Tensor:
-    """Entropy of the policy at each position, nats, float32 [B, T].
+def entropies(logits_BTV: Tensor, temperature: float | None = None) -> Tensor:
+    """Entropy of the policy at `temperature` at each position, nats, float32 [B, T].
 
     Needs no more memory than a few tens of MB besides the logits, in blocks of whole rows.
     """
@@ -148,7 +153,8 @@ def entropies(logits_BTV: Tensor) -> Tensor:
     for start in range(0, len(rows), size):
         block = rows[start : start + size]
         # A row by itself is done twice: torch would sum it in another order than among others.
-        probabilities = block.expand(max(len(block), 2), -1).float().softmax(dim=1)
+        twice = block.expand(max(len(block), 2), -1)
+        probabilities = tempered(twice, temperature).softmax(dim=1)
         sums = torch.special.entr(probabilities).sum(dim=1)
         found[start : start + size] = sums[: len(block)]
     return found.view(logits_BTV.shape[:2])

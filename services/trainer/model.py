@@ -58,11 +58,24 @@ class Model:
         self._stopped.set()
 
     def request(
-        self, weights: LoraWeights, data: Sequence[Datum], config: LossConfig | None
+        self,
+        weights: LoraWeights,
+        data: Sequence[Datum],
+        config: LossConfig | None,
+        temperature: float | None = None,
     ) -> Request:
-        """A ForwardBackward of `data`, or without a config a Forward, cut for this model."""
-        max_tokens = min(UNIT_TOKENS, self.max_batch_tokens)
-        return Request(weights, data, config, max_length=self._context, max_tokens=max_tokens)
+        """A ForwardBackward of `data`, or without a config a Forward, cut for this model.
+
+        `temperature` is the Forward's.
+        """
+        return Request(
+            weights,
+            data,
+            config,
+            max_length=self._context,
+            max_tokens=min(UNIT_TOKENS, self.max_batch_tokens),
+            temperature=temperature,
+        )
 
     def run_pass(self, parts: Sequence[Part]) -> list[Outcome]:
         """See passes.run_pass.
@@ -74,13 +87,15 @@ class Model:
             raise Unavailable("the trainer is going away")
         return run_pass(self._logits, parts, self._device)
 
-    def forward(self, weights: LoraWeights, data: Sequence[Datum]) -> tuple[FloatArray, ...]:
+    def forward(
+        self, weights: LoraWeights, data: Sequence[Datum], temperature: float | None = None
+    ) -> tuple[FloatArray, ...]:
         """Per datum the log-probability of each target, float32 [T], alone.
 
         Raises:
             NonFinite: one that is not finite; the error names the datum.
         """
-        return self._alone(self.request(weights, data, None)).logprobs()
+        return self._alone(self.request(weights, data, None, temperature)).logprobs()
 
     def forward_backward(
         self, weights: LoraWeights, data: Sequence[Datum], config: LossConfig

@@ -37,12 +37,14 @@ if TYPE_CHECKING:
 class Part:
     """A unit in a pass; `config` None: only its log-probabilities are wanted, no gradients.
 
+    `temperature` is that of the distribution, None for 1; with a config it is the config's.
     All parts of a pass have one length and either all of them a config or none.
     """
 
     chunk: Chunk
     weights: LoraWeights
     config: LossConfig | None
+    temperature: float | None = None
     gradients: dict[str, Factors] = field(default_factory=dict)
 
 
@@ -98,7 +100,7 @@ def _logprobs(
     logits_PTV = logits(_token_ids(parts, device), _rows(parts) if adapted else ())
     sizes = [len(part.chunk.indices) for part in parts]
     return [
-        _targets_of(torch.log_softmax(logits_BTV.float(), dim=-1), part)
+        _targets_of(_log_softmax(logits_BTV, part.temperature), part)
         for part, logits_BTV in zip(parts, _split(logits_PTV, sizes), strict=True)
     ]
 
@@ -108,7 +110,8 @@ def _losses(
 ) -> Outcome:
     """All but the gradient of the factors; that of the logits goes to `gradient_BTV`."""
     chunk, config, device = part.chunk, _config(part), logits_BTV.device
-    logprobs_BTV = torch.log_softmax(logits_BTV.float(), dim=-1)
+    temperature = part.temperature
+    logprobs_BTV = _log_softmax(logits_BTV, temperature)
     with torch.enable_grad():
         logprobs_BT = _targets_of(logprobs_BTV, part).requires_grad_()
         losses_B = losses.losses(
@@ -120,16 +123,23 @@ def _losses(
             base_logprobs_BT=base_BT,
         )
         (gradient_BT,) = torch.autograd.grad(losses_B.sum(), logprobs_BT)
-    # d log p(target) / d logits = [is the target] - p
+    if temperature is not None:
+        gradient_BT = gradient_BT / temperature
+    # d log p(target) / d logits = ([is the target] - p) / temperature
     logprobs_BTV.exp_().mul_(gradient_BT.neg().unsqueeze(-1))
     logprobs_BTV.scatter_add_(-1, _targets(part, device), gradient_BT.unsqueeze(-1))
     gradient_BTV.copy_(logprobs_BTV)
+    entropies_BT = losses.entropies(logits_BTV, temperature) if config.entropy else None
     return Outcome(
         logprobs_BT.detach().cpu().numpy(),
         base_logprobs_BT=None if base_BT is None else base_BT.cpu().numpy(),
         losses_B=losses_B.detach().cpu().numpy(),
-        entropies_BT=losses.entropies(logits_BTV).cpu().numpy() if config.entropy else None,
+        entropies_BT=None if entropies_BT is None else entropies_BT.cpu().numpy(),
     )
+
+
+def _log_softmax(logits_BTV: Tensor, temperature: float | None) -> Tensor:
+    return torch.log_softmax(losses.tempered(logits_BTV, temperature), dim=-1)
 
 
 def _config(part: Part) -> LossConfig:

@@ -41,7 +41,7 @@ class BatchGradients:
 
 
 class Request:
-    """A batch for one adapter; with a config its gradients are wanted.
+    """A batch for one adapter; with a config its gradients are wanted, at the config's temperature.
 
     Attributes:
         error: what it failed with; the rest of it is not worth computing.
@@ -55,11 +55,13 @@ class Request:
         *,
         max_length: int,
         max_tokens: int,
+        temperature: float | None = None,
     ) -> None:
         self.error: Exception | None = None
         self._weights = weights
         self._data = data
         self._config = config
+        self._temperature = temperature if config is None else config.temperature
         lengths = [len(datum.token_ids) for datum in data]
         self._units = cut(lengths, max_length=max_length, max_tokens=max_tokens)
         self._num_taken = 0
@@ -88,7 +90,7 @@ class Request:
 
     def part(self, unit: Unit) -> Part:
         """`unit` as a pass wants it."""
-        return Part(pad(self._data, unit), self._weights, self._config)
+        return Part(pad(self._data, unit), self._weights, self._config, self._temperature)
 
     def absorb(self, part: Part, outcome: Outcome, run_pass: RunPass) -> None:
         """Keep what a unit gave; units come in their order.

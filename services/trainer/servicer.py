@@ -85,7 +85,8 @@ class TrainerServicer(TrainerServiceServicer):
     async def Forward(self, request: pb.ForwardRequest, context: Context) -> pb.ForwardResponse:
         """Log-probabilities of a batch."""
         data = convert.data_from_pb(request.data)
-        logprobs = await self._adapters.get(request.adapter).forward(data)
+        temperature = convert.optional(request, "temperature")
+        logprobs = await self._adapters.get(request.adapter).forward(data, temperature)
         return pb.ForwardResponse(logprobs=convert.arrays_to_pb(logprobs))
 
     async def OptimStep(
@@ -123,7 +124,9 @@ class TrainerServicer(TrainerServiceServicer):
         """Makes the current weights an exportable version."""
         published = await self._adapters.get(request.name).publish(request.epoch)
         return pb.PublishAdapterResponse(
-            policy_version=published.policy_version, digest=published.digest
+            policy_version=published.policy_version,
+            digest=published.digest,
+            export_key=published.export_key,
         )
 
     async def ExportAdapter(
@@ -131,7 +134,8 @@ class TrainerServicer(TrainerServiceServicer):
     ) -> AsyncIterator[pb.ExportAdapterResponse]:
         """Streams a published version."""
         version = self._adapters.version(request.name, request.policy_version)
+        chunks = version.chunks(EXPORT_CHUNK_BYTES, offset=request.offset)
         yield pb.ExportAdapterResponse(header=convert.export_header_to_pb(version.header))
-        for chunk in version.chunks(EXPORT_CHUNK_BYTES):
+        for chunk in chunks:
             yield pb.ExportAdapterResponse(chunk=chunk)
         yield pb.ExportAdapterResponse(trailer=AdapterExportTrailer(digest=version.digest))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from services.local.processes import Processes
 
 ROOT = Path(__file__).resolve().parents[2]
-START_S = 120.0
+START_S = 300.0
 TRAINERS = ("trainer-0", "trainer-1")
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import itertools
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -23,7 +25,9 @@ from rollmesh.api.trainer.v1.trainer_service_pb2_grpc import (
 from rollmesh.digest import safetensors_digest
 from rollmesh.errors import NotFound
 from rollmesh.rpc.server import serving
-from rollmesh.types import AdapterExport, AdapterSource
+from rollmesh.types import AdapterExport, AdapterSource, Datum
+from services.trainer.export import parameter_names
+from services.trainer.model import Model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,7 +36,7 @@ BASE_MODEL = "tiny"
 ADAPTER = "projects/p/adapters/a"
 NUM_VERSIONS = 6
 EOS = 1
-VOCABULARY = ["<pad>", "<eos>", *"0123456789+-=? abcdefghijklmnopqrstuvwxyz"]
+VOCABULARY = ["<pad>", "<eos>", *"0123456789+-=? abcdefghijklmnopqrstuvwxyz", *'{}[]":,.']
 MAX_LENGTH = 512
 
 
@@ -137,13 +141,15 @@ class FakeTrainer(TrainerServiceServicer):
     """Exports the world's adapters; `faults` spoil the transfers of a version.
 
     Attributes:
-        pulls: how often each version was asked for.
+        pulls: the versions that were asked for from their first byte on.
+        released: what transfers with the fault "held" wait for.
     """
 
     def __init__(self, world: World) -> None:
         self._world = world
         self.faults: dict[int, str] = {}
         self.pulls: list[int] = []
+        self.released = asyncio.Event()
         self.address = ""
 
     def source(self, version: int, **changes: object) -> AdapterSource:
@@ -151,7 +157,8 @@ class FakeTrainer(TrainerServiceServicer):
         return replace(AdapterSource(ADAPTER, version, digest, self.address), **changes)
 
     async def ExportAdapter(self, request, context):
-        self.pulls.append(request.policy_version)
+        if not request.offset:
+            self.pulls.append(request.policy_version)
         if not 0 <= request.policy_version < NUM_VERSIONS:
             raise NotFound("no such version", resource=request.name)
         header, data, digest = self._world.export(request.policy_version)
@@ -162,7 +169,9 @@ class FakeTrainer(TrainerServiceServicer):
         if fault == "other trailer":
             digest = "0" * 64
         yield pb.ExportAdapterResponse(header=convert.export_header_to_pb(header))
-        for start in itertools.count(0, 1000):
+        if fault == "held":
+            await self.released.wait()
+        for start in range(request.offset, len(data) + 1000, 1000):
             if fault == "torn" and start > len(data) // 2:
                 return
             if start >= len(data) - (1000 if fault == "short" else 0):
@@ -181,3 +190,25 @@ async def fake_trainer(world: World):
     ) as running:
         trainer.address = f"127.0.0.1:{running.port}"
         yield trainer
+
+
+def trainer_logprobs(world: World, version: int, prompt, completion, dtype: str) -> list[float]:
+    """Of `completion`'s tokens, by the trainer's own model with the adapter's factors in it."""
+    torch.set_num_threads(1)  # the machine is shared
+    model = Model(
+        Qwen3ForCausalLM.from_pretrained(world.model, dtype=getattr(torch, dtype)),
+        max_batch_tokens=MAX_LENGTH,
+    )
+    folder = world.folder / str(version)
+    config = PeftConfig.from_pretrained(folder)
+    fresh = model.lora.fresh(
+        rank=config.r,
+        alpha=float(config.lora_alpha),
+        target_modules=sorted(config.target_modules),
+        seed=0,
+    )
+    tensors = load_file(folder / "adapter_model.safetensors")
+    weights = fresh.replaced([tensors[name] for name in parameter_names(fresh)])
+    tokens = np.array([*prompt, *completion], np.int32)
+    [logprobs] = model.forward(weights, [Datum(tokens[:-1], tokens[1:])])
+    return logprobs[len(prompt) - 1 :].tolist()

@@ -456,16 +456,18 @@ async def test_the_fleet_is_shown_with_what_is_wrong(coordinator, rollmesh):
                 "trainer", "127.0.0.1:1", serving=True, base_model="arith", num_adapters=2
             ),
             types.Member("sampler", "127.0.0.1:2", serving=False, problem="connection refused"),
+            types.Member("sampler", "127.0.0.1:3", serving=True, problem="drifts"),
         ),
         num_queued_requests=5,
     )
     fleet = (await rollmesh("fleet", "--json")).json
-    assert [member["role"] for member in fleet["members"]] == ["trainer", "sampler"]
+    assert [member["role"] for member in fleet["members"]] == ["trainer", "sampler", "sampler"]
     assert fleet["members"][1]["problem"] == "connection refused"
     assert fleet["num_queued_requests"] == 5
     shown = (await rollmesh("fleet")).stdout
     assert "127.0.0.1:1" in shown
     assert "connection refused" in " ".join(shown.split())
+    assert "serving: drifts" in " ".join(shown.split())
 
 
 @pytest.mark.parametrize(

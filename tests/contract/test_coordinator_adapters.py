@@ -203,6 +203,8 @@ class TestTraining:
         (listed,) = [each async for each in client.adapters.list(PROJECT)]
         assert (listed.policy_version, listed.next_sequence) == (1, 3)
         assert len(await client.training.forward(A, [DATUM, DATUM])) == 2
+        (tempered,) = await client.training.forward(A, [DATUM], temperature=0.5)
+        assert list(tempered) == [-2.0, -2.0]
 
     async def test_a_published_version_is_exported_with_its_digest(self, client):
         await client.adapters.create(A, BASE_MODEL, LORA)
@@ -350,14 +352,17 @@ class TestSampling:
             (types.PolicyRef(base_model=BASE_MODEL), types.BASE_VERSION, ""),
         ],
     )
-    async def test_every_token_says_which_policy_it_is_of(self, client, policy, version, digest):
+    async def test_every_token_says_which_policy_it_is_of_and_who_drew_it(
+        self, client, fakes, policy, version, digest
+    ):
+        sampler = fakes.sampler.instance_id
         completions = await client.sampling.sample(PROJECT, policy, [1, 2], 3)
         assert len(completions) == 3
         for completion in completions:
             assert completion.token_ids == (1, 2)
-            assert completion.spans == (types.PolicySpan(2, version, digest),)
+            assert completion.spans == (types.PolicySpan(2, version, digest, sampler),)
         logprobs = await client.sampling.compute_logprobs(PROJECT, policy, [1, 2, 3])
-        assert logprobs.span == types.PolicySpan(3, version, digest)
+        assert logprobs.span == types.PolicySpan(3, version, digest, sampler)
 
     @pytest.mark.usefixtures("published")
     @pytest.mark.parametrize(
@@ -420,6 +425,35 @@ class TestSampling:
     async def test_what_the_sampler_refuses_reaches_the_caller(self, client):
         with pytest.raises(InvalidRequest, match="prompt_token_ids"):
             await client.sampling.sample(PROJECT, types.PolicyRef(base_model=BASE_MODEL), [])
+
+    @pytest.mark.usefixtures("published")
+    async def test_a_caller_who_asks_for_it_is_moved_to_what_is_published_meanwhile(
+        self, client, fakes
+    ):
+        fakes.sampler.sampling.clear()
+        chunks = client.sampling.stream(
+            PROJECT, types.PolicyRef(adapter=A), [1], continue_on_newest=True
+        )
+        assert [span.policy_version for span in (await anext(chunks)).spans] == [1]
+        await client.training.forward_backward(A, 3, [DATUM], LOSS)
+        await client.training.optim_step(A, 4, ADAM)
+        await client.adapters.publish(A)
+
+        async def moved() -> bool:
+            return fakes.sampler.num_aborted == 1
+
+        await eventually(moved)
+        fakes.sampler.sampling.set()
+        (rest,) = [chunk async for chunk in chunks]
+        assert [span.policy_version for span in rest.spans] == [2]
+        assert (rest.token_ids, rest.stop_reason) == ((2,), "stop")
+
+    @pytest.mark.usefixtures("published")
+    async def test_who_names_a_version_cannot_be_moved(self, client):
+        policy = types.PolicyRef(adapter=A, policy_version=1)
+        chunks = client.sampling.stream(PROJECT, policy, [1], continue_on_newest=True)
+        with pytest.raises(InvalidRequest, match=r"policy\.policy_version"):
+            await anext(chunks)
 
     async def test_a_caller_that_goes_away_ends_the_generation(self, client, fakes):
         fakes.sampler.sampling.clear()

@@ -129,6 +129,15 @@ async def test_what_a_stream_sent_before_it_failed_has_arrived(jobs, opened):
         await anext(events)
 
 
+async def test_when_to_try_again_arrives_as_the_one_who_raised_it_said(jobs, opened):
+    jobs.failure = Overloaded("full")
+    jobs.failure.retry_after_s = 2.75
+    with pytest.raises(Overloaded) as caught:
+        await JobClient(opened).get("projects/p/jobs/j")
+    assert caught.value.retry_after_s == 2.75
+    assert Overloaded.retry_after_s == 1.0
+
+
 def details(error: grpc.aio.AioRpcError) -> dict[str, object]:
     found = {}
     for detail in rpc_status.from_call(error).details:

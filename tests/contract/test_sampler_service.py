@@ -7,6 +7,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING
 import grpc
 import pytest
 import pytest_asyncio
-import torch
 
 from rollmesh.api.sampler.v1 import sampler_service_pb2 as pb
 from rollmesh.api.sampler.v1.sampler_service_pb2_grpc import (
@@ -33,23 +33,22 @@ from rollmesh.errors import (
 from rollmesh.rpc.channel import channel
 from rollmesh.rpc.server import serving
 from rollmesh.types import (
-    BASE_VERSION,
-    AdapterSource,
     PolicySpan,
     SamplingParams,
     join_chunks,
 )
-from services.sampler.__main__ import pull
+from services.sampler.__main__ import trainer_parts
 from services.sampler.adapters import Adapters
 from services.sampler.backends import choose
 from services.sampler.cache import cache_folder
 from services.sampler.config import SamplerConfig
 from services.sampler.engine import Sampler
 from services.sampler.servicer import SamplerServicer
+from services.sampler.slots import Slots
+from services.sampler.transfer import Sources
 from tests.contract.sampler_world import (
     ADAPTER,
     BASE_MODEL,
-    EOS,
     MAX_LENGTH,
     NUM_VERSIONS,
     VOCABULARY,
@@ -66,7 +65,8 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 PROMPT = [5, 6, 12, 7, 3]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-MAX_QUEUED = 40
+MAX_QUEUED = 24
+MAX_NUM_SEQS = 64
 MAX_LORAS = 2
 
 
@@ -88,16 +88,20 @@ class Running:
     name: str
     dead: bool = False
 
-    async def sample(self, source=None, prompt=PROMPT, num_completions=1, params=GREEDY):
+    def chunks(self, source=None, prompt=PROMPT, num_completions=1, params=GREEDY, *, project="p"):
+        return self.client.sample(source, prompt, num_completions, params, project=project)
+
+    async def sample(self, *request, **options):
         """Whole completions, by index."""
-        chunks = [[] for _ in range(num_completions)]
-        async for chunk in self.client.sample(source, prompt, num_completions, params):
-            chunks[chunk.index].append(chunk)
-        return [join_chunks(pieces) for pieces in chunks]
+        chunks = [chunk async for chunk in self.chunks(*request, **options)]
+        return [
+            join_chunks([chunk for chunk in chunks if chunk.index == index])
+            for index in sorted({chunk.index for chunk in chunks})
+        ]
 
     async def idle(self) -> None:
         """Return once the engine has nothing to do."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while (await self.client.get_sampler()).num_running:
                 await asyncio.sleep(0.01)
             if self.name == "vllm":
@@ -120,54 +124,71 @@ async def running_sampler(request, world, tmp_path_factory):
             "num_threads": 1,
             "max_rank": 16,
             "max_loras": MAX_LORAS,
-            "max_cpu_loras": 3,
             "kv_cache_memory": "256MiB",
             "cache_dir": str(tmp_path_factory.mktemp("cache")),
             "chunk_tokens": 5,
+            "max_queued": MAX_QUEUED,
+            "max_num_seqs": MAX_NUM_SEQS,
+            "quantum_s": 0.1,
         }
     )
     environment = dict(os.environ)
     backend = choose(config)
-    with cache_folder(config.cache_dir) as folder:
-        adapters = Adapters(
-            backend, pull, folder, base_model=BASE_MODEL, max_rank=16, max_versions=NUM_VERSIONS
+    async with contextlib.AsyncExitStack() as stack:
+        folder = stack.enter_context(cache_folder(config.cache_dir, config.max_cache))
+        # vLLM sets variables for its processes.
+        stack.callback(lambda: (os.environ.clear(), os.environ.update(environment)))
+        stack.push_async_callback(backend.stop)
+        slots = Slots(
+            backend,
+            quantum_s=config.quantum_s,
+            kv_overcommit=config.kv_overcommit,
+            max_completions=config.max_num_seqs,
         )
+        adapters = Adapters(
+            Sources(trainer_parts, None, pauses_s=(0.0, 0.0)).pull,
+            folder,
+            release=slots.forget,
+            base_model=BASE_MODEL,
+            max_rank=config.max_rank,
+            max_versions=NUM_VERSIONS,
+            max_bytes=config.max_cache,
+        )
+        await stack.enter_async_context(adapters)
+        await stack.enter_async_context(slots)
         sampler = Sampler(
             backend,
             adapters,
+            slots,
+            instance_id="this one",
             base_model=BASE_MODEL,
-            max_rank=16,
-            max_queued=MAX_QUEUED,
+            max_rank=config.max_rank,
+            max_queued=config.max_queued,
             chunk_tokens=config.chunk_tokens,
             new_seed=lambda: int.from_bytes(os.urandom(7)),
+            clock=time.monotonic,
         )
-        try:
-            await sampler.start()
-            async with (
-                adapters,
-                serving(
-                    lambda server: add_SamplerServiceServicer_to_server(
-                        SamplerServicer(sampler), server
-                    ),
-                    services=[],
-                ) as running,
-                channel(f"127.0.0.1:{running.port}") as opened,
-                fake_trainer(world) as trainer,
-            ):
-                yield Running(
-                    SamplerClient(opened),
-                    SamplerServiceStub(opened),
-                    f"127.0.0.1:{running.port}",
-                    backend,
-                    trainer,
-                    world,
-                    request.param,
-                )
-        finally:
-            await backend.stop()
-            # vLLM sets variables for its processes.
-            os.environ.clear()
-            os.environ.update(environment)
+        await sampler.start()
+        running = await stack.enter_async_context(
+            serving(
+                lambda server: add_SamplerServiceServicer_to_server(
+                    SamplerServicer(sampler), server
+                ),
+                services=[],
+            )
+        )
+        address = f"127.0.0.1:{running.port}"
+        opened = await stack.enter_async_context(channel(address))
+        trainer = await stack.enter_async_context(fake_trainer(world))
+        yield Running(
+            SamplerClient(opened),
+            SamplerServiceStub(opened),
+            address,
+            backend,
+            trainer,
+            world,
+            request.param,
+        )
     assert not multiprocessing.active_children()
     assert not list(config.cache_dir.iterdir())
 
@@ -184,7 +205,7 @@ async def clean(sampler):
     sampler.trainer.pulls.clear()
 
 
-# --- what is drawn -------------------------------------------------------------------------------
+# --- adapters ------------------------------------------------------------------------------------
 
 
 async def test_it_says_what_it_serves(sampler):
@@ -192,171 +213,11 @@ async def test_it_says_what_it_serves(sampler):
     info = await sampler.client.get_sampler()
     assert (info.base_model, info.vocab_size) == (BASE_MODEL, len(VOCABULARY))
     assert (info.max_length, info.max_rank) == (MAX_LENGTH, 16)
-    assert (info.backend, info.num_running) == (sampler.name, 0)
-    assert info.loaded == (sampler.trainer.source(1, trainer_address=""),)
-
-
-@pytest.mark.parametrize("version", [None, 0, 1])
-async def test_greedy_is_what_transformers_finds_likeliest(sampler, version):
-    source = None if version is None else sampler.trainer.source(version)
-    [completion] = await sampler.sample(source)
-    assert list(completion.token_ids) == sampler.world.greedy(version, PROMPT, 12)
-    assert completion.stop_reason == "length"
-
-
-async def test_all_greedy_completions_are_the_same(sampler):
-    completions = await sampler.sample(num_completions=3)
-    assert completions == [completions[0]] * 3
-
-
-@pytest.mark.parametrize("version", [None, 0])
-async def test_logprobs_are_those_of_the_policy_itself(sampler, version):
-    source = None if version is None else sampler.trainer.source(version)
-    params = SamplingParams(temperature=0.6, top_p=0.95, top_k=20, seed=3, max_tokens=30)
-    for completion in await sampler.sample(source, num_completions=4, params=params):
-        expected = sampler.world.completion_logprobs(version, PROMPT, completion.token_ids)
-        assert completion.logprobs == pytest.approx(expected, abs=1e-3)
-
-
-async def test_each_span_names_the_version_and_its_digest(sampler):
-    source = sampler.trainer.source(2)
-    [adapted], [base] = await asyncio.gather(sampler.sample(source), sampler.sample())
-    assert adapted.spans == (PolicySpan(12, 2, source.digest),)
-    assert base.spans == (PolicySpan(12, BASE_VERSION, ""),)
-
-
-async def test_the_same_seed_draws_the_same_and_another_does_not(sampler):
-    def params(seed):
-        return SamplingParams(seed=seed, max_tokens=20, ignore_eos=True)
-
-    first, again, other = [
-        await sampler.sample(num_completions=3, params=params(seed)) for seed in (7, 7, 8)
-    ]
-    assert [c.token_ids for c in first] == [c.token_ids for c in again]
-    # Not even shifted: neighbouring seeds share no stream.
-    assert not {c.token_ids for c in first} & {c.token_ids for c in other}
-
-
-async def test_without_a_seed_each_request_draws_anew(sampler):
-    params = SamplingParams(max_tokens=20, ignore_eos=True)
-    first, second = [await sampler.sample(params=params) for _ in range(2)]
-    assert first[0].token_ids != second[0].token_ids
-
-
-async def test_completions_of_one_request_differ(sampler):
-    params = SamplingParams(seed=1, max_tokens=20, ignore_eos=True)
-    completions = await sampler.sample(num_completions=8, params=params)
-    assert len({completion.token_ids for completion in completions}) == 8
-
-
-async def test_top_k_draws_from_the_likeliest_only(sampler):
-    params = SamplingParams(top_k=3, seed=5, max_tokens=40, ignore_eos=True)
-    for completion in await sampler.sample(num_completions=4, params=params):
-        rows = sampler.world.logprobs(None, [*PROMPT, *completion.token_ids])
-        allowed = rows[len(PROMPT) - 1 : -1].topk(3).indices
-        drawn = torch.tensor(completion.token_ids)[:, None]
-        assert (allowed == drawn).any(1).all()
-        assert (allowed[:, 0:1] != drawn).any()
-
-
-async def test_top_p_draws_from_the_smallest_likely_set(sampler):
-    params = SamplingParams(top_p=0.4, seed=5, max_tokens=40, ignore_eos=True)
-    for completion in await sampler.sample(num_completions=4, params=params):
-        rows = sampler.world.logprobs(None, [*PROMPT, *completion.token_ids])
-        probs = rows[len(PROMPT) - 1 : -1].exp()
-        drawn = probs.gather(1, torch.tensor(completion.token_ids)[:, None])
-        likelier = (probs * (probs > drawn)).sum(1)
-        assert likelier.max() < 0.4 + 1e-4
-        assert (drawn[:, 0] < probs.max(1).values).any()
-
-
-async def test_a_low_temperature_is_nearly_greedy_and_a_high_one_is_not(sampler):
-    expected = tuple(sampler.world.greedy(None, PROMPT, 12))
-    drawn = {}
-    for temperature in (0.02, 2.0):
-        params = SamplingParams(temperature=temperature, seed=2, max_tokens=12, ignore_eos=True)
-        drawn[temperature] = (await sampler.sample(params=params))[0].token_ids
-    assert drawn[0.02] == expected
-    assert drawn[2.0] != expected
-
-
-# --- why it ends ---------------------------------------------------------------------------------
-
-
-async def test_the_end_of_sequence_ends_a_completion_and_is_its_last_token(sampler):
-    params = SamplingParams(seed=11, max_tokens=60)
-    completions = await sampler.sample(num_completions=24, params=params)
-    for completion in completions:
-        ended = completion.stop_reason == "stop"
-        assert completion.token_ids.count(EOS) == ended
-        assert (completion.token_ids[-1] == EOS) == ended
-        assert ended or len(completion.token_ids) == 60
-    assert {completion.stop_reason for completion in completions} == {"stop", "length"}
-
-
-async def test_the_end_of_sequence_can_be_ignored(sampler):
-    params = SamplingParams(seed=11, max_tokens=60, ignore_eos=True)
-    completions = await sampler.sample(num_completions=24, params=params)
-    assert {len(completion.token_ids) for completion in completions} == {60}
-    assert any(EOS in completion.token_ids for completion in completions)
-
-
-async def test_a_stop_token_ends_a_completion_and_is_its_last_token(sampler):
-    greedy = sampler.world.greedy(None, PROMPT, 12)
-    params = SamplingParams(
-        temperature=0, max_tokens=12, ignore_eos=True, stop_token_ids=(greedy[6], greedy[4])
-    )
-    [completion] = await sampler.sample(params=params)
-    first = min(greedy.index(greedy[4]), greedy.index(greedy[6]))
-    assert list(completion.token_ids) == greedy[: first + 1]
-    assert completion.stop_reason == "stop"
-
-
-async def test_a_stop_string_ends_a_completion_with_the_tokens_that_make_it_up(sampler):
-    greedy = sampler.world.greedy(0, PROMPT, 12)
-    stop = "".join(VOCABULARY[token] for token in greedy[7:9])
-    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop=("never", stop))
-    [completion] = await sampler.sample(sampler.trainer.source(0), params=params)
-    text = "".join(VOCABULARY[token] for token in completion.token_ids)
-    assert text.endswith(stop)
-    assert text.count(stop) == 1
-    assert completion.stop_reason == "stop"
-    assert list(completion.token_ids) == greedy[: len(completion.token_ids)]
-    assert len(completion.logprobs) == len(completion.token_ids)
-
-
-async def test_without_max_tokens_a_completion_fills_the_context(sampler):
-    params = SamplingParams(temperature=0, ignore_eos=True)
-    prompt = [4] * (MAX_LENGTH - 9)
-    [completion] = await sampler.sample(prompt=prompt, params=params)
-    assert len(completion.token_ids) == 9
-    assert completion.stop_reason == "length"
-
-
-async def test_long_prompts_at_once_are_each_drawn_right(sampler):
-    prompts = [[(i + j) % 40 + 2 for j in range(MAX_LENGTH - 10)] for i in range(8)]
-    params = SamplingParams(seed=1, max_tokens=4, ignore_eos=True)
-    for prompt, [completion] in zip(
-        prompts,
-        await asyncio.gather(*(sampler.sample(prompt=p, params=params) for p in prompts)),
-        strict=True,
-    ):
-        expected = sampler.world.completion_logprobs(None, prompt, completion.token_ids)
-        assert completion.logprobs == pytest.approx(expected, abs=1e-3)
-
-
-async def test_tokens_are_streamed_while_others_are_drawn(sampler):
-    params = SamplingParams(seed=1, max_tokens=23, ignore_eos=True)
-    chunks = [chunk async for chunk in sampler.client.sample(None, PROMPT, 2, params)]
-    for index in range(2):
-        pieces = [chunk for chunk in chunks if chunk.index == index]
-        assert len(pieces) > 2
-        assert all(len(piece.token_ids) >= 5 for piece in pieces[:-1])
-        assert [piece.stop_reason for piece in pieces] == [*[None] * (len(pieces) - 1), "length"]
-        assert sum(len(piece.token_ids) for piece in pieces) == 23
-
-
-# --- adapters ------------------------------------------------------------------------------------
+    assert (info.backend, info.instance_id) == (sampler.name, "this one")
+    assert (info.num_running, info.num_queued, info.reserved_kv_tokens) == (0, 0, 0)
+    assert info.max_loras == MAX_LORAS
+    assert (info.kv_tokens > MAX_LENGTH) == (sampler.name == "vllm")
+    assert info.loaded == info.resident == (sampler.trainer.source(1, trainer_address=""),)
 
 
 async def test_more_versions_than_slots_and_the_base_model_at_once_are_each_drawn_right(sampler):
@@ -404,7 +265,7 @@ async def test_an_unloaded_version_is_gone_and_can_be_pulled_again(sampler):
 async def test_a_request_under_way_keeps_its_version(sampler):
     source = sampler.trainer.source(1)
     params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
-    chunks = sampler.client.sample(source, PROMPT, 1, params)
+    chunks = sampler.chunks(source, PROMPT, 1, params)
     received = [await anext(chunks)]
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(sampler.client.unload_adapter(ADAPTER))
@@ -412,7 +273,7 @@ async def test_a_request_under_way_keeps_its_version(sampler):
         received += [chunk async for chunk in chunks]
     completion = join_chunks(received)
     assert list(completion.token_ids) == sampler.world.greedy(1, PROMPT, 60)
-    assert completion.spans == (PolicySpan(60, 1, source.digest),)
+    assert completion.spans == (PolicySpan(60, 1, source.digest, "this one"),)
 
 
 @pytest.mark.parametrize(
@@ -455,38 +316,14 @@ async def test_the_weights_that_are_asked_for_are_checked_against_what_the_train
         await sampler.client.load_adapter(sampler.trainer.source(0, digest="0" * 64))
 
 
-# --- log-probabilities ---------------------------------------------------------------------------
-
-
-async def test_logprobs_of_given_tokens_are_those_of_the_policy(sampler):
-    token_ids = [(i * 7) % 40 + 2 for i in range(100)]
-    versions = [None, 0, 1, None, 2]
-    sources = [None if v is None else sampler.trainer.source(v) for v in versions]
-    results = await asyncio.gather(
-        *(sampler.client.compute_logprobs(source, token_ids) for source in sources)
-    )
-    for version, source, result in zip(versions, sources, results, strict=True):
-        expected = sampler.world.completion_logprobs(version, token_ids[:1], token_ids[1:])
-        assert result.logprobs[0] != result.logprobs[0]  # NaN
-        assert result.logprobs[1:] == pytest.approx(expected, abs=1e-3)
-        wanted = (BASE_VERSION, "") if source is None else (version, source.digest)
-        assert result.span == PolicySpan(100, *wanted)
-
-
-async def test_what_was_sampled_has_the_same_logprobs_when_computed(sampler):
-    source = sampler.trainer.source(1)
-    [completion] = await sampler.sample(source, params=SamplingParams(seed=4, max_tokens=50))
-    result = await sampler.client.compute_logprobs(source, [*PROMPT, *completion.token_ids])
-    assert result.logprobs[len(PROMPT) :] == pytest.approx(completion.logprobs, abs=1e-3)
-
-
 # --- callers that go away ------------------------------------------------------------------------
+
 
 LONG = SamplingParams(seed=1, max_tokens=500, ignore_eos=True)
 
 
 async def test_a_cancelled_call_ends_its_work_in_the_engine(sampler):
-    chunks = sampler.client.sample(sampler.trainer.source(0), PROMPT, 64, LONG)
+    chunks = sampler.chunks(sampler.trainer.source(0), PROMPT, 64, LONG)
     await anext(chunks)
     assert (await sampler.client.get_sampler()).num_running == 64
     await chunks.aclose()
@@ -495,7 +332,12 @@ async def test_a_cancelled_call_ends_its_work_in_the_engine(sampler):
 
 async def test_a_call_cancelled_while_nobody_reads_ends_its_work_in_the_engine(sampler):
     call = sampler.stub.Sample(
-        pb.SampleRequest(prompt_token_ids=PROMPT, num_completions=200, params={"max_tokens": 500})
+        pb.SampleRequest(
+            prompt_token_ids=PROMPT,
+            num_completions=200,
+            params={"max_tokens": 500},
+            project="p",
+        )
     )
     await call.read()
     call.cancel()
@@ -507,6 +349,7 @@ async def test_a_deadline_ends_the_work_in_the_engine(sampler):
         prompt_token_ids=PROMPT,
         num_completions=64,
         params={"max_tokens": 500, "ignore_eos": True},
+        project="p",
     )
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async for _ in sampler.stub.Sample(request, timeout=0.3):
@@ -517,7 +360,7 @@ async def test_a_deadline_ends_the_work_in_the_engine(sampler):
 
 async def test_a_client_that_is_gone_ends_its_work_in_the_engine(sampler):
     async with channel(sampler.address) as opened:
-        chunks = SamplerClient(opened).sample(None, PROMPT, 64, LONG)
+        chunks = SamplerClient(opened).sample(None, PROMPT, 64, LONG, project="p")
         await anext(chunks)
     with contextlib.suppress(Exception):
         await chunks.aclose()
@@ -526,64 +369,57 @@ async def test_a_client_that_is_gone_ends_its_work_in_the_engine(sampler):
 
 async def test_a_request_beyond_the_bound_is_refused_and_the_others_finish(sampler):
     params = SamplingParams(seed=1, max_tokens=40, ignore_eos=True)
+    # One that fills the batch, and as many behind it as may wait.
+    first = sampler.chunks(None, PROMPT, MAX_NUM_SEQS, LONG)
+    await anext(first)
     async with asyncio.TaskGroup() as tasks:
-        calls = [tasks.create_task(sampler.sample(params=params)) for _ in range(MAX_QUEUED)]
-        while (await sampler.client.get_sampler()).num_running < MAX_QUEUED:
-            await asyncio.sleep(0)
+        calls = [
+            tasks.create_task(sampler.sample(params=params, project=f"p{number % 2}"))
+            for number in range(MAX_QUEUED)
+        ]
+        async with asyncio.timeout(20):
+            while (await sampler.client.get_sampler()).num_queued < MAX_QUEUED:
+                await asyncio.sleep(0)
         with pytest.raises(Overloaded) as caught:
             await sampler.sample()
-    assert caught.value.retry_after_s > 0
+        assert caught.value.retry_after_s > 0
+        await first.aclose()
     assert {len(call.result()[0].token_ids) for call in calls} == {40}
 
 
-# --- bad input -----------------------------------------------------------------------------------
-
-NAN = float("nan")
+# --- whose keys and values -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"prompt": []}, "prompt_token_ids"),
-        ({"prompt": [3] * MAX_LENGTH}, "prompt_token_ids"),
-        ({"prompt": [3, len(VOCABULARY)]}, "prompt_token_ids[1]"),
-        ({"prompt": [-1]}, "prompt_token_ids[0]"),
-        ({"num_completions": 0}, "num_completions"),
-        ({"num_completions": 1025}, "num_completions"),
-        ({"params": SamplingParams(max_tokens=0)}, "params.max_tokens"),
-        ({"params": SamplingParams(temperature=-0.1)}, "params.temperature"),
-        ({"params": SamplingParams(temperature=NAN)}, "params.temperature"),
-        ({"params": SamplingParams(temperature=2.1)}, "params.temperature"),
-        ({"params": SamplingParams(top_k=0)}, "params.top_k"),
-        ({"params": SamplingParams(top_p=0)}, "params.top_p"),
-        ({"params": SamplingParams(top_p=1.1)}, "params.top_p"),
-        ({"params": SamplingParams(top_p=NAN)}, "params.top_p"),
-        ({"params": SamplingParams(stop=("",))}, "params.stop"),
-        ({"params": SamplingParams(stop=("a",) * 17)}, "params.stop"),
-        ({"params": SamplingParams(stop_token_ids=(3, 999))}, "params.stop_token_ids[1]"),
-        ({"source": AdapterSource("a", 0, "0" * 64, "h:1")}, "source.adapter"),
-        ({"source": AdapterSource("projects/p/adapters/../x", 0, "0" * 64)}, "source.adapter"),
-        ({"source": AdapterSource(ADAPTER, -1, "0" * 64, "h:1")}, "source.policy_version"),
-        ({"source": AdapterSource(ADAPTER, 0, "../../x", "h:1")}, "source.digest"),
-        ({"source": AdapterSource(ADAPTER, 0, "0" * 64)}, "source.trainer_address"),
-    ],
-)
-async def test_bad_input_is_the_callers_error_and_names_the_field(sampler, change, field):
-    arguments = {"source": None, "prompt": PROMPT, "num_completions": 1, "params": GREEDY}
-    with pytest.raises(InvalidRequest) as caught:
-        # Not `sample`, which needs the number of completions to be one.
-        async for _ in sampler.client.sample(*(arguments | change).values()):
-            pass
-    assert caught.value.context["field"] == field
-    assert caught.value.context["allowed"]
+async def test_keys_and_values_are_reused_within_a_project_and_a_version_alone(
+    sampler, monkeypatch
+):
+    if sampler.name != "vllm":
+        pytest.skip("this engine keeps none")
+    engine = sampler.backend._engine
+    generate = engine.generate
+    reused = []
 
+    async def watched(*args, **kwargs):
+        async for output in generate(*args, **kwargs):
+            reused.append(output.num_cached_tokens or 0)
+            yield output
 
-@pytest.mark.parametrize(
-    "token_ids", [[], [3], [3] * MAX_LENGTH, [3, 999]], ids=["none", "one", "too many", "unknown"]
-)
-async def test_logprobs_of_bad_input_are_the_callers_error(sampler, token_ids):
-    with pytest.raises(InvalidRequest):
-        await sampler.client.compute_logprobs(None, token_ids)
+    monkeypatch.setattr(engine, "generate", watched)
+    prompt = [(i * 7) % 40 + 2 for i in range(300)]
+
+    async def num_reused(version, project):
+        reused.clear()
+        source = None if version is None else sampler.trainer.source(version)
+        await sampler.sample(source, prompt, project=project)
+        return max(reused)
+
+    for version in (None, 0, 1):
+        for project in ("p", "q"):
+            assert await num_reused(version, project) == 0
+            assert await num_reused(version, project) > 200
+    # Not even by the same version once it was pulled again.
+    await sampler.client.unload_adapter(ADAPTER)
+    assert await num_reused(0, "p") == 0
 
 
 # --- the end; last, for it kills the engine ------------------------------------------------------
@@ -595,7 +431,7 @@ async def test_a_dead_engine_is_noticed_and_fails_every_request(sampler):
     sampler.dead = True
     [engine] = multiprocessing.active_children()
     [worker] = Path(f"/proc/{engine.pid}/task/{engine.pid}/children").read_text().split()
-    chunks = sampler.client.sample(None, PROMPT, 64, LONG)
+    chunks = sampler.chunks(None, PROMPT, 64, LONG)
     await anext(chunks)
     os.kill(int(worker), signal.SIGKILL)
     with pytest.raises(Unavailable):
@@ -605,7 +441,7 @@ async def test_a_dead_engine_is_noticed_and_fails_every_request(sampler):
     for call in (
         sampler.sample(),
         sampler.sample(sampler.trainer.source(0)),
-        sampler.client.compute_logprobs(None, PROMPT),
+        sampler.client.compute_logprobs(None, PROMPT, project="p"),
     ):
         with pytest.raises(Unavailable):
             await call

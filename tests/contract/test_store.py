@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
+import random
 import sqlite3
+import time
+from functools import partial
+from itertools import pairwise
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -37,10 +41,12 @@ from rollmesh.job import (
 from services.coordinator.store import (
     QUEUE,
     JournaledOp,
+    LetGo,
     Request,
     StoreUnavailable,
     check_url,
     open_store,
+    versions,
 )
 from services.coordinator.store.database import Database
 from services.coordinator.store.migrate import migrate
@@ -165,7 +171,40 @@ async def test_a_database_of_the_build_before_keeps_all_that_it_has(url):
         stored = await store.adapters.get(A)
         assert (stored.adapter.next_sequence, stored.epoch) == (7, 0)
         assert "journaled" in stored.problem
-        assert await store.adapters.version(A, 3) == types.PublishedVersion(3, "d")
+        assert await store.versions.get(A, 3) == types.PublishedVersion(3, "d")
+
+
+async def test_versions_of_the_build_before_are_kept_as_if_superseded_at_the_upgrade(url):
+    database = Database(url)
+    await database.transact(lambda connection: migrate(connection, "0002"))
+    before = time.time()
+
+    async def fill(connection):
+        await connection.execute(
+            text(
+                "INSERT INTO adapters (name, project, base_model, lora, trainer, ready, "
+                "policy_version, next_sequence, published_version, published_digest, create_time) "
+                "VALUES (:name, 'p', 'm', :lora, 't:1', true, 3, 7, 3, 'd3', 1.0)"
+            ).bindparams(name=A, lora='{"rank": 4, "target_modules": []}')
+        )
+        for number in range(1, 4):
+            await connection.execute(
+                text(
+                    "INSERT INTO versions (adapter, policy_version, digest, create_time) "
+                    "VALUES (:name, :number, :digest, 1.0)"
+                ).bindparams(name=A, number=number, digest=f"d{number}")
+            )
+
+    await database.transact(fill)
+    await database.close()
+    async with open_store(url, request_retention_s=RETENTION_S) as store:
+        kept = await store.versions.since(A, 0)
+        assert kept == {n: types.PublishedVersion(n, f"d{n}") for n in range(1, 4)}
+        let_go = partial(store.versions.let_go, max_superseded=9)
+        assert await let_go(superseded_before=before, now=before) == []
+        later = time.time()
+        gone = await let_go(superseded_before=later, now=later)
+        assert [each.policy_version for each in gone] == [1, 2]
 
 
 async def test_a_second_start_finds_what_the_first_left(url):
@@ -467,28 +506,28 @@ class TestAdapters:
     async def test_versions_are_kept_and_never_change(self, store):
         await self.ready(store)
         with pytest.raises(NotFound, match="yet"):
-            await store.adapters.version(A, None)
+            await store.versions.get(A, None)
         zero, one = types.PublishedVersion(0, "00"), types.PublishedVersion(1, "11")
         for version in (zero, one, one, zero):
-            await store.adapters.publish(A, version, now=1.0)
-        assert await store.adapters.version(A, None) == one
-        assert await store.adapters.version(A, 0) == zero
+            await store.versions.publish(A, version, now=1.0)
+        assert await store.versions.get(A, None) == one
+        assert await store.versions.get(A, 0) == zero
         adapter = (await store.adapters.get(A)).adapter
         assert (adapter.published_version, adapter.published_digest) == (1, "11")
-        with pytest.raises(NotFound, match="newest is 1"):
-            await store.adapters.version(A, 2)
+        with pytest.raises(NotFound, match="not published; the newest is 1"):
+            await store.versions.get(A, 2)
         with pytest.raises(DigestMismatch):
-            await store.adapters.publish(A, types.PublishedVersion(1, "ff"), now=1.0)
+            await store.versions.publish(A, types.PublishedVersion(1, "ff"), now=1.0)
 
     async def test_a_deleted_adapter_takes_its_versions_along(self, store):
         await self.ready(store)
-        await store.adapters.publish(A, types.PublishedVersion(0, "00"), now=1.0)
+        await store.versions.publish(A, types.PublishedVersion(0, "00"), now=1.0)
         request = Request.of("p", "d", "DeleteAdapter", A)
         assert not await store.adapters.repeated(request)
         await store.adapters.delete(A, request, now=1.0)
         assert await store.adapters.repeated(request)
         with pytest.raises(NotFound):
-            await store.adapters.version(A, None)
+            await store.versions.get(A, None)
 
     async def test_names_are_in_the_order_of_their_bytes(self, store):
         names = ["a", "a-b", "a0", "ab", "a-", "b"]
@@ -781,3 +820,263 @@ class TestCheckpoints:
         assert await store.references.blob_keys() == {self.SNAPSHOT.key}
         await self.delete(store)
         assert await store.references.blob_keys() == set()
+
+
+class TestVersions:
+    """Of one adapter, published at the time of its number."""
+
+    @pytest.fixture
+    async def adapter(self, store):
+        return await self.make(store, A)
+
+    async def make(self, store, name, *, num_versions=1):
+        request = Request.of("p", f"c {name}", "CreateAdapter", name)
+        await store.adapters.reserve(
+            name, "arith", LORA, job="", request=request, now=0.0, num_versions=num_versions
+        )
+        made = types.TrainerAdapter(name, LORA, 0, 1, has_pending_gradients=False)
+        await store.adapters.confirm(name, job="", made=made)
+        return name
+
+    async def publish(self, store, count, name=A, *, first=0):
+        for number in range(first, first + count):
+            version = types.PublishedVersion(number, f"d{number}", f"versions/{number:032x}")
+            await store.versions.publish(name, version, now=float(number))
+
+    async def let_go(self, store, superseded_before, now=1e6, *, max_superseded=999):
+        gone = await store.versions.let_go(
+            superseded_before=superseded_before, max_superseded=max_superseded, now=now
+        )
+        return [each.policy_version for each in gone]
+
+    async def lease(
+        self, store, version, name="l", *, adapter=A, until=1e6 + 10, now=1e6, **changes
+    ):
+        settings = {"expire_time": until, "max_leases": 9, "request": None, "now": now, **changes}
+        return await store.leases.create(f"projects/p/leases/{name}", adapter, version, **settings)
+
+    async def test_a_version_goes_some_time_after_it_was_superseded_and_the_newest_never(
+        self, store, adapter
+    ):
+        await self.publish(store, 4)
+        assert await self.let_go(store, 0.9) == []
+        assert await self.let_go(store, 2.0) == [0, 1]
+        assert await store.versions.since(adapter, 0) == {
+            n: types.PublishedVersion(n, f"d{n}", f"versions/{n:032x}") for n in (2, 3)
+        }
+        assert await self.let_go(store, 1e9) == [2]
+        assert (await store.versions.get(adapter, None)).policy_version == 3
+        with pytest.raises(NotFound, match=r"no longer kept.*newest is 3.*CreateLease"):
+            await store.versions.get(adapter, 1)
+
+    async def test_as_many_are_kept_as_the_adapter_needs_however_far_apart_their_numbers(
+        self, store
+    ):
+        await self.make(store, A, num_versions=3)
+        for number in (0, 10, 20, 30, 40):
+            await self.publish(store, 1, first=number)
+        assert await self.let_go(store, 1e9) == [0, 10]
+        assert await self.let_go(store, 1e9) == []
+
+    async def test_a_version_that_was_published_again_is_where_it_was_written_last(
+        self, store, adapter
+    ):
+        await self.publish(store, 2)
+        moved = types.PublishedVersion(1, "d1", "versions/" + "f" * 32)
+        await store.versions.move(adapter, moved)
+        assert await store.versions.get(adapter, 1) == moved
+        nowhere = types.PublishedVersion(1, "d1")
+        await store.versions.publish(adapter, nowhere, now=9.0)
+        assert await store.versions.get(adapter, 1) == moved
+        await self.let_go(store, 1e9)
+        await store.versions.move(adapter, types.PublishedVersion(0, "d0", "versions/x"))
+        assert list(await store.versions.since(adapter, 0)) == [1]  # what is gone stays gone
+
+    async def test_kept_versions_are_what_blobs_are_kept_for(self, store, adapter):
+        await self.publish(store, 3)
+        await self.lease(store, 0)
+        await self.let_go(store, 1e9)
+        assert await store.references.blob_keys() == {f"versions/{n:032x}" for n in (0, 2)}
+        await store.adapters.delete(adapter, None, now=1e6)
+        assert await store.references.blob_keys() == set()
+
+    @pytest.mark.usefixtures("adapter")
+    async def test_a_leased_version_stays_until_every_lease_on_it_has_ended(self, store):
+        await self.publish(store, 5)
+        made = await self.lease(store, 1, "l")
+        assert made == types.Lease("projects/p/leases/l", A, 1, "d1", 1e6 + 10)
+        await self.lease(store, 1, "m", until=1e6 + 20)
+        assert await self.let_go(store, 1e9) == [0, 2, 3]
+        await store.leases.delete("projects/p/leases/m", now=1e6)
+        await store.leases.delete("projects/p/leases/m", now=1e6)  # gone is fine
+        assert await self.let_go(store, 1e9, now=1e6 + 9.9) == []
+        assert await self.let_go(store, 1e9, now=1e6 + 10) == [1]
+
+    @pytest.mark.usefixtures("adapter")
+    async def test_a_lease_without_a_version_is_on_the_newest(self, store):
+        with pytest.raises(NotFound, match="yet"):
+            await self.lease(store, None)
+        await self.publish(store, 2)
+        assert (await self.lease(store, None)).policy_version == 1
+        await self.publish(store, 1, first=2)
+        assert await self.let_go(store, 1e9) == [0]
+
+    @pytest.mark.usefixtures("adapter")
+    async def test_a_renewed_lease_lasts_and_one_that_has_ended_cannot_be_renewed(self, store):
+        await self.publish(store, 1)
+        made = await self.lease(store, 0, until=10.0, now=5.0)
+        renewed = await store.leases.renew(made.name, expire_time=20.0, now=9.9)
+        assert renewed == dataclasses.replace(made, expire_time=20.0)
+        assert await store.leases.expire(now=19.9) == 0
+        for ended in (lambda: store.leases.expire(now=20.0), lambda: asyncio.sleep(0)):
+            with pytest.raises(NotFound, match=made.name):
+                await store.leases.renew(made.name, expire_time=30.0, now=20.0)
+            await ended()
+
+    @pytest.mark.usefixtures("adapter")
+    async def test_a_repeated_request_is_one_lease_whatever_was_published_since(self, store):
+        await self.publish(store, 1)
+        request = Request.of("p", "r", "CreateLease", A)
+        made = await self.lease(store, None, request=request)
+        await self.publish(store, 1, first=1)
+        assert await self.lease(store, None, "other", request=request) == made
+        with pytest.raises(AlreadyExists, match="request_id"):
+            await self.lease(store, 1, "other", request=Request.of("p", "r", "CreateLease", "x"))
+        await store.leases.delete(made.name, now=1e6)
+        with pytest.raises(NotFound, match=made.name):
+            await self.lease(store, None, "other", request=request)
+
+    async def test_a_project_has_so_many_open_leases_and_no_more_however_they_come(self, store):
+        names = [await self.make(store, f"{A}{n}") for n in range(9)]
+        # At once, so that there are connections for the leases to come at once too.
+        await asyncio.gather(*(self.publish(store, 1, name) for name in names))
+        wanted = [
+            self.lease(store, 0, f"l{n}", adapter=name, max_leases=3)
+            for n, name in enumerate(names)
+        ]
+        made = await asyncio.gather(*wanted, return_exceptions=True)
+        refused = [each for each in made if isinstance(each, Overloaded)]
+        assert len(refused) == 6
+        assert "max_leases" in str(refused[0])
+        assert refused[0].context["allowed"] == "3"
+        # What has expired does not count, whether or not it was forgotten yet.
+        later = {"now": 1e6 + 10, "until": 1e6 + 20}
+        await self.lease(store, 0, "later", adapter=names[0], max_leases=3, **later)
+
+    @pytest.mark.usefixtures("adapter")
+    async def test_leases_go_with_their_adapter_and_when_they_have_expired(self, store):
+        await self.publish(store, 1)
+        first, second = (
+            await self.lease(store, 0, "l", until=1e6 + 1),
+            await self.lease(store, 0, "m"),
+        )
+        assert await store.leases.expire(now=1e6 + 1) == 1
+        with pytest.raises(NotFound):
+            await store.leases.renew(first.name, expire_time=2e6, now=1e6)
+        await store.adapters.delete(A, None, now=1e6)
+        with pytest.raises(NotFound):
+            await store.leases.renew(second.name, expire_time=2e6, now=1e6)
+        assert await store.leases.expire(now=2e6) == 0
+
+    @pytest.mark.usefixtures("adapter")
+    async def test_a_lease_and_the_letting_go_of_its_version_cannot_both_win(self, store):
+        async def lease(version):
+            try:
+                return (await self.lease(store, version, f"l{version}", max_leases=999)).name
+            except NotFound:
+                return None
+
+        for first in range(0, 200, 20):
+            await self.publish(store, 20, first=first)
+            taken, gone = [], []
+            async with asyncio.TaskGroup() as tasks:
+                wanted = range(first, first + 19)
+                taken = [tasks.create_task(lease(version)) for version in wanted[:10]]
+                gone = [tasks.create_task(self.let_go(store, 1e9)) for _ in range(2)]
+                taken += [tasks.create_task(lease(version)) for version in wanted[10:]]
+            held = {v for v, task in zip(wanted, taken, strict=True) if task.result()}
+            assert held.isdisjoint(version for task in gone for version in task.result())
+            assert held <= set(await store.versions.since(A, first))
+
+    @pytest.mark.usefixtures("adapter")
+    async def test_a_renewal_and_the_letting_go_of_an_expired_leases_version_cannot_both_win(
+        self, store
+    ):
+        await self.publish(store, 21)
+        made = [await self.lease(store, n, f"l{n}", max_leases=99) for n in range(20)]
+
+        async def renew(name):
+            try:
+                await store.leases.renew(name, expire_time=2e6, now=1e6 + 9.9)
+            except NotFound:
+                return False
+            return True
+
+        async with asyncio.TaskGroup() as tasks:
+            renewed = [tasks.create_task(renew(lease.name)) for lease in made[:10]]
+            gone = tasks.create_task(self.let_go(store, 1e9, now=1e6 + 10))
+            renewed += [tasks.create_task(renew(lease.name)) for lease in made[10:]]
+        kept = {v for v, task in enumerate(renewed) if task.result()}
+        assert kept.isdisjoint(gone.result())
+        assert kept | {20} == set(await store.versions.since(A, 0))
+
+    async def test_more_than_one_transaction_takes_goes_in_several(
+        self, store, adapter, monkeypatch
+    ):
+        monkeypatch.setattr(versions, "MAX_LET_GO", 3)
+        monkeypatch.setattr(versions, "MAX_DELETED", 2)
+        await self.publish(store, 6)
+        assert await self.let_go(store, 1e9) == [0, 1, 2]
+        assert await self.let_go(store, 1e9) == [3, 4]
+        assert list(await store.versions.since(adapter, 0)) == [5]
+
+    @pytest.mark.usefixtures("adapter")
+    async def test_of_those_that_are_superseded_and_not_leased_so_many_stay_and_no_more(
+        self, store
+    ):
+        await self.publish(store, 10)
+        await self.lease(store, 1, "l")
+        await self.lease(store, 7, "m")
+        settings = {"superseded_before": 1.0, "max_superseded": 3, "now": 1e6}
+        gone = await store.versions.let_go(**settings)
+        # The first one is late: the sweeper gives its blob more time.
+        assert gone == [
+            LetGo("arith", A, n, f"versions/{n:032x}" if n else "") for n in (0, 2, 3, 4)
+        ]
+        assert await store.versions.let_go(**settings) == []
+        assert list(await store.versions.since(A, 0)) == [1, 5, 6, 7, 8, 9]
+
+    async def test_those_that_are_needed_stay_even_if_they_are_more(self, store):
+        await self.make(store, A, num_versions=4)
+        await self.publish(store, 6)
+        assert await self.let_go(store, 0.0, max_superseded=1) == [0, 1]
+
+    @pytest.mark.parametrize("seed", range(5))
+    async def test_what_is_let_go_of_is_what_the_words_say(self, store, seed):
+        choose = random.Random(seed)
+        now, before, max_superseded = 1e6, 50.0, choose.randint(1, 8)
+        expected = set()
+        for index in range(4):
+            name = await self.make(store, f"{A}{index}", num_versions=choose.randint(1, 6))
+            num_versions = (await store.adapters.get(name)).num_versions
+            numbers = sorted(choose.sample(range(100), choose.randint(0, 20)))
+            for number in numbers:
+                version = types.PublishedVersion(number, f"d{number}", "")
+                await store.versions.publish(name, version, now=float(number))
+            leased = set(choose.sample(numbers, len(numbers) // 4))
+            for number in leased:
+                await self.lease(store, number, f"l{index}-{number}", adapter=name, max_leases=999)
+            # Oldest first, each superseded when the one behind it came.
+            idle = [
+                (number, behind) for number, behind in pairwise(numbers) if number not in leased
+            ]
+            expected |= {
+                (name, number)
+                for rank, (number, behind) in enumerate(reversed(idle), 1)
+                if sum(other > number for other in numbers) >= num_versions
+                and (behind <= before or rank > max_superseded)
+            }
+        gone = await store.versions.let_go(
+            superseded_before=before, max_superseded=max_superseded, now=now
+        )
+        assert {(each.adapter, each.policy_version) for each in gone} == expected

@@ -22,6 +22,7 @@ from rollmesh.api.trainer.v1.trainer_service_pb2_grpc import (
     TrainerServiceStub,
     add_TrainerServiceServicer_to_server,
 )
+from rollmesh.blobs import Blobs
 from rollmesh.client import TrainerClient
 from rollmesh.digest import safetensors_digest
 from rollmesh.errors import (
@@ -35,6 +36,7 @@ from rollmesh.errors import (
     NotFound,
     SequenceGap,
 )
+from rollmesh.exports import StoredExport
 from rollmesh.rpc.channel import EXPORT_CHUNK_BYTES, channel
 from rollmesh.rpc.server import serving
 from rollmesh.rpc.status import to_error
@@ -114,8 +116,13 @@ async def train(client, name, steps):
     return await client.publish_adapter(name, epoch=1)
 
 
-async def exported(client, name, version):
-    return [part async for part in client.export_adapter(name, version)]
+def keyless(published):
+    """Without the place in the blob store, which is another each time."""
+    return replace(published, export_key="")
+
+
+async def exported(client, name, version, **offset):
+    return [part async for part in client.export_adapter(name, version, **offset)]
 
 
 async def test_the_trainer_tells_what_it_serves(client):
@@ -154,11 +161,13 @@ async def test_a_life_over_the_wire_gives_the_bits_of_the_core(client):
         stepped = await client.optim_step(A, 2, ADAM, epoch=1)
         assert timeless(stepped) == timeless(await core.optim_step(1, 2, ADAM))
         for found, wanted in zip(
-            await client.forward(A, data), await core.forward(data), strict=True
+            await client.forward(A, data) + await client.forward(A, data, temperature=0.5),
+            await core.forward(data) + await core.forward(data, 0.5),
+            strict=True,
         ):
             np.testing.assert_array_equal(found, wanted)
         published = await client.publish_adapter(A, epoch=1)
-        assert published == await core.publish(1)
+        assert keyless(published) == keyless(await core.publish(1))
         header, *chunks, digest = await exported(client, A, 1)
         assert header == core.version(1).header
         assert b"".join(chunks) == core.version(1).file
@@ -179,6 +188,18 @@ async def test_an_export_comes_in_chunks_of_bounded_size_between_header_and_dige
     assert safetensors_digest(b"".join(chunks)) == digest == published.digest
 
 
+async def test_an_export_goes_on_from_any_of_its_bytes(client):
+    await client.create_adapter(A, LoraConfig(1024), epoch=1)
+    await client.publish_adapter(A, epoch=1)
+    header, *chunks, digest = await exported(client, A, 0)
+    file = b"".join(chunks)
+    for offset in (0, 1, EXPORT_CHUNK_BYTES, len(file) - 1, len(file)):
+        header_again, *rest, digest_again = await exported(client, A, 0, offset=offset)
+        assert (header_again, digest_again) == (header, digest)
+        assert b"".join(rest) == file[offset:]
+        assert all(0 < len(chunk) <= EXPORT_CHUNK_BYTES for chunk in rest)
+
+
 async def test_tenants_that_train_at_once_get_the_bits_that_they_get_alone(client):
     loras = {A: LORA, B: LoraConfig(2, target_modules=("q_proj",), seed=9)}
     for name, lora in loras.items():
@@ -192,7 +213,7 @@ async def test_tenants_that_train_at_once_get_the_bits_that_they_get_alone(clien
                 data = batch((4, 9), seed=step)
                 await alone.forward_backward(1, 2 * step + 1, data, SAMPLED)
                 await alone.optim_step(1, 2 * step + 2, ADAM)
-            assert published == await alone.publish(1)
+            assert keyless(published) == keyless(await alone.publish(1))
 
 
 async def test_an_op_whose_caller_goes_away_is_applied_once_and_answers_the_retry(client, gate):
@@ -227,6 +248,11 @@ async def test_reads_do_not_wait_for_an_op_that_runs(client, gate):
     gate.open.set()
     await call
     assert (await client.get_adapter(A)).next_sequence == 2
+
+
+async def published_from(client, name, offset):
+    await client.publish_adapter(name, epoch=1)
+    return await exported(client, name, 0, offset=offset)
 
 
 def wild(data):
@@ -291,6 +317,15 @@ def wild(data):
         ),
         pytest.param(
             lambda client: exported(client, A, 3), NotFound, {"value": "3"}, id="not published"
+        ),
+        *(
+            pytest.param(
+                lambda client, n=offset: published_from(client, A, n),
+                InvalidRequest,
+                {"field": "offset", "value": str(offset)},
+                id=f"offset {offset}",
+            )
+            for offset in (-1, 2**40, 2**63 - 1)
         ),
     ],
 )
@@ -383,7 +418,9 @@ async def test_an_adapter_is_taken_over_from_its_snapshot_with_the_same_bits(cli
     assert await client.restore_adapter(A, snapshot, epoch=2) == restored
     stepped = await client.optim_step(A, 6, ADAM, epoch=2)
     assert timeless(stepped) == timeless(expected)
-    assert await client.publish_adapter(A, epoch=2) == published
+    again = await client.publish_adapter(A, epoch=2)
+    assert keyless(again) == keyless(published)
+    assert again.export_key != published.export_key
     assert (await client.restore_adapter(A, snapshot, epoch=2)).next_sequence == 7
 
 
@@ -598,6 +635,7 @@ async def test_the_process_serves_then_drains_on_sigterm_and_ends_well(tmp_path)
                 assert health.status == health_pb2.HealthCheckResponse.SERVING
             client = TrainerClient(opened)
             await client.create_adapter(A, LORA, epoch=1)
+            published = await client.publish_adapter(A, epoch=1)
             # Ops that are under way and waiting when the end comes.
             calls = [
                 asyncio.ensure_future(
@@ -612,6 +650,10 @@ async def test_the_process_serves_then_drains_on_sigterm_and_ends_well(tmp_path)
             results = await asyncio.gather(*calls)
         assert {result.metrics["num_tokens"] for result in results} == {600}
         assert await process.wait() == 0
+        stored = StoredExport(Blobs(str(tmp_path / "blobs")), published.export_key)
+        assert stored.digest == published.digest
+        file = stored.read(0, stored.export.num_bytes)
+        assert safetensors_digest(file) == published.digest
     finally:
         if process.returncode is None:
             process.kill()

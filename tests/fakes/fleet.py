@@ -1,8 +1,18 @@
-"""Waiting for a fleet to be as a test needs it."""
+"""Fleets in virtual time: waiting until one is as a test needs it; the sampling core over one."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+
+from rollmesh.types import AdapterSource, SamplingParams
+from services.coordinator.fleet.static import StaticFleet
+from services.coordinator.sampling import FleetSampling
+from services.coordinator.scheduler import Scheduler
+
+SOURCE = AdapterSource("projects/p/adapters/a", 3, "d3", "trainer")
+PARAMS = SamplingParams(seed=7)
+PROMPT = [1, 2]
 
 
 async def until(fleet, ready):
@@ -12,3 +22,66 @@ async def until(fleet, ready):
     while not ready():
         changed.clear()
         await changed.wait()
+
+
+class SamplingWorld:
+    """FleetSampling over fake samplers s0, s1, …; `losses` is what jobs heard."""
+
+    def __init__(self, *samplers, bound=8, queue=100, locate=lambda source: source):
+        self.samplers = samplers
+        for number, sampler in enumerate(samplers):
+            sampler.name = f"s{number}"
+        self.fleet = StaticFleet(
+            trainers={}, samplers={sampler.name: sampler for sampler in samplers}, rewards={}
+        )
+        self.scheduler = Scheduler(max_running_completions=bound, max_queued_requests=queue)
+        self.sampling = FleetSampling(
+            self.fleet, self.scheduler, locate=locate, new_seed=lambda: 1234
+        )
+        self.losses: list[str] = []
+
+    @contextlib.asynccontextmanager
+    async def running(self):
+        """The fleet is polled; in the end nothing may be left of any request."""
+        async with asyncio.TaskGroup() as tasks:
+            polling = tasks.create_task(self.fleet.run())
+            alive = sum(sampler.alive for sampler in self.samplers)
+            await until(self.fleet, lambda: len(self.serving) == alive)
+            yield tasks
+            polling.cancel()
+        assert self.scheduler.num_queued == 0
+        assert [self.scheduler.outstanding(s.name) for s in self.samplers] == [
+            0 for _ in self.samplers
+        ]
+        assert [self.scheduler.outstanding_tokens(s.name) for s in self.samplers] == [
+            0 for _ in self.samplers
+        ]
+        assert [sampler.running for sampler in self.samplers] == [0 for _ in self.samplers]
+
+    @property
+    def serving(self):
+        return [member.address for member in self.fleet.samplers("tiny")]
+
+    def problem(self, name):
+        members = self.fleet.snapshot(0).members
+        return next(member.problem for member in members if member.address == name)
+
+    async def sample(self, count=2, params=PARAMS, project="p", source=SOURCE, newest=None, job=""):
+        return await self.sampling.sample(
+            project, "tiny", source, PROMPT, count, params, lost=self._lost, newest=newest, job=job
+        )
+
+    async def _lost(self, problem):
+        self.losses.append(problem)
+
+    def stream(self, count=2, params=PARAMS, project="p", newest=None):
+        return self.sampling.stream(project, "tiny", SOURCE, PROMPT, count, params, newest=newest)
+
+    async def collected(self, count=2, **options):
+        return [chunk async for chunk in self.stream(count, **options)]
+
+
+async def at(seconds, action):
+    """Do something then, by the event loop's clock."""
+    await asyncio.sleep(seconds - asyncio.get_running_loop().time())
+    action()

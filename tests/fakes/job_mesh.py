@@ -1,16 +1,20 @@
 """Everything that a job's loop talks to, as one small world with random latencies.
 
 The trainer keeps its sequences as protos/ says, each sampled token is unique and is remembered with
-the version that it was drawn from, so a test sees what was trained on what, whatever the loop says.
+the version and the sampler that drew it, so a test sees what was trained on what, whatever the loop
+says.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import random
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from rollmesh import types
 from rollmesh.errors import (
@@ -94,6 +98,13 @@ class Letters:
 
 
 FIRST_TOKEN = 1000
+POLICY_LOGPROB = -0.5
+"""Of every sampled token at temperature 1, as the trainer computes it."""
+
+
+def logprob(temperature):
+    """Another at each temperature, as it is in a model."""
+    return POLICY_LOGPROB / (temperature or 1.0)
 
 
 class JobMesh:
@@ -102,6 +113,7 @@ class JobMesh:
     def __init__(self, context: Context, *, seed: int = 0, latency_s: float = 1.0) -> None:
         self.context = context
         self.rng = random.Random(seed)
+        self.routing = random.Random(seed)
         self.latency_s = latency_s
         self.version = 0
         self.next_sequence = 1
@@ -110,6 +122,15 @@ class JobMesh:
         self.published: dict[int, str] = {}
         self.live: set[int] = set()
         self.sampled_from: dict[int, int] = {}
+        self.sampled_by: dict[int, str] = {}
+        self.samplers = ["s1", "s2"]
+        self.drift: dict[str, float] = {}
+        self.quarantined: dict[str, str] = {}
+        self.num_ended = 0
+        self.forwarded: list[tuple[int, int]] = []
+        self.params: list[types.SamplingParams] = []
+        self.pieces = 1
+        self.piece_s = 1.0
         self.prompt_of: dict[int, str] = {}
         self.trained_at: dict[int, int] = {}
         self.data: list[list[types.Datum]] = []
@@ -123,9 +144,7 @@ class JobMesh:
         self.overlapped = False
         self.same_rewards = False
         self.sampler_losses = 0.0
-        self.spans = lambda source, num_tokens: (
-            types.PolicySpan(num_tokens, source.policy_version, source.digest),
-        )
+        self.spans = lambda source, num_tokens: None
         self.length = lambda: self.rng.randint(1, 4)
         self.evaluation_rewards: dict[int, float] = {}
         self.last_event_at = 0.0
@@ -191,10 +210,28 @@ class JobMesh:
         self.pending = True
         self.data.append(list(data))
         self.loss_configs.append(loss_config)
-        metrics = {"loss": 1.0, "kl_sampler": 0.0, "num_tokens": 1.0, "ratio_max": 1.0}
+        logprobs = [np.full(len(d.token_ids), logprob(loss_config.temperature)) for d in data]
+        ratios = [
+            np.exp(of_policy - datum.sampling_logprobs)[datum.weights > 0]
+            for of_policy, datum in zip(logprobs, data, strict=True)
+        ]
+        metrics = {
+            "loss": 1.0,
+            "kl_sampler": 0.0,
+            "num_tokens": 1.0,
+            "ratio_max": float(np.concatenate(ratios).max()),
+            "queued_s": 0.25,
+            "run_s": 1.0,
+        }
         if loss_config.kl_coefficient is not None:
             metrics["kl_base"] = 0.1
-        return types.ForwardBackwardResult((), metrics)
+        return types.ForwardBackwardResult(tuple(logprobs), metrics)
+
+    async def forward(self, adapter, data, *, temperature=None):
+        assert adapter == ADAPTER
+        async with self._call("forward"):
+            self.forwarded.append((self.version, len(data)))
+            return tuple(np.full(len(datum.token_ids), logprob(temperature)) for datum in data)
 
     async def optim_step(self, adapter, sequence, adam, *, job):
         assert (adapter, job) == (ADAPTER, JOB)
@@ -207,7 +244,8 @@ class JobMesh:
         self.pending = False
         self.version += 1
         self.adams.append(adam)
-        return types.OptimStepResult(self.version, {"grad_norm": 2.0, "learning_rate": 9.0})
+        metrics = {"grad_norm": 2.0, "learning_rate": 9.0, "queued_s": 0.5, "run_s": 2.0}
+        return types.OptimStepResult(self.version, metrics)
 
     def _once(self, sequence, body, op):
         if sequence == self.next_sequence - 1:
@@ -248,15 +286,31 @@ class JobMesh:
     def versions_in_use(self):
         return {int(name.split()[1]) for name in self.under_way if name.startswith("version ")}
 
+    def quarantine(self, job, sampler, reason):
+        assert job == JOB
+        assert sampler not in self.quarantined
+        self.quarantined[sampler] = reason
+
+    def end_quarantines(self, job):
+        assert job == JOB
+        self.num_ended += 1
+
     async def sample(
-        self, project, base_model, source, prompt_token_ids, num_completions, params, *, lost
+        self,
+        project,
+        base_model,
+        source,
+        prompt_token_ids,
+        num_completions,
+        params,
+        *,
+        lost,
+        newest=None,
+        job,
     ):
-        assert (project, base_model) == ("p", "tiny")
-        assert source.policy_version in self.live, "sampled before the version was live"
+        assert (project, base_model, job) == ("p", "tiny", JOB)
         prompt = Letters().decode(prompt_token_ids)
-        in_use = f"version {source.policy_version}"
-        self.under_way.append(in_use)
-        try:
+        with self._using(source):
             async with self._call("sample"):
                 if self.rng.random() < self.sampler_losses:
                     await lost("connection refused")
@@ -265,25 +319,67 @@ class JobMesh:
                     self.evaluation_prompts.append((source.policy_version, prompt))
                 else:
                     self.seeds.append(params.seed)
-                return [
-                    self._completion(source, prompt, training=params.temperature != 0)
-                    for _ in range(num_completions)
-                ]
+                    self.params.append(params)
+                async with asyncio.TaskGroup() as tasks:
+                    drawn = [
+                        tasks.create_task(self._completion(source, prompt, params, lost, newest))
+                        for _ in range(num_completions)
+                    ]
+                return [each.result() for each in drawn]
+
+    async def _completion(self, source, prompt, params, lost, newest):
+        """In `pieces`, each from what is newest by then, and from any sampler."""
+        version, chunks = source, []
+        for piece in range(self.pieces):
+            if newest is not None:
+                assert newest.source.policy_version >= version.policy_version
+                version = newest.source
+            sampler = await self._sampler(lost)
+            with self._using(version):
+                chunk = self._chunk(version, sampler, prompt, params)
+                chunks.append(chunk)
+                if piece + 1 < self.pieces:
+                    await asyncio.sleep(self.rng.expovariate(1.0) * self.piece_s)
+        num_tokens = sum(len(chunk.token_ids) for chunk in chunks)
+        reason = "length" if num_tokens == 4 else "stop"
+        completion = types.join_chunks([*chunks, types.CompletionChunk(0, (), (), (), reason)])
+        if (claimed := self.spans(source, num_tokens)) is None:
+            return completion
+        return dataclasses.replace(completion, spans=claimed)
+
+    async def _sampler(self, lost):
+        for _ in range(5000):
+            if serving := [name for name in self.samplers if name not in self.quarantined]:
+                return self.routing.choice(serving)
+            await lost("no sampler serves")
+            await asyncio.sleep(self.latency_s)
+        raise AssertionError("no sampler has come back")
+
+    @contextlib.contextmanager
+    def _using(self, source):
+        in_use = f"version {source.policy_version}"
+        assert source.policy_version in self.live, "sampled while the version was not live"
+        self.under_way.append(in_use)
+        try:
+            yield
         finally:
             self.under_way.remove(in_use)
 
-    def _completion(self, source, prompt, *, training):
+    def _chunk(self, source, sampler, prompt, params):
         tokens = tuple(range(self._next_token, self._next_token + self.length()))
         self._next_token += len(tokens)
-        if training:
+        if params.temperature != 0:
             for token in tokens:
                 self.sampled_from[token] = source.policy_version
+                self.sampled_by[token] = sampler
                 self.prompt_of[token] = prompt
-        return types.Completion(
+        kind = params.temperature if params.logprobs_kind == "sampled" else 1.0
+        drifted = float(logprob(kind) if params.temperature else 0.0) + self.drift.get(sampler, 0.0)
+        return types.CompletionChunk(
+            index=0,
             token_ids=tokens,
-            logprobs=tuple(-0.5 for _ in tokens),
-            spans=self.spans(source, len(tokens)),
-            stop_reason="length" if len(tokens) == 4 else "stop",
+            logprobs=tuple(drifted for _ in tokens),
+            spans=(types.PolicySpan(len(tokens), source.policy_version, source.digest, sampler),),
         )
 
     # The reward service

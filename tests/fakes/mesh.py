@@ -68,6 +68,7 @@ class FakeTrainer(Away):
         self.chains: dict[str, str] = {}
         self.answers: dict[str, tuple[int, bytes, types.TrainingResult]] = {}
         self.published: dict[str, set[int]] = {}
+        self.export_keys: dict[str, dict[int, str]] = {}  # of published versions
         self.snapshots: dict[str, tuple[types.TrainerAdapter, str]] = {}
         self.deleted: list[tuple[str, int]] = []
         self.num_ops = 0  # that were run, not answered again
@@ -86,7 +87,13 @@ class FakeTrainer(Away):
     def restart(self) -> None:
         """Another process in its place: all that it held is gone."""
         self.instance_id = secrets.token_hex(4)
-        for held in (self.adapters, self.chains, self.answers, self.published):
+        for held in (
+            self.adapters,
+            self.chains,
+            self.answers,
+            self.published,
+            self.export_keys,
+        ):
             held.clear()
 
     async def get_trainer(self) -> types.TrainerInfo:
@@ -175,7 +182,13 @@ class FakeTrainer(Away):
         self._free(name)
 
     def _free(self, name: str) -> None:
-        for held in (self.adapters, self.chains, self.answers, self.published):
+        for held in (
+            self.adapters,
+            self.chains,
+            self.answers,
+            self.published,
+            self.export_keys,
+        ):
             held.pop(name, None)
 
     async def forward_backward(
@@ -193,10 +206,10 @@ class FakeTrainer(Away):
         return await self._run(adapter, sequence, op, result, epoch, pending=True)
 
     async def forward(
-        self, adapter: str, data: Sequence[types.Datum]
+        self, adapter: str, data: Sequence[types.Datum], *, temperature: float | None = None
     ) -> tuple[types.FloatArray, ...]:
         await self.get_adapter(adapter)
-        return _logprobs(data)
+        return tuple(logprobs / (temperature or 1.0) for logprobs in _logprobs(data))
 
     async def optim_step(
         self, adapter: str, sequence: int, adam: types.AdamConfig, *, epoch: int
@@ -278,7 +291,11 @@ class FakeTrainer(Away):
         if held.has_pending_gradients:
             raise FailedPrecondition(f"gradients of {name} are pending", resource=name)
         self.published.setdefault(name, set()).add(held.policy_version)
-        return types.PublishedVersion(held.policy_version, self._digest(name, held.policy_version))
+        keys = self.export_keys.setdefault(name, {})
+        key = keys.setdefault(held.policy_version, f"versions/{secrets.token_hex(16)}")
+        return types.PublishedVersion(
+            held.policy_version, self._digest(name, held.policy_version), key
+        )
 
     async def export_adapter(
         self, name: str, policy_version: int
@@ -319,10 +336,13 @@ class FakeSampler(Away):
         self.base_model = base_model
         self.sampling = asyncio.Event()  # cleared: completions hang after their first token
         self.sampling.set()
+        self.instance_id = secrets.token_hex(4)
         self.num_running = 0
         self.num_aborted = 0
         self._changed = asyncio.Condition()
         self.unloaded: list[tuple[str, int | None]] = []
+        self.unloading = asyncio.Event()  # cleared: unloading hangs
+        self.unloading.set()
 
     async def get_sampler(self) -> types.SamplerInfo:
         self.check_here()
@@ -334,6 +354,7 @@ class FakeSampler(Away):
             num_running=0,
             loaded=(),
             max_rank=32,
+            instance_id=self.instance_id,
         )
 
     async def load_adapter(self, source: types.AdapterSource) -> types.LoadTimes:
@@ -342,6 +363,7 @@ class FakeSampler(Away):
 
     async def unload_adapter(self, adapter: str, policy_version: int | None = None) -> None:
         self.check_here()
+        await self.unloading.wait()
         self.unloaded.append((adapter, policy_version))
 
     async def sample(
@@ -350,6 +372,9 @@ class FakeSampler(Away):
         prompt_token_ids: Sequence[int],
         num_completions: int,
         params: types.SamplingParams,
+        *,
+        project: str,
+        continuations: Sequence[types.Continuation] = (),
     ) -> AsyncIterator[types.CompletionChunk]:
         self.check_here()
         if not prompt_token_ids:
@@ -357,11 +382,14 @@ class FakeSampler(Away):
         await self._count(1)
         done = False
         try:
-            for index in range(num_completions):
-                yield types.CompletionChunk(index, (1,), (-0.5,), (_span(source),))
+            asked = continuations or [types.Continuation(n) for n in range(num_completions)]
+            span = self._span(source)
+            for begun in asked:
+                if not begun.token_ids:
+                    yield types.CompletionChunk(begun.index, (1,), (-0.5,), (span,))
             await self.sampling.wait()
-            for index in range(num_completions):
-                yield types.CompletionChunk(index, (2,), (-0.5,), (_span(source),), "stop")
+            for begun in asked:
+                yield types.CompletionChunk(begun.index, (2,), (-0.5,), (span,), "stop")
             done = True
         finally:
             self.num_aborted += not done
@@ -378,17 +406,16 @@ class FakeSampler(Away):
             self._changed.notify_all()
 
     async def compute_logprobs(
-        self, source: types.AdapterSource | None, token_ids: Sequence[int]
+        self, source: types.AdapterSource | None, token_ids: Sequence[int], *, project: str
     ) -> types.Logprobs:
         self.check_here()
         logprobs = (float("nan"), *(-1.0 for _ in token_ids[1:]))
-        return types.Logprobs(logprobs, replace(_span(source), num_tokens=len(token_ids)))
+        return types.Logprobs(logprobs, replace(self._span(source), num_tokens=len(token_ids)))
 
-
-def _span(source: types.AdapterSource | None) -> types.PolicySpan:
-    if source is None:
-        return types.PolicySpan(1, types.BASE_VERSION, "")
-    return types.PolicySpan(1, source.policy_version, source.digest)
+    def _span(self, source: types.AdapterSource | None) -> types.PolicySpan:
+        if source is None:
+            return types.PolicySpan(1, types.BASE_VERSION, "", self.instance_id)
+        return types.PolicySpan(1, source.policy_version, source.digest, self.instance_id)
 
 
 class FakeReward(Away):

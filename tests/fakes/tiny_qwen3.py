@@ -14,6 +14,7 @@ from rollmesh.blobs import Blobs
 from rollmesh.types import Datum
 from services.trainer.adapters import Adapters
 from services.trainer.engine import Engine
+from services.trainer.exports import Exports
 from services.trainer.model import Model
 from services.trainer.snapshots import Snapshots
 from services.trainer.uninterrupted import Uninterrupted
@@ -54,10 +55,11 @@ def tiny_model(max_batch_tokens: int = 256) -> Model:
 
 @contextlib.asynccontextmanager
 async def tiny_adapters(
-    model: Model | None = None, blobs: str = "memory://tiny", **changes
+    model: Model | None = None, blobs: str | Blobs = "memory://tiny", **changes
 ) -> AsyncIterator[Adapters]:
     """Adapters on a model, with all that they need to run, while the block lasts."""
     model = model or tiny_model()
+    store = Blobs(blobs) if isinstance(blobs, str) else blobs
     settings = {
         "base_model": "tiny",
         "max_rank": 8,
@@ -72,15 +74,18 @@ async def tiny_adapters(
         engine = Engine(model, max_queued_ops=settings["max_queued_ops"])
         stack.callback(engine.close)
         snapshots = Snapshots(
-            Blobs(blobs),
+            store,
             model.lora,
             base_model=settings["base_model"],
             new_id=lambda: uuid.uuid4().hex,
             max_queued=settings["max_queued_ops"],
         )
         stack.callback(snapshots.close)
-        async with Uninterrupted() as uninterrupted:
-            yield Adapters(model, engine, snapshots, uninterrupted, **settings)
+        exports = Exports(store, new_id=lambda: uuid.uuid4().hex)
+        async with contextlib.AsyncExitStack() as ending:
+            uninterrupted = await ending.enter_async_context(Uninterrupted())
+            ending.push_async_callback(exports.close, 60.0)
+            yield Adapters(model, engine, snapshots, exports, uninterrupted, **settings)
 
 
 def batch(lengths, *, seed: int = 0, sampled: bool = True) -> list[Datum]:

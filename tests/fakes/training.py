@@ -10,11 +10,15 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from rollmesh import types
 from rollmesh.convert import journal as codec
 from services.coordinator.adapters import Adapters, Durability
 from services.coordinator.base_models import BaseModels
 from services.coordinator.fleet.static import StaticFleet
 from services.coordinator.journal import Journal
+from services.coordinator.newest import Publications
 from tests.fakes.fleet import until
 from tests.fakes.mesh import BASE_MODEL
 
@@ -24,6 +28,11 @@ if TYPE_CHECKING:
     from rollmesh.blobs import Blobs
     from services.coordinator.store import Store
     from tests.fakes.mesh import FakeTrainer
+
+
+DATUM = types.Datum(np.array([1, 2], np.int32), np.array([2, 3], np.int32))
+LOSS = types.LossConfig("cross_entropy")
+ADAM = types.AdamConfig(learning_rate=0.1)
 
 
 class Life:
@@ -47,10 +56,9 @@ READING = {
     "get",
     "get_adapter",
     "get_trainer",
+    "since",
     "tail",
     "tails",
-    "version",
-    "versions",
 }
 
 
@@ -81,9 +89,10 @@ class NoSamplers:
 
 
 class Core(Adapters):
-    """One that runs, and its fleet."""
+    """One that runs, its fleet, and what hears of its publications."""
 
     fleet: StaticFleet
+    publications: Publications
 
 
 @contextlib.asynccontextmanager
@@ -102,11 +111,13 @@ async def running_core(
     mortal: Any = replace(
         store,
         adapters=Mortal(store.adapters, life),  # type: ignore[arg-type]
+        versions=Mortal(store.versions, life),  # type: ignore[arg-type]
         ops=Mortal(store.ops, life),  # type: ignore[arg-type]
     )
     journal = Journal(
         mortal.ops, blobs, codec, clock=time.time, new_id=lambda: secrets.token_hex(16)
     )
+    publications = Publications()
     core = Core(
         mortal,
         journal,
@@ -114,10 +125,13 @@ async def running_core(
         ports,
         NoSamplers(),  # type: ignore[arg-type]
         base_models=BaseModels(fleet, [BASE_MODEL]),
+        publications=publications,
+        blobs=blobs,
         durability=settings,
         clock=time.time,
     )
     core.fleet = fleet
+    core.publications = publications
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(part.run()) for part in (fleet, core)]
         await until(

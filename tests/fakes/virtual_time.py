@@ -24,6 +24,10 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._now
 
+    def busy(self, seconds) -> None:
+        """Whoever calls this has computed for so long, and nobody else was served meanwhile."""
+        self._now += seconds
+
     def run_in_executor(self, executor, func, *args):
         """No time passes in a thread, and no order of events hangs on one."""
         done = self.create_future()

@@ -12,7 +12,7 @@ from services.coordinator.datasets import Task
 from services.coordinator.rollouts import Drawn, Group
 
 
-def group(*lengths, rewards, prompt=(7, 8, 9)):
+def group(*lengths, rewards, prompt=(7, 8, 9), number=0):
     completions = [
         Completion(
             token_ids=tuple(range(100, 100 + length)),
@@ -22,7 +22,7 @@ def group(*lengths, rewards, prompt=(7, 8, 9)):
         )
         for length in lengths
     ]
-    return Group(0, 0, Drawn(Task("t", {}), prompt, completions), rewards, 0.0, 0.0)
+    return Group(number, 0, Drawn(Task("t", {}), prompt, completions), rewards, 0.0, 0.0)
 
 
 def test_a_datum_says_for_each_completion_token_what_it_was_and_how_likely():
@@ -55,7 +55,7 @@ def test_a_prompt_of_one_token_leaves_nothing_to_mask():
 def test_rollouts_whose_gradient_is_zero_are_left_out(
     kl_coefficient, second_group, num_data, weight
 ):
-    groups = [group(1, 1, rewards=[0, 1]), group(1, 1, rewards=second_group)]
+    groups = [group(1, 1, rewards=[0, 1]), group(1, 1, rewards=second_group, number=1)]
     data = batch(groups, AlgorithmSpec(kl_coefficient=kl_coefficient), max_tokens=None)
     assert len(data) == num_data
     assert {datum.weights.max() for datum in data} == {np.float32(weight)}

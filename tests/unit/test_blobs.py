@@ -26,6 +26,8 @@ def files(folder):
 def test_what_was_written_is_read_until_it_is_deleted(blobs):
     blobs.write("ops/a", b"one", b"", b"two")
     assert blobs.read("ops/a") == b"onetwo"
+    assert blobs.read("ops/a", 1, 4) == b"net"
+    assert blobs.read("ops/a", 4, 99) == b"wo"
     blobs.delete("ops/a")
     blobs.delete("ops/a")
     with pytest.raises(NotFound) as caught:

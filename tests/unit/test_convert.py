@@ -91,6 +91,7 @@ ROUND_TRIPS = {
             beta=st.none() | FLOATS,
             max_importance_ratio=st.none() | FLOATS,
             entropy=st.booleans(),
+            temperature=st.none() | FLOATS,
         ),
     ),
     "adam": (
@@ -445,6 +446,19 @@ SPECS = [
     pytest.param(FULL, id="full"),
     pytest.param(MINIMAL | {"adapter": {"rank": 16}, "seed": 0}, id="defaults written out"),
     pytest.param(MINIMAL | {"prompt": {"text": "Infinity"}}, id="text that JSON means otherwise"),
+    pytest.param(
+        MINIMAL
+        | {
+            "algorithm": {"max_staleness": 2},
+            "sampling": {
+                "logprobs_kind": "sampled",
+                "min_p": 0.0,
+                "continue_on_newest": True,
+                "max_logprob_gap": 1e-4,
+            },
+        },
+        id="how samplers and trainer agree",
+    ),
 ]
 
 

@@ -86,6 +86,8 @@ def test_the_least_job_has_the_defaults_of_the_protos():
     assert spec.algorithm.learning_rate.peak == 1e-4
     assert spec.algorithm.learning_rate.schedule == "constant"
     assert spec.sampling.temperature == 1.0
+    assert (spec.sampling.min_p, spec.sampling.max_logprob_gap) == (None, None)
+    assert (spec.sampling.logprobs_kind, spec.sampling.continue_on_newest) == ("policy", False)
     assert spec.seed == 0
 
 
@@ -124,6 +126,12 @@ NAN, INFINITY = float("nan"), float("inf")
         ({"sampling": {"temperature": 0}}, "sampling.temperature", "greater than 0"),
         ({"sampling": {"temperature": 2.1}}, "sampling.temperature", "less than or equal to 2"),
         ({"sampling": {"top_p": 1.1}}, "sampling.top_p", "less than or equal to 1"),
+        ({"sampling": {"min_p": 1}}, "sampling.min_p", "less than 1"),
+        ({"sampling": {"min_p": -0.1}}, "sampling.min_p", "equal to 0"),
+        ({"sampling": {"min_p": NAN}}, "sampling.min_p", "finite"),
+        ({"sampling": {"logprobs_kind": "raw"}}, "sampling.logprobs_kind", "'policy' or 'sampled'"),
+        ({"sampling": {"max_logprob_gap": 0}}, "sampling.max_logprob_gap", "greater than 0"),
+        ({"sampling": {"max_logprob_gap": INFINITY}}, "sampling.max_logprob_gap", "finite"),
         ({"sampling": {"max_tokens": 0}}, "sampling.max_tokens", "greater than 0"),
         ({"sampling": {"stop": [""]}}, "sampling.stop[0]", "at least 1 character"),
         ({"sampling": {"stop": ["a"] * 17}}, "sampling.stop", "at most 16"),
@@ -172,6 +180,39 @@ def test_of_several_forms_exactly_one_is_given(changes, field):
 @pytest.mark.parametrize("prompt", [{"text": "a"}, {"messages": MESSAGES}])
 def test_each_form_is_enough(dataset, prompt):
     assert parse(dataset=dataset, prompt=prompt)
+
+
+SAMPLED = {"logprobs_kind": "sampled", "temperature": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("cuts", "named"),
+    [
+        ({"top_k": 5}, "top_k"),
+        ({"top_p": 0.9}, "top_p"),
+        ({"min_p": 0.01}, "min_p"),
+        ({"top_k": 5, "top_p": 0.9, "min_p": 0.01}, "top_k and top_p and min_p"),
+    ],
+)
+def test_the_trainer_knows_no_distribution_that_is_cut_off(cuts, named):
+    with pytest.raises(InvalidRequest, match=rf"goes without {named}: the trainer computes") as e:
+        parse(sampling={**SAMPLED, **cuts})
+    assert e.value.context["field"] == "sampling"
+    assert parse(sampling={**SAMPLED, **cuts, "logprobs_kind": "policy"})
+
+
+@pytest.mark.parametrize("cuts", [{}, {"top_p": 1.0}, {"min_p": 0.0}])
+def test_what_cuts_nothing_off_goes_with_sampled_logprobs(cuts):
+    assert parse(sampling={**SAMPLED, **cuts}).sampling.logprobs_kind == "sampled"
+
+
+def test_only_a_job_with_staleness_may_continue_on_the_newest():
+    moving = {"continue_on_newest": True}
+    with pytest.raises(InvalidRequest, match=r"needs algorithm\.max_staleness of at least 1"):
+        parse(sampling=moving)
+    with pytest.raises(InvalidRequest, match=r"needs algorithm\.max_staleness"):
+        parse(sampling=moving, algorithm={"max_staleness": 0})
+    assert parse(sampling=moving, algorithm={"max_staleness": 1}).sampling.continue_on_newest
 
 
 def test_a_stop_by_evaluation_needs_an_evaluation():

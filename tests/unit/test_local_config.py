@@ -46,7 +46,8 @@ def test_every_member_gets_its_address_and_the_coordinator_all_of_them(tmp_path)
     assert coordinator.samplers == ["127.0.0.1:3", "127.0.0.1:4"]
     assert coordinator.reward == "127.0.0.1:5"
     assert coordinator.state_dir == tmp_path
-    assert coordinator.blobs == configs["trainer-0"].blobs == str(tmp_path / "blobs")
+    for name in ("coordinator", "trainer-0", "sampler-0", "sampler-1"):
+        assert configs[name].blobs == str(tmp_path / "blobs")
 
 
 def test_what_is_written_for_a_service_reads_back_the_same(tmp_path):

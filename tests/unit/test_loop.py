@@ -302,10 +302,7 @@ def test_a_peer_that_stays_away_fails_the_job_after_a_bounded_time(call):
 def test_tokens_of_another_policy_fail_the_job_instead_of_training_it(spans, named):
     mesh = JobMesh(Context(spec()), seed=8)
     mesh.length = lambda: 3
-    right = mesh.spans
-    mesh.spans = lambda source, num_tokens: (
-        tuple(spans) if source.policy_version == 1 else right(source, num_tokens)
-    )
+    mesh.spans = lambda source, _: tuple(spans) if source.policy_version == 1 else None
     with pytest.raises(InternalError, match=named):
         simulate(mesh.run())
     assert mesh.version == 1
@@ -333,6 +330,11 @@ def test_a_step_tells_all_metrics_and_phases():
         "learning_rate",
         "kl_sampler",
         "kl_base",
+        "ratio_max",
+        "queued_s",
+        "run_s",
+        "logprob_gap_max",
+        "logprob_gap_mean",
         "staleness_mean",
         "staleness_max",
         "completion_tokens_mean",
@@ -355,6 +357,7 @@ def test_a_step_tells_all_metrics_and_phases():
     in_turn = ("wait", "forward_backward", "optim_step", "publish", "load")
     assert step.phases["step"] == pytest.approx(sum(step.phases[name] for name in in_turn))
     assert step.metrics["learning_rate"] == 0.5
+    assert (step.metrics["queued_s"], step.metrics["run_s"]) == (0.25 + 0.5, 1 + 2)
     assert step.metrics["num_rollouts"] == 6
     assert step.metrics["reward_mean"] == 0.5
     tokens = [token for token, version in mesh.sampled_from.items() if version == 5]

@@ -50,7 +50,7 @@ def test_everything_that_a_step_does_is_in_its_trace(spans):
 def test_every_step_is_measured(recorded):
     simulate(JobMesh(Context(spec())).run())
     metrics = recorded()
-    for name in ("rollmesh.job.reward", "rollmesh.job.staleness"):
+    for name in ("rollmesh.job.reward", "rollmesh.job.staleness", "rollmesh.job.logprob_gap"):
         (point,) = metrics[name].data.data_points
         assert point.count == 6
     phases = {

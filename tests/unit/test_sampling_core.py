@@ -1,15 +1,13 @@
-"""The sampling core over a fleet whose samplers die and come back, in virtual time."""
+"""The sampling core over a fleet: order, patience, places and errors, in virtual time."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 
 import pytest
 
 from rollmesh.errors import (
-    DigestMismatch,
     InternalError,
     InvalidRequest,
     NotFound,
@@ -17,89 +15,25 @@ from rollmesh.errors import (
     SourceUnavailable,
     Unavailable,
 )
-from rollmesh.types import AdapterSource, SamplingParams
-from services.coordinator.fleet.static import StaticFleet
+from rollmesh.types import SamplingParams
+from services.coordinator.endurance import ATTEMPTS
 from services.coordinator.retry import RETRY_FOR_S
-from services.coordinator.sampling import ATTEMPTS, FleetSampling
-from services.coordinator.scheduler import Scheduler
-from tests.fakes.fleet import until
-from tests.fakes.samplers import FakeSampler
+from tests.fakes.fleet import SOURCE, SamplingWorld
+from tests.fakes.samplers import FakeSampler, drawn
 from tests.fakes.virtual_time import simulate
-
-SOURCE = AdapterSource("projects/p/adapters/a", 3, "d", "trainer")
-PARAMS = SamplingParams(seed=7)
-
-
-class World:
-    def __init__(self, *samplers, bound=8, queue=100):
-        self.samplers = samplers
-        self.fleet = StaticFleet(
-            trainers={},
-            samplers={f"s{n}": sampler for n, sampler in enumerate(samplers)},
-            rewards={},
-        )
-        self.scheduler = Scheduler(max_running_completions=bound, max_queued_requests=queue)
-        self.sampling = FleetSampling(self.fleet, self.scheduler, locate=lambda source: source)
-        self.losses: list[str] = []
-
-    @contextlib.asynccontextmanager
-    async def running(self):
-        async with asyncio.TaskGroup() as tasks:
-            polling = tasks.create_task(self.fleet.run())
-            alive = sum(sampler.alive for sampler in self.samplers)
-            await until(self.fleet, lambda: len(self.fleet.samplers("tiny")) == alive)
-            yield tasks
-            polling.cancel()
-        assert self.scheduler.num_queued == 0
-        assert [self.scheduler.outstanding(f"s{n}") for n, _ in enumerate(self.samplers)] == [
-            0 for _ in self.samplers
-        ]
-        assert [sampler.running for sampler in self.samplers] == [0 for _ in self.samplers]
-
-    async def sample(self, count=2, params=PARAMS, project="p"):
-        return await self.sampling.sample(
-            project, "tiny", SOURCE, [1, 2], count, params, lost=self._lost
-        )
-
-    async def _lost(self, problem):
-        self.losses.append(problem)
-
-    def stream(self, count=2, project="p"):
-        return self.sampling.stream(project, "tiny", SOURCE, [1, 2], count, PARAMS)
 
 
 def test_completions_are_whole_and_in_order_of_their_index():
     async def scenario():
-        world = World(FakeSampler(tag=4))
+        world = SamplingWorld(FakeSampler())
         async with world.running():
             completions = await world.sample(3)
-        assert [completion.token_ids for completion in completions] == [(4,) * 5] * 3
+        assert [completion.token_ids for completion in completions] == [
+            drawn(7, index) for index in range(3)
+        ]
         assert [completion.spans[0].num_tokens for completion in completions] == [5, 5, 5]
-
-    simulate(scenario())
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_no_request_of_a_job_fails_however_often_samplers_die(seed):
-    async def scenario():
-        rng = random.Random(seed)
-        world = World(*(FakeSampler(tag=n) for n in range(3)), bound=4)
-
-        async def havoc():
-            while True:
-                await asyncio.sleep(rng.expovariate(1 / 3))
-                sampler = rng.choice(world.samplers)
-                sampler.die() if sampler.alive else sampler.revive()
-
-        async with world.running() as tasks:
-            havoc_task = tasks.create_task(havoc())
-            async with asyncio.TaskGroup() as requests:
-                drawn = [requests.create_task(world.sample(rng.randint(1, 6))) for _ in range(20)]
-            havoc_task.cancel()
-        for completions in (task.result() for task in drawn):
-            for completion in completions:
-                assert len(completion.token_ids) == 5
-                assert len(set(completion.token_ids)) == 1, "pieces of two samplers in one"
+        (asked,) = world.samplers[0].asked
+        assert asked[1:] == ("p", SamplingParams(seed=7), ())
 
     simulate(scenario())
 
@@ -107,7 +41,7 @@ def test_no_request_of_a_job_fails_however_often_samplers_die(seed):
 def test_a_job_waits_until_its_only_sampler_is_back():
     async def scenario():
         sampler = FakeSampler()
-        world = World(sampler)
+        world = SamplingWorld(sampler)
         async with world.running() as tasks:
             request = tasks.create_task(world.sample())
             await asyncio.sleep(2.5)
@@ -121,49 +55,9 @@ def test_a_job_waits_until_its_only_sampler_is_back():
     simulate(scenario())
 
 
-def test_a_stream_that_has_begun_fails_where_its_sampler_is_lost():
-    async def scenario():
-        sampler = FakeSampler()
-        world = World(sampler, FakeSampler())
-        async with world.running() as tasks:
-            chunks = []
-
-            async def consume():
-                async for chunk in world.stream():
-                    chunks.append(chunk)  # noqa: PERF401 - it is looked at when the stream broke
-
-            async def die():
-                await asyncio.sleep(2.5)
-                sampler.die()
-
-            tasks.create_task(die())
-            with pytest.raises(Unavailable, match="lost in the middle"):
-                await consume()
-            assert len(chunks) == 4
-
-    simulate(scenario())
-
-
-def test_a_stream_that_has_not_begun_goes_to_another_sampler():
-    async def scenario():
-        first, second = FakeSampler(tag=1), FakeSampler(tag=2)
-        world = World(first, second)
-        async with world.running() as tasks:
-
-            async def consume():
-                return [chunk async for chunk in world.stream(1)]
-
-            consumer = tasks.create_task(consume())
-            await asyncio.sleep(0.5)
-            first.die()
-            assert {chunk.token_ids for chunk in await consumer} == {(2,)}
-
-    simulate(scenario())
-
-
 def test_a_stream_for_a_model_that_nobody_serves_is_unavailable_at_once():
     async def scenario():
-        world = World(FakeSampler("another"))
+        world = SamplingWorld(FakeSampler("another"))
         async with asyncio.TaskGroup() as tasks:
             polling = tasks.create_task(world.fleet.run())
             await asyncio.sleep(1)
@@ -179,7 +73,7 @@ def test_a_request_that_breaks_every_engine_does_not_go_round_for_ever(through):
     async def scenario():
         sampler = FakeSampler()
         sampler.faults = [InternalError("engine died")] * 100
-        world = World(sampler)
+        world = SamplingWorld(sampler)
         async with world.running():
             call = world.sample() if through == "sample" else anext(world.stream())
             with pytest.raises(InternalError, match="engine died"):
@@ -189,15 +83,17 @@ def test_a_request_that_breaks_every_engine_does_not_go_round_for_ever(through):
     simulate(scenario())
 
 
-@pytest.mark.parametrize("error", [InvalidRequest("token 101"), NotFound("no longer kept")])
-def test_what_another_sampler_would_refuse_too_is_raised_at_once(error):
+@pytest.mark.parametrize(
+    ("error", "source"), [(InvalidRequest("token 101"), SOURCE), (NotFound("no model"), None)]
+)
+def test_what_another_sampler_would_refuse_too_is_raised_at_once(error, source):
     async def scenario():
         sampler = FakeSampler()
         sampler.faults = [error]
-        world = World(sampler)
+        world = SamplingWorld(sampler)
         async with world.running():
             with pytest.raises(type(error), match=str(error)):
-                await world.sample()
+                await world.sample(source=source)
             assert len(world.fleet.samplers("tiny")) == 1
 
     simulate(scenario())
@@ -206,7 +102,7 @@ def test_what_another_sampler_would_refuse_too_is_raised_at_once(error):
 def test_a_job_without_a_sampler_is_told_before_it_waits():
     async def scenario():
         sampler = FakeSampler()
-        world = World(sampler)
+        world = SamplingWorld(sampler)
         async with world.running() as tasks:
             sampler.die()
             await asyncio.sleep(10)
@@ -222,7 +118,7 @@ def test_a_job_without_a_sampler_is_told_before_it_waits():
 def test_a_trainer_that_is_away_is_not_its_samplers_fault_and_is_waited_for_only_so_long():
     async def scenario():
         sampler = FakeSampler()
-        world = World(sampler)
+        world = SamplingWorld(sampler)
         changes = []
         async with world.running():
             world.fleet.on_change(lambda: changes.append(world.fleet.samplers("tiny")))
@@ -241,23 +137,11 @@ def test_a_trainer_that_is_away_is_not_its_samplers_fault_and_is_waited_for_only
     simulate(scenario())
 
 
-def test_a_stream_that_ends_without_all_completions_is_drawn_again():
-    async def scenario():
-        sampler = FakeSampler()
-        sampler.torn_streams = 1
-        world = World(sampler)
-        async with world.running():
-            assert [len(drawn.token_ids) for drawn in await world.sample()] == [5, 5]
-        assert sampler.begun == 2
-
-    simulate(scenario())
-
-
 @pytest.mark.parametrize("through", ["sample", "stream", "waiting"])
 def test_cancelling_the_caller_stops_the_sampler_and_frees_its_place(through):
     async def scenario():
         sampler = FakeSampler(num_tokens=1000)
-        world = World(sampler, bound=1)
+        world = SamplingWorld(sampler, bound=1)
         async with world.running() as tasks:
 
             async def consume():
@@ -284,7 +168,7 @@ def test_cancelling_the_caller_stops_the_sampler_and_frees_its_place(through):
 def test_leaving_a_stream_in_the_middle_stops_the_sampler():
     async def scenario():
         sampler = FakeSampler(num_tokens=1000)
-        world = World(sampler)
+        world = SamplingWorld(sampler)
         async with world.running():
             async with contextlib.aclosing(world.stream()) as chunks:
                 await anext(chunks)
@@ -293,27 +177,27 @@ def test_leaving_a_stream_in_the_middle_stops_the_sampler():
     simulate(scenario())
 
 
-def test_more_completions_than_a_sampler_may_run_come_in_parts_with_seeds_of_their_own():
+@pytest.mark.parametrize("seed", [7, None])
+def test_a_request_in_parts_draws_what_it_would_draw_at_once(seed):
     async def scenario():
-        sampler = FakeSampler(num_tokens=1)
-        world = World(sampler, bound=4)
+        sampler = FakeSampler(num_tokens=2)
+        world = SamplingWorld(sampler, bound=4)
+        whole = [drawn(seed or 1234, index, 2) for index in range(10)]
         async with world.running():
-            assert len(await world.sample(10)) == 10
+            completions = await world.sample(10, SamplingParams(seed=seed))
+            assert [completion.token_ids for completion in completions] == whole
             assert sampler.most_running == 4
-            assert sampler.seeds[0] == 7
-            assert len(set(sampler.seeds)) == 3
-            streamed = [chunk.index async for chunk in world.stream(10)]
-            assert streamed == list(range(10))
-            assert sampler.seeds[3:] == sampler.seeds[:3]
-            await world.sample(10, SamplingParams())
-            assert sampler.seeds[6:] == [None, None, None]
+            parts = [[begun.index for begun in asked[3]] for asked in sampler.asked]
+            assert parts == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+            streamed = [chunk.index for chunk in await world.collected(10)]
+            assert streamed == [0, 1, 2, 3] * 2 + [4, 5, 6, 7] * 2 + [8, 9] * 2
 
     simulate(scenario())
 
 
 def test_a_full_queue_refuses_an_interactive_caller_and_makes_a_job_wait():
     async def scenario():
-        world = World(FakeSampler(), bound=1, queue=1)
+        world = SamplingWorld(FakeSampler(), bound=1, queue=1)
         async with world.running() as tasks:
             jobs = [tasks.create_task(world.sample(1)) for _ in range(2)]
             await asyncio.sleep(0.5)
@@ -325,31 +209,109 @@ def test_a_full_queue_refuses_an_interactive_caller_and_makes_a_job_wait():
     simulate(scenario())
 
 
-def test_load_makes_a_version_live_on_every_sampler_that_serves_and_waits_for_no_other():
+def test_a_jobs_requests_that_a_full_queue_refused_keep_to_its_bound_and_overtake_nobody():
     async def scenario():
-        here, away, dies, other = (FakeSampler() for _ in range(4))
-        away.alive = False
-        other.base_model = "other"
-        world = World(here, away, dies)
+        world = SamplingWorld(FakeSampler(), bound=1, queue=2)
+        most = 0
+        ended = []
+
+        async def draw_one(number):
+            await world.sample(1)
+            ended.append(number)
+
         async with world.running() as tasks:
-            loading = tasks.create_task(world.sampling.load("tiny", SOURCE))
-            await asyncio.sleep(0.5)
-            dies.die()
-            await loading
-            assert here.loaded == {(SOURCE.adapter, SOURCE.policy_version)}
-            assert [member.address for member in world.fleet.samplers("tiny")] == ["s0"]
+            for number in range(10):
+                tasks.create_task(draw_one(number))
+                await asyncio.sleep(0)
+            while len(ended) < 10:
+                most = max(most, world.scheduler.num_queued)
+                await asyncio.sleep(0.05)
+        assert most == 2
+        assert ended[:3] == [0, 1, 2]
 
     simulate(scenario())
 
 
-def test_a_load_that_can_never_work_is_the_callers_error():
+JOB = "projects/p/jobs/j"
+
+
+def test_a_job_whose_last_sampler_is_in_quarantine_hears_of_it_while_it_waits():
     async def scenario():
         sampler = FakeSampler()
-        sampler.load_fault = DigestMismatch("not what was asked for")
-        world = World(sampler, FakeSampler())
-        async with world.running():
-            with pytest.raises(DigestMismatch):
-                await world.sampling.load("tiny", SOURCE)
+        world = SamplingWorld(sampler, bound=1)
+        told = "all samplers of 'tiny' that serve are in quarantine for projects/p/jobs/j"
+        async with world.running() as tasks:
+            running = tasks.create_task(world.sample(1))
+            await asyncio.sleep(1)
+            waiting = tasks.create_task(world.sample(1, job=JOB))
+            other = tasks.create_task(world.sample(1, job="projects/p/jobs/k"))
+            await asyncio.sleep(1)
+            assert world.losses == []
+            world.sampling.quarantine(JOB, sampler.instance_id, "it drifts")
+            await asyncio.sleep(0.1)
+            assert world.losses == [told]
+            await running
+            await other
+            late = tasks.create_task(world.sample(1, job=JOB))
+            await asyncio.sleep(1000)
+            assert world.losses == [told, told]
+            assert not waiting.done()
+            world.sampling.end_quarantines(JOB)
+            assert len(await waiting) == len(await late) == 1
+            assert sampler.begun == 4
+
+    simulate(scenario())
+
+
+@pytest.mark.parametrize("lost", ["in quarantine", "dead"])
+def test_a_job_that_waits_for_its_turn_hears_that_the_last_sampler_went(lost):
+    async def scenario():
+        first, second = FakeSampler(num_tokens=100), FakeSampler(num_tokens=100)
+        world = SamplingWorld(first, second, bound=1)
+        async with world.running() as tasks:
+            if lost == "in quarantine":
+                world.sampling.quarantine(JOB, first.instance_id, "it drifts")
+            else:
+                first.die()
+                await asyncio.sleep(1)
+            for _ in range(2):
+                tasks.create_task(world.collected(1))
+            await asyncio.sleep(1)
+            waiting = tasks.create_task(world.sample(1, job=JOB))
+            await asyncio.sleep(1)
+            assert world.losses == []
+            second.die()
+            await asyncio.sleep(1)
+            assert len(world.losses) == 1
+            assert ("quarantine" in world.losses[0]) == (lost == "in quarantine")
+            second.revive()
+            await waiting
+
+    simulate(scenario())
+
+
+def test_a_caller_whose_report_fails_while_it_waits_leaves_nothing_behind():
+    async def scenario():
+        sampler = FakeSampler()
+        world = SamplingWorld(sampler, bound=1)
+
+        async def lost(problem):
+            raise Unavailable(f"no store for {problem}")
+
+        async with world.running() as tasks:
+            running = tasks.create_task(world.sample(1))
+            await asyncio.sleep(1)
+            waiting = asyncio.ensure_future(
+                world.sampling.sample(
+                    "p", "tiny", SOURCE, [1], 1, SamplingParams(), lost=lost, job=JOB
+                )
+            )
+            await asyncio.sleep(1)
+            world.sampling.quarantine(JOB, sampler.instance_id, "it drifts")
+            with pytest.raises(Unavailable):
+                await waiting
+            assert world.scheduler.num_queued == 0
+            await running
 
     simulate(scenario())
 
@@ -358,7 +320,7 @@ def test_requests_go_where_their_version_is_loaded():
     async def scenario():
         first, second = FakeSampler(), FakeSampler()
         second.loaded.add((SOURCE.adapter, SOURCE.policy_version))
-        world = World(first, second)
+        world = SamplingWorld(first, second)
         async with world.running():
             await world.sample()
             assert (first.begun, second.begun) == (0, 1)
@@ -370,11 +332,53 @@ def test_requests_go_where_their_version_is_loaded():
     simulate(scenario())
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"num_queued": 20}, {}),
+        ({"max_loras": 1, "resident": {("another", 1)}}, {"max_loras": 1}),
+        ({}, {"resident": {(SOURCE.adapter, SOURCE.policy_version)}}),
+    ],
+)
+def test_requests_go_where_the_samplers_say_that_they_begin_soonest(first, second):
+    async def scenario():
+        world = SamplingWorld(FakeSampler(), FakeSampler())
+        for sampler, told in zip(world.samplers, (first, second), strict=True):
+            for name, value in told.items():
+                setattr(sampler, name, value)
+        async with world.running():
+            await world.sample()
+            assert [sampler.begun for sampler in world.samplers] == [0, 1]
+
+    simulate(scenario())
+
+
+def test_a_prompt_goes_where_it_was_seen_before():
+    async def scenario():
+        world = SamplingWorld(FakeSampler(), FakeSampler())
+        prompt = list(range(2000))
+
+        async def draw():
+            await world.sampling.sample(
+                "p", "tiny", None, prompt, 1, SamplingParams(), lost=world.losses.append
+            )
+
+        async with world.running() as tasks:
+            elsewhere = tasks.create_task(world.sample())
+            await asyncio.sleep(0.5)
+            await draw()
+            await elsewhere
+            await draw()
+            assert [sampler.begun for sampler in world.samplers] == [1, 2]
+
+    simulate(scenario())
+
+
 def test_logprobs_wait_their_turn_and_survive_a_lost_sampler():
     async def scenario():
         first, second = FakeSampler(), FakeSampler()
         first.faults = [Unavailable("gone")]
-        world = World(first, second)
+        world = SamplingWorld(first, second)
         async with world.running():
             found = await world.sampling.compute_logprobs("p", "tiny", SOURCE, [1, 2])
             assert found.logprobs == (1.0, 2.0)
@@ -393,7 +397,7 @@ def test_the_measured_queue_falls_back_when_requests_leave_it(recorded, leaves):
         return [point.value for point in recorded()["rollmesh.scheduler.queued"].data.data_points]
 
     async def scenario():
-        world = World(FakeSampler(), bound=2)
+        world = SamplingWorld(FakeSampler(), bound=2)
         async with world.running() as tasks:
             first = tasks.create_task(world.sample())
             await asyncio.sleep(1)

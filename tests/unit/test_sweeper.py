@@ -61,7 +61,8 @@ class World:
 
     @property
     def keys(self):
-        return {key for prefix in ("snapshots", "ops") for key, _ in self.blobs.keys(prefix)}
+        prefixes = ("snapshots", "ops", "versions")
+        return {key for prefix in prefixes for key, _ in self.blobs.keys(prefix)}
 
     def snapshot(self, number):
         """A snapshot's blobs, and the value that a row has of it."""
@@ -147,6 +148,26 @@ class TestBlobs:
         await world.sweep(GRACE_S)
         needed = (newest, kept, origin, loaded)
         assert world.keys == {"ops/a/1", "ops/a/1-result"}.union(*map(files, needed))
+
+    async def test_the_blob_of_a_version_stays_until_the_version_is_let_go_of(self, world):
+        name = (await world.adapter("a")).adapter.name
+        keys = [f"versions/{number:032x}" for number in range(3)]
+        for number, key in enumerate(keys):
+            world.blobs.write(key, b"x")
+            version = types.PublishedVersion(number, "ab" * 32, key)
+            await world.store.versions.publish(name, version, now=world.now)
+        world.blobs.write("versions/" + "f" * 32, b"x")  # its row never came
+        await world.sweep()
+        await world.sweep(GRACE_S)
+        assert world.keys == set(keys)
+        await world.store.versions.let_go(
+            superseded_before=world.now, max_superseded=9, now=world.now
+        )
+        await world.sweep()
+        await world.sweep(GRACE_S - 1)
+        assert world.keys == set(keys)  # whoever found one just before may still pull it
+        await world.sweep(1)
+        assert world.keys == {keys[-1]}
 
     async def test_a_fork_needs_what_it_was_made_of_until_it_has_a_snapshot_itself(self, world):
         origin = world.snapshot(1)
@@ -283,6 +304,48 @@ class TestIdleAdapters:
         await world.sweep(1)
         assert world.adapters.deleted == [stored.adapter.name]
 
+    @pytest.mark.parametrize("end", ["expired", "deleted"])
+    async def test_an_open_lease_is_use_until_it_ends(self, world, end):
+        name = (await world.adapter("a", idle_ttl_s=100.0)).adapter.name
+        await world.store.versions.publish(name, types.PublishedVersion(0, "00"), now=world.now)
+        lease = f"{P}/leases/l"
+        await world.store.leases.create(
+            lease,
+            name,
+            0,
+            expire_time=world.now + 1000,
+            max_leases=1,
+            request=None,
+            now=world.now,
+        )
+        await world.sweep(999)
+        assert world.adapters.deleted == []
+        if end == "deleted":
+            await world.store.leases.delete(lease, now=world.now)
+        else:
+            world.now += 1
+            await world.store.leases.expire(now=world.now)
+        await world.sweep(159)
+        assert world.adapters.deleted == []
+        await world.sweep(1)
+        assert world.adapters.deleted == [name]
+
+    async def test_an_adapter_that_is_leased_at_the_last_moment_is_not_deleted(self, world):
+        name = (await world.adapter("a")).adapter.name
+        await world.store.versions.publish(name, types.PublishedVersion(0, "00"), now=world.now)
+        await world.store.leases.create(
+            f"{P}/leases/l",
+            name,
+            0,
+            expire_time=world.now + 10,
+            max_leases=1,
+            request=None,
+            now=world.now,
+        )
+        with pytest.raises(FailedPrecondition, match="leased"):
+            await world.store.adapters.delete(name, None, now=world.now, unless_leased=True)
+        await world.store.adapters.delete(name, None, now=world.now + 10, unless_leased=True)
+
     async def test_its_checkpoints_outlive_it(self, world):
         stored = await world.adapter("a", idle_ttl_s=100.0)
         snapshot = world.snapshot(1)
@@ -321,7 +384,8 @@ class TestIdleAdapters:
 
         await world.store.adapters._database.transact(give_it_a_time_to_live)
         world.now += 1e6
-        assert await world.store.references.idle_adapters(used_before=world.now) == []
+        now = world.now
+        assert await world.store.references.idle_adapters(used_before=now, now=now) == []
 
     @pytest.mark.parametrize(
         "refusal", [FailedPrecondition("used"), NotFound("gone"), Unavailable("away")]
@@ -337,7 +401,7 @@ class TestIdleAdapters:
         assert world.adapters.deleted == [f"{P}/adapters/b", f"{P}/adapters/a"]
 
     async def test_one_whose_turn_does_not_come_keeps_no_other(self, world, monkeypatch):
-        monkeypatch.setattr(sweeper, "DELETE_TIMEOUT_S", 0.01)
+        monkeypatch.setattr(sweeper, "DELETE_TIMEOUT_S", 0.5)
         for name in ("a", "b"):
             await world.adapter(name, idle_ttl_s=100.0)
         delete = world.adapters.delete_idle_adapter

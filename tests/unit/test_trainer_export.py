@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from rollmesh.digest import safetensors_digest
+from rollmesh.errors import InvalidRequest
 from rollmesh.types import AdamConfig, LoraConfig, LossConfig
 from tests.fakes.tiny_qwen3 import batch, tiny_adapters, tiny_qwen3
 
@@ -68,11 +69,17 @@ async def test_the_configuration_says_what_the_adapter_is():
     assert config["base_model_name_or_path"] == "tiny"
 
 
-async def test_a_file_is_cut_into_chunks_that_make_it_up():
+async def test_a_file_is_cut_into_chunks_that_make_up_all_of_it_or_the_rest():
     async with tiny_adapters() as adapters:
         await adapters.create(A, LoraConfig(2), epoch=1)
         await adapters.get(A).publish(1)
         version = adapters.version(A, 0)
-    chunks = list(version.chunks(1000))
-    assert b"".join(chunks) == version.file
-    assert max(map(len, chunks)) <= 1000
+    size = len(version.file)
+    for offset in (0, 1, 999, 1000, size - 1, size):
+        chunks = list(version.chunks(1000, offset=offset))
+        assert b"".join(chunks) == version.file[offset:]
+        assert all(0 < len(chunk) <= 1000 for chunk in chunks)
+    for offset in (-1, size + 1, 2**63 - 1):
+        with pytest.raises(InvalidRequest) as caught:
+            version.chunks(1000, offset=offset)
+        assert caught.value.context["field"] == "offset"

@@ -127,7 +127,11 @@ def hostile(num_steps=STEPS, max_length=150):
         ["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo"]
     )
     configs = st.builds(
-        LossConfig, losses, st.sampled_from([None, 0.0, 0.5]), entropy=st.booleans()
+        LossConfig,
+        losses,
+        st.sampled_from([None, 0.0, 0.5]),
+        entropy=st.booleans(),
+        temperature=st.sampled_from([None, 1e-30, 0.5, 2.0]),
     )
     all_targets = (*TARGETS, "lm_head")
     return st.builds(
@@ -149,7 +153,11 @@ def hostile(num_steps=STEPS, max_length=150):
 OBSERVED = (
     {},
     {"config": LossConfig("cross_entropy", entropy=True), "targets": (*TARGETS, "lm_head")},
-    {"config": LossConfig("ppo"), "targets": ("down_proj",), "lengths": (5, 5, 100, 12)},
+    {
+        "config": LossConfig("ppo", temperature=0.7),
+        "targets": ("down_proj",),
+        "lengths": (5, 5, 100, 12),
+    },
 )
 
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from rollmesh import types
 from rollmesh.errors import MeshError
+from services.coordinator.fleet.limits import in_ticks
+from services.coordinator.fleet.refusals import Refusals
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -24,9 +26,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 0.5
-POLL_TIMEOUT_S = 5.0
-"""A member that does not answer a poll within this time is out. A sampler that shares its processor
-with its engine may well take a second or two."""
+POLL_TIMEOUT_S: dict[types.MemberRole, float] = {"sampler": 1.25, "trainer": 5.0, "reward": 5.0}
+"""A member that does not answer a poll within this time is out, so that a sampler which stalls is
+known to within two seconds. A sampler answers while its engine works; a trainer may be held up by
+a pass that it is in the middle of."""
 
 Port = TypeVar("Port")
 Info = TypeVar("Info")
@@ -79,6 +82,9 @@ class StaticFleet:
             for address, port in sorted(rewards.items())
         ]
         self._clock = clock
+        # The last instance and its reason, by address: at most one for each sampler.
+        self._quarantined: dict[str, tuple[str, str]] = {}
+        self._refusals = Refusals()
         self._listeners: list[Callable[[], None]] = []
 
     async def run(self) -> None:
@@ -107,13 +113,26 @@ class StaticFleet:
         """Every configured trainer, serving or not, by address."""
         return list(self._trainers)
 
-    def samplers(self, base_model: str) -> list[Sampler]:
-        """The samplers of `base_model` that serve, by address."""
+    def samplers(self, base_model: str, *, job: str = "") -> list[Sampler]:
+        """The samplers of `base_model` that serve, by address; those that `job` may ask."""
         return [
             member
             for member in self._samplers
             if member.serving and member.info and member.info.base_model == base_model
+            if job not in self.refused_by(member)
         ]
+
+    def refused_by(self, sampler: Sampler) -> frozenset[str]:
+        """The jobs that ask nothing of it."""
+        return self._refusals.jobs(sampler.info.instance_id) if sampler.info else frozenset()
+
+    def unserved(self, base_model: str, *, job: str = "") -> str:
+        """Why `job` can ask no sampler of `base_model` now; empty: it can."""
+        if self.samplers(base_model, job=job):
+            return ""
+        if self.samplers(base_model):
+            return f"all samplers of {base_model!r} that serve are in quarantine for {job}"
+        return f"no sampler of {base_model!r} serves now"
 
     def base_models(self) -> list[str]:
         """Base models that some member has ever said to serve, sorted."""
@@ -140,6 +159,7 @@ class StaticFleet:
                         num_adapters=len(member.info.loaded) if member.info else 0,
                         num_running=member.info.num_running if member.info else 0,
                         backend=member.info.backend if member.info else "",
+                        held_against=self._held_against(member),
                     )
                     for member in self._samplers
                 ),
@@ -153,25 +173,57 @@ class StaticFleet:
         self._down(member, problem)
         member.suspected.set()
 
+    def quarantine(self, instance_id: str, reason: str) -> None:
+        """Keep the sampler process with this instance_id out for as long as it lives.
+
+        One that is gone already is let be: whatever runs there now is another process.
+        """
+        for sampler in self._samplers:
+            if sampler.info and sampler.info.instance_id == instance_id:
+                self._quarantined[sampler.address] = instance_id, reason
+                self._down(sampler, _quarantined(reason))
+
+    def refuse(self, job: str, instance_id: str, reason: str) -> None:
+        """Keep `job` away from the sampler process with this instance_id, until `forgive`.
+
+        Of one job alone: what a tenant holds against a sampler must not take it from others.
+        """
+        self._refusals.add(job, instance_id, reason)
+        log.warning("the sampler %s is in quarantine for %s: %s", instance_id, job, reason)
+        self._notify()
+
+    def forgive(self, job: str) -> None:
+        """`job` has ended, and so has what it holds against samplers."""
+        if self._refusals.drop(job):
+            self._notify()
+
     def on_change(self, listener: Callable[[], None]) -> None:
-        """Call `listener` whenever a member comes, goes, or says something else than before."""
+        """Call `listener` whenever a member comes, goes, says something else, or is refused."""
         self._listeners.append(listener)
 
     async def _watch(self, member: FleetMember[Port, Info]) -> None:
         while True:
             member.suspected.clear()
             try:
-                async with asyncio.timeout(POLL_TIMEOUT_S):
+                async with in_ticks(POLL_TIMEOUT_S[member.role]):
                     info = await member.poll()
             except TimeoutError:
-                self._down(member, f"no answer within {POLL_TIMEOUT_S:g} s")
+                self._down(member, f"no answer within {POLL_TIMEOUT_S[member.role]:g} s")
             except MeshError as error:
                 self._down(member, str(error))
             else:
-                self._up(member, info)
+                self._heard(member, info)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(POLL_INTERVAL_S):
                     await member.suspected.wait()
+
+    def _heard(self, member: FleetMember[Port, Info], info: Info) -> None:
+        if isinstance(info, types.SamplerInfo):
+            instance_id, reason = self._quarantined.get(member.address, (None, ""))
+            if info.instance_id == instance_id:
+                self._down(member, _quarantined(reason))
+                return
+        self._up(member, info)
 
     def _up(self, member: FleetMember[Port, Info], info: Info) -> None:
         changed = not member.serving or member.info != info
@@ -192,9 +244,16 @@ class StaticFleet:
         if changed:
             self._notify()
 
+    def _held_against(self, sampler: Sampler) -> str:
+        return self._refusals.problem(sampler.info.instance_id) if sampler.info else ""
+
     def _notify(self) -> None:
         for listener in self._listeners:
             listener()
+
+
+def _quarantined(reason: str) -> str:
+    return f"quarantined: {reason}"
 
 
 def _told(
@@ -204,13 +263,14 @@ def _told(
     num_adapters: int = 0,
     num_running: int = 0,
     backend: str = "",
+    held_against: str = "",
 ) -> types.Member:
     return types.Member(
         role=member.role,
         address=member.address,
         serving=member.serving,
         base_model=base_model,
-        problem=member.problem,
+        problem=held_against if member.serving else member.problem,
         num_adapters=num_adapters,
         num_running=num_running,
         update_time=member.update_time,

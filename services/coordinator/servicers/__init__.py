@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from services.coordinator.adapters import Adapters
     from services.coordinator.checkpoints import Checkpoints
     from services.coordinator.jobs import Jobs
+    from services.coordinator.leases import Leases
     from services.coordinator.policies import Policies
 
 SERVICES = tuple(
@@ -64,6 +65,7 @@ def register(
     adapters: Adapters,
     checkpoints: Checkpoints,
     policies: Policies,
+    leases: Leases,
     snapshot: Callable[[], types.Fleet],
 ) -> Callable[[grpc.aio.Server], None]:
     """What adds the six services over these cores to a server."""
@@ -73,7 +75,7 @@ def register(
         add_AdapterServiceServicer_to_server(AdapterServicer(adapters, checkpoints), server)
         add_CheckpointServiceServicer_to_server(CheckpointServicer(checkpoints), server)
         add_TrainingServiceServicer_to_server(TrainingServicer(adapters, checkpoints), server)
-        add_SamplingServiceServicer_to_server(SamplingServicer(policies), server)
+        add_SamplingServiceServicer_to_server(SamplingServicer(policies, leases), server)
         add_FleetServiceServicer_to_server(FleetServicer(snapshot), server)
 
     return add

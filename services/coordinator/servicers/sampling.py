@@ -1,4 +1,4 @@
-"""SamplingService over Policies."""
+"""SamplingService over Policies and Leases."""
 
 # ruff: noqa: N802, ARG002 - gRPC names the methods and says what they take
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     import grpc
 
+    from services.coordinator.leases import Leases
     from services.coordinator.policies import Policies
 
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 class SamplingServicer(SamplingServiceServicer):
     """SamplingService."""
 
-    def __init__(self, policies: Policies) -> None:
+    def __init__(self, policies: Policies, leases: Leases) -> None:
         self._policies = policies
+        self._leases = leases
 
     async def Sample(
         self, request: pb.SampleRequest, context: Context
@@ -37,6 +39,7 @@ class SamplingServicer(SamplingServiceServicer):
             tuple(request.prompt_token_ids),
             request.num_completions,
             convert.params_from_pb(request.params),
+            continue_on_newest=request.continue_on_newest,
         )
         async with contextlib.aclosing(chunks):
             async for chunk in chunks:
@@ -52,3 +55,31 @@ class SamplingServicer(SamplingServiceServicer):
         return pb.ComputeLogprobsResponse(
             logprobs=convert.tensor_to_pb(result.logprobs), span=convert.span_to_pb(result.span)
         )
+
+    async def CreateLease(
+        self, request: pb.CreateLeaseRequest, context: Context
+    ) -> pb.CreateLeaseResponse:
+        """Keeps a version."""
+        lease = await self._leases.create(
+            request.project,
+            convert.policy_from_pb(request.policy),
+            ttl_s=convert.optional_duration_from_pb(request, "ttl"),
+            request_id=request.request_id,
+        )
+        return pb.CreateLeaseResponse(lease=convert.lease_to_pb(lease))
+
+    async def RenewLease(
+        self, request: pb.RenewLeaseRequest, context: Context
+    ) -> pb.RenewLeaseResponse:
+        """Keeps it for longer."""
+        lease = await self._leases.renew(
+            request.name, ttl_s=convert.optional_duration_from_pb(request, "ttl")
+        )
+        return pb.RenewLeaseResponse(lease=convert.lease_to_pb(lease))
+
+    async def DeleteLease(
+        self, request: pb.DeleteLeaseRequest, context: Context
+    ) -> pb.DeleteLeaseResponse:
+        """Lets it go."""
+        await self._leases.delete(request.name)
+        return pb.DeleteLeaseResponse()

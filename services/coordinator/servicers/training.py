@@ -43,7 +43,11 @@ class TrainingServicer(TrainingServiceServicer):
 
     async def Forward(self, request: pb.ForwardRequest, context: Context) -> pb.ForwardResponse:
         """Log-probabilities of a batch."""
-        logprobs = await self._adapters.forward(request.adapter, convert.data_from_pb(request.data))
+        logprobs = await self._adapters.forward(
+            request.adapter,
+            convert.data_from_pb(request.data),
+            temperature=convert.optional(request, "temperature"),
+        )
         return pb.ForwardResponse(logprobs=convert.arrays_to_pb(logprobs))
 
     async def OptimStep(

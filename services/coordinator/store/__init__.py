@@ -1,6 +1,7 @@
 """What the coordinator must not forget.
 
-Jobs with their events, adapters with their versions and the journal of their ops, request ids.
+Jobs with their events, adapters with the journal of their ops, their versions and the leases on
+them, checkpoints, request ids.
 
 Every method is one small transaction. SQLite in a file by default, PostgreSQL by its URL.
 """
@@ -17,10 +18,12 @@ from services.coordinator.store.changes import Changes
 from services.coordinator.store.checkpoints import CheckpointStore, StoredCheckpoint
 from services.coordinator.store.database import Database, StoreUnavailable, check_url
 from services.coordinator.store.jobs import QUEUE, EventPage, JobStore, QueuedJob, StoredJob
+from services.coordinator.store.leases import LeaseStore
 from services.coordinator.store.migrate import migrate
 from services.coordinator.store.ops import JournaledOp, OpStore, unrecoverable
 from services.coordinator.store.references import References
 from services.coordinator.store.requests import Request
+from services.coordinator.store.versions import LetGo, VersionStore
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -33,6 +36,8 @@ __all__ = [
     "EventPage",
     "JobStore",
     "JournaledOp",
+    "LeaseStore",
+    "LetGo",
     "OpStore",
     "Origin",
     "QueuedJob",
@@ -43,6 +48,7 @@ __all__ = [
     "StoredAdapter",
     "StoredCheckpoint",
     "StoredJob",
+    "VersionStore",
     "check_free",
     "check_url",
     "open_store",
@@ -56,6 +62,8 @@ class Store:
 
     jobs: JobStore
     adapters: AdapterStore
+    versions: VersionStore
+    leases: LeaseStore
     ops: OpStore
     checkpoints: CheckpointStore
     references: References
@@ -70,6 +78,8 @@ async def open_store(url: str, *, request_retention_s: float) -> AsyncIterator[S
         yield Store(
             JobStore(database, Changes(), request_retention_s),
             AdapterStore(database, request_retention_s),
+            VersionStore(database),
+            LeaseStore(database, request_retention_s),
             OpStore(database),
             CheckpointStore(database, request_retention_s),
             References(database),

@@ -1,4 +1,4 @@
-"""Rows of the tables `adapters` and `versions`, to and from what they mean."""
+"""Rows of adapters, versions and leases, to and from what they mean."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rollmesh.errors import AlreadyExists, FailedPrecondition, NotFound
 from rollmesh.job import FINAL_STATES
 from rollmesh.names import parse_adapter
 from services.coordinator.store import requests
-from services.coordinator.store.tables import adapters, jobs, versions
+from services.coordinator.store.tables import adapters, jobs, leases, versions
 
 if TYPE_CHECKING:
-    from sqlalchemy import Row
+    from sqlalchemy import ColumnElement, Row
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 
@@ -142,14 +142,50 @@ async def row_of(connection: AsyncConnection, name: str, *, lock: bool = False) 
 
 async def version_of(
     connection: AsyncConnection, name: str, policy_version: int
-) -> Row[Any] | None:
-    """The published version of that number; None: it was not published."""
+) -> types.PublishedVersion | None:
+    """The published version of that number; None: it was not published, or is kept no longer."""
     found = await connection.execute(
         select(versions).where(
             versions.c.adapter == name, versions.c.policy_version == policy_version
         )
     )
-    return found.one_or_none()
+    row = found.one_or_none()
+    return None if row is None else published_of(row)
+
+
+async def kept_version(
+    connection: AsyncConnection, row: Row[Any], policy_version: int | None
+) -> types.PublishedVersion:
+    """A version of the adapter in `row` that is kept; None: the newest. NotFound: there is none."""
+    name, newest = row.name, row.published_version
+    if not row.ready:
+        raise missing(name)
+    if policy_version is None:
+        policy_version = newest
+    if policy_version is None:
+        raise NotFound(f"no version of {name} was published yet", resource=name)
+    known = await version_of(connection, name, policy_version)
+    if known is not None:
+        return known
+    if newest is None or policy_version > newest:
+        problem = f"version {policy_version} of {name} was not published; the newest is {newest}"
+    else:
+        problem = (
+            f"version {policy_version} of {name} is no longer kept, or was not published; the "
+            f"newest is {newest}, and what is superseded is kept for as long as somebody has a "
+            "lease on it (CreateLease)"
+        )
+    raise NotFound(problem, resource=name, value=policy_version)
+
+
+def published_of(row: Row[Any]) -> types.PublishedVersion:
+    """The version that a row of `versions` tells."""
+    return types.PublishedVersion(row.policy_version, row.digest, row.export_key)
+
+
+def is_open(now: float) -> ColumnElement[bool]:
+    """Whether a lease holds its version at the moment `now`."""
+    return leases.c.expire_time > now
 
 
 def stored_of(row: Row[Any]) -> StoredAdapter:

@@ -1,4 +1,4 @@
-"""Adapters, which trainer owns each, and their published versions.
+"""Adapters, and which trainer owns each.
 
 An adapter's row comes before the adapter itself: first the name is reserved, then a trainer is
 chosen and written down, then asked, and only when it has the adapter is the row ready. Whatever
@@ -15,10 +15,9 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import delete, select, update
 
-from rollmesh import types
-from rollmesh.errors import DigestMismatch, FailedPrecondition, Fenced, NotFound
+from rollmesh.errors import FailedPrecondition, Fenced
 from rollmesh.names import adapter_name
 from services.coordinator.store import requests
 from services.coordinator.store.adapter_rows import (
@@ -26,25 +25,25 @@ from services.coordinator.store.adapter_rows import (
     Origin,
     StoredAdapter,
     check_free,
+    is_open,
     lora_to_json,
-    missing,
     reserve,
     row_of,
     stored_of,
     taken,
-    version_of,
 )
-from services.coordinator.store.tables import adapters, jobs, ops, versions
+from services.coordinator.store.tables import adapters, jobs, leases, ops
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from rollmesh import types
     from services.coordinator.store.database import Database
     from services.coordinator.store.requests import Request
 
 
 class AdapterStore:
-    """The tables `adapters` and `versions`."""
+    """The table `adapters`."""
 
     def __init__(self, database: Database, request_retention_s: float) -> None:
         self._database = database
@@ -230,84 +229,23 @@ class AdapterStore:
 
         return await self._database.transact(work)
 
-    async def publish(self, name: str, version: types.PublishedVersion, *, now: float) -> None:
-        """Note a published version; again, if it was.
+    async def delete(
+        self, name: str, request: Request | None, *, now: float, unless_leased: bool = False
+    ) -> None:
+        """Forget an adapter with its versions, the leases on them, and its journal.
 
         Raises:
-            DigestMismatch: it was published with another digest. Versions never change.
-        """
-
-        async def work(connection: AsyncConnection) -> None:
-            row = await row_of(connection, name, lock=True)
-            known = await version_of(connection, name, version.policy_version)
-            if known is not None:
-                if known.digest != version.digest:
-                    raise DigestMismatch(
-                        f"version {version.policy_version} of {name} was published as "
-                        f"{known.digest} and its trainer now has {version.digest}",
-                        resource=name,
-                    )
-                return
-            await connection.execute(
-                update(adapters).where(adapters.c.name == name).values(use_time=now)
-            )
-            await connection.execute(
-                insert(versions).values(
-                    adapter=name,
-                    policy_version=version.policy_version,
-                    digest=version.digest,
-                    create_time=now,
-                )
-            )
-            if row.published_version is None or row.published_version < version.policy_version:
-                await connection.execute(
-                    update(adapters)
-                    .where(adapters.c.name == name)
-                    .values(
-                        published_version=version.policy_version, published_digest=version.digest
-                    )
-                )
-
-        await self._database.transact(work)
-
-    async def version(self, name: str, policy_version: int | None) -> types.PublishedVersion:
-        """A published version; None: the newest. NotFound: no such adapter or version."""
-        async with self._database.read() as connection:
-            row = await row_of(connection, name)
-            if not row.ready:
-                raise missing(name)
-            if policy_version is None:
-                policy_version = row.published_version
-            if policy_version is None:
-                raise NotFound(f"no version of {name} was published yet", resource=name)
-            known = await version_of(connection, name, policy_version)
-        if known is None:
-            newest = row.published_version
-            raise NotFound(
-                f"version {policy_version} of {name} was not published; the newest is {newest}",
-                resource=name,
-                value=policy_version,
-            )
-        return types.PublishedVersion(known.policy_version, known.digest)
-
-    async def versions(self, name: str, *, first: int) -> dict[int, str]:
-        """Digests of the published versions from `first` on, by version."""
-        query = select(versions.c.policy_version, versions.c.digest).where(
-            versions.c.adapter == name, versions.c.policy_version >= first
-        )
-        async with self._database.read() as connection:
-            return {row.policy_version: row.digest for row in await connection.execute(query)}
-
-    async def delete(self, name: str, request: Request | None, *, now: float) -> None:
-        """Forget an adapter with its versions and its journal.
-
-        Raises:
-            FailedPrecondition: a job that has not ended trains it.
+            FailedPrecondition: a job that has not ended trains it; with `unless_leased` also that
+                somebody has a lease on a version of it.
         """
 
         async def work(connection: AsyncConnection) -> None:
             stored = stored_of(await row_of(connection, name, lock=True))
             check_free(stored)
+            if unless_leased:
+                open_leases = select(leases.c.name).where(leases.c.adapter == name, is_open(now))
+                if (await connection.scalars(open_leases.limit(1))).first() is not None:
+                    raise FailedPrecondition(f"a version of {name} is leased", resource=name)
             await connection.execute(delete(adapters).where(adapters.c.name == name))
             if request is not None:
                 await requests.remember(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from sqlalchemy import select
+from sqlalchemy import exists, select
 
-from services.coordinator.store.adapter_rows import SELECT, stored_of
-from services.coordinator.store.tables import adapters, checkpoints, ops
+from services.coordinator.store.adapter_rows import SELECT, is_open, stored_of
+from services.coordinator.store.tables import adapters, checkpoints, leases, ops, versions
 
 if TYPE_CHECKING:
     from services.coordinator.store.database import Database
@@ -36,13 +36,21 @@ class References:
             keys.update(json.loads(origin)["snapshot"]["key"] for origin in origins)
             for column in (ops.c.body_key, ops.c.result_key, ops.c.snapshot_key):
                 keys.update(await connection.scalars(select(column).where(column.is_not(None))))
+            exports = select(versions.c.export_key).where(versions.c.export_key != "")
+            keys.update(await connection.scalars(exports))
         return keys
 
-    async def idle_adapters(self, *, used_before: float) -> list[str]:
-        """Adapters last used their time to live and longer before that time, and free of jobs."""
-        query = SELECT.where(
-            adapters.c.ready.is_(True), adapters.c.use_time + adapters.c.idle_ttl_s <= used_before
-        ).order_by(adapters.c.name)
+    async def idle_adapters(self, *, used_before: float, now: float) -> list[str]:
+        """Adapters last used their time to live and longer before that time, and free of jobs.
+
+        A lease that is open at the moment `now` is use.
+        """
+        query = (
+            SELECT.where(adapters.c.ready.is_(True))
+            .where(adapters.c.use_time + adapters.c.idle_ttl_s <= used_before)
+            .where(~exists().where(leases.c.adapter == adapters.c.name, is_open(now)))
+            .order_by(adapters.c.name)
+        )
         async with self._database.read() as connection:
             found = [stored_of(row) for row in await connection.execute(query)]
         return [stored.adapter.name for stored in found if not stored.owned]

@@ -11,6 +11,7 @@ from sqlalchemy import (
     Column,
     Double,
     ForeignKey,
+    ForeignKeyConstraint,
     Index,
     Integer,
     LargeBinary,
@@ -139,6 +140,31 @@ versions = Table(
     Column("policy_version", BigInteger, primary_key=True),
     Column("digest", Text, nullable=False),
     Column("create_time", Double, nullable=False),
+    # Of the blob with its file, which its trainer writes beside its work. Empty: there is none.
+    Column("export_key", Text, nullable=False),
+    # When a newer one was published. Absent: it is the newest.
+    Column("supersede_time", Double),
+    Index("versions_by_supersede_time", "supersede_time"),
+)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", _Name, primary_key=True),
+    Column("project", _Name, nullable=False),
+    Column("adapter", _Name, nullable=False),
+    Column("policy_version", BigInteger, nullable=False),
+    Column("expire_time", Double, nullable=False),
+    # With an adapter go its versions, and with them the leases. Nothing else lets go of a version
+    # that is leased.
+    ForeignKeyConstraint(
+        ["adapter", "policy_version"],
+        ["versions.adapter", "versions.policy_version"],
+        ondelete="CASCADE",
+    ),
+    Index("leases_by_version", "adapter", "policy_version"),
+    Index("leases_by_project", "project", "expire_time"),
+    Index("leases_by_time", "expire_time"),
 )
 
 requests = Table(

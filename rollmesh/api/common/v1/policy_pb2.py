@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#rollmesh/api/common/v1/policy.proto\x12\x16rollmesh.api.common.v1\"l\n\nLoraConfig\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x12\n\x05\x61lpha\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\x0etarget_modules\x18\x03 \x03(\t\x12\x11\n\x04seed\x18\x04 \x01(\x03H\x01\x88\x01\x01\x42\x08\n\x06_alphaB\x07\n\x05_seed\"`\n\tPolicyRef\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x1b\n\x0epolicy_version\x18\x03 \x01(\x03H\x00\x88\x01\x01\x42\x11\n\x0f_policy_version\"H\n\nPolicySpan\x12\x12\n\nnum_tokens\x18\x01 \x01(\x05\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#rollmesh/api/common/v1/policy.proto\x12\x16rollmesh.api.common.v1\"l\n\nLoraConfig\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x12\n\x05\x61lpha\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x16\n\x0etarget_modules\x18\x03 \x03(\t\x12\x11\n\x04seed\x18\x04 \x01(\x03H\x01\x88\x01\x01\x42\x08\n\x06_alphaB\x07\n\x05_seed\"`\n\tPolicyRef\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x1b\n\x0epolicy_version\x18\x03 \x01(\x03H\x00\x88\x01\x01\x42\x11\n\x0f_policy_version\"Y\n\nPolicySpan\x12\x12\n\nnum_tokens\x18\x01 \x01(\x05\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0f\n\x07sampler\x18\x04 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,5 +36,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_POLICYREF']._serialized_start=173
   _globals['_POLICYREF']._serialized_end=269
   _globals['_POLICYSPAN']._serialized_start=271
-  _globals['_POLICYSPAN']._serialized_end=343
+  _globals['_POLICYSPAN']._serialized_end=360
 # @@protoc_insertion_point(module_scope)

@@ -109,13 +109,19 @@ class PolicySpan(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    SAMPLER_FIELD_NUMBER: _builtins.int
     num_tokens: _builtins.int
     """Number of tokens, ≥ 1. The spans of a chunk tile its tokens in order."""
     policy_version: _builtins.int
     """policy_version that produced them. -1: the base model without an adapter."""
     digest: _builtins.str
-    """Canonical digest (sha256, lower-case hex) of the adapter's tensors as the sampler verified it.
+    """Canonical digest (sha256, lower-case hex) of the adapter's tensors. The sampler has verified it
+    for what it pulled, and has compared the tensors that its engine loaded with those, bit for bit.
     Empty for the base model.
+    """
+    sampler: _builtins.str
+    """`instance_id` of the sampler that drew them: where one was lost in the middle of a completion,
+    another one continued it.
     """
     def __init__(
         self,
@@ -123,10 +129,11 @@ class PolicySpan(_message.Message):
         num_tokens: _builtins.int = ...,
         policy_version: _builtins.int = ...,
         digest: _builtins.str = ...,
+        sampler: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "num_tokens", b"num_tokens", "policy_version", b"policy_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "num_tokens", b"num_tokens", "policy_version", b"policy_version", "sampler", b"sampler"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

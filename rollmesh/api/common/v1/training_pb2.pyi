@@ -139,6 +139,7 @@ class LossConfig(_message.Message):
     BETA_FIELD_NUMBER: _builtins.int
     MAX_IMPORTANCE_RATIO_FIELD_NUMBER: _builtins.int
     ENTROPY_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
     loss: Global___Loss.ValueType
     """Which loss."""
     kl_coefficient: _builtins.float
@@ -166,6 +167,11 @@ class LossConfig(_message.Message):
     """
     entropy: _builtins.bool
     """Whether to report the metric `entropy`, which costs a pass over the logits. Every loss takes it."""
+    temperature: _builtins.float
+    """The temperature of the distribution whose log-probabilities p and b are, in (0, 2]: that which
+    the completions were drawn at, where sampling_logprobs are of kind sampled. Every loss takes it.
+    Absent: 1, the policy itself.
+    """
     def __init__(
         self,
         *,
@@ -176,10 +182,11 @@ class LossConfig(_message.Message):
         beta: _builtins.float | None = ...,
         max_importance_ratio: _builtins.float | None = ...,
         entropy: _builtins.bool = ...,
+        temperature: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_beta", b"_beta", "_clip_high_threshold", b"_clip_high_threshold", "_clip_low_threshold", b"_clip_low_threshold", "_kl_coefficient", b"_kl_coefficient", "_max_importance_ratio", b"_max_importance_ratio", "beta", b"beta", "clip_high_threshold", b"clip_high_threshold", "clip_low_threshold", b"clip_low_threshold", "kl_coefficient", b"kl_coefficient", "max_importance_ratio", b"max_importance_ratio"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_beta", b"_beta", "_clip_high_threshold", b"_clip_high_threshold", "_clip_low_threshold", b"_clip_low_threshold", "_kl_coefficient", b"_kl_coefficient", "_max_importance_ratio", b"_max_importance_ratio", "_temperature", b"_temperature", "beta", b"beta", "clip_high_threshold", b"clip_high_threshold", "clip_low_threshold", b"clip_low_threshold", "kl_coefficient", b"kl_coefficient", "max_importance_ratio", b"max_importance_ratio", "temperature", b"temperature"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta", b"_beta", "_clip_high_threshold", b"_clip_high_threshold", "_clip_low_threshold", b"_clip_low_threshold", "_kl_coefficient", b"_kl_coefficient", "_max_importance_ratio", b"_max_importance_ratio", "beta", b"beta", "clip_high_threshold", b"clip_high_threshold", "clip_low_threshold", b"clip_low_threshold", "entropy", b"entropy", "kl_coefficient", b"kl_coefficient", "loss", b"loss", "max_importance_ratio", b"max_importance_ratio"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta", b"_beta", "_clip_high_threshold", b"_clip_high_threshold", "_clip_low_threshold", b"_clip_low_threshold", "_kl_coefficient", b"_kl_coefficient", "_max_importance_ratio", b"_max_importance_ratio", "_temperature", b"_temperature", "beta", b"beta", "clip_high_threshold", b"clip_high_threshold", "clip_low_threshold", b"clip_low_threshold", "entropy", b"entropy", "kl_coefficient", b"kl_coefficient", "loss", b"loss", "max_importance_ratio", b"max_importance_ratio", "temperature", b"temperature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__beta: _TypeAlias = _typing.Literal["beta"]  # noqa: Y015
     _WhichOneofArgType__beta: _TypeAlias = _typing.Literal["_beta", b"_beta"]  # noqa: Y015
@@ -191,6 +198,8 @@ class LossConfig(_message.Message):
     _WhichOneofArgType__kl_coefficient: _TypeAlias = _typing.Literal["_kl_coefficient", b"_kl_coefficient"]  # noqa: Y015
     _WhichOneofReturnType__max_importance_ratio: _TypeAlias = _typing.Literal["max_importance_ratio"]  # noqa: Y015
     _WhichOneofArgType__max_importance_ratio: _TypeAlias = _typing.Literal["_max_importance_ratio", b"_max_importance_ratio"]  # noqa: Y015
+    _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
+    _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__beta) -> _WhichOneofReturnType__beta | None: ...
     @_typing.overload
@@ -201,6 +210,8 @@ class LossConfig(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kl_coefficient) -> _WhichOneofReturnType__kl_coefficient | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_importance_ratio) -> _WhichOneofReturnType__max_importance_ratio | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
 
 Global___LossConfig: _TypeAlias = LossConfig  # noqa: Y015
 

@@ -72,7 +72,7 @@ class Member(_message.Message):
     base_model: _builtins.str
     """Name of the base model it serves. Empty: none (reward)."""
     problem: _builtins.str
-    """Why it is not serving. Empty while it is."""
+    """Why it is not serving, or what some job holds against it. Empty: neither."""
     num_adapters: _builtins.int
     """Adapters (trainer) or policy versions (sampler) that it holds."""
     num_running: _builtins.int

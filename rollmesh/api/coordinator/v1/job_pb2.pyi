@@ -543,6 +543,10 @@ class SamplingSpec(_message.Message):
     TOP_K_FIELD_NUMBER: _builtins.int
     TOP_P_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
+    MIN_P_FIELD_NUMBER: _builtins.int
+    LOGPROBS_KIND_FIELD_NUMBER: _builtins.int
+    CONTINUE_ON_NEWEST_FIELD_NUMBER: _builtins.int
+    MAX_LOGPROB_GAP_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
     """Most tokens of one completion, ≥ 1. Absent: what the context has left after the prompt."""
     temperature: _builtins.float
@@ -551,6 +555,27 @@ class SamplingSpec(_message.Message):
     """Draw from the k likeliest tokens only, ≥ 1. Absent: no limit."""
     top_p: _builtins.float
     """Draw from the smallest set of tokens with this total probability, in (0, 1]. Absent: 1."""
+    min_p: _builtins.float
+    """Draw only from tokens with at least this share of the likeliest one's probability, in [0, 1).
+    Absent: 0, no limit.
+    """
+    logprobs_kind: _builtins.str
+    """Which log-probabilities the job trains on. "policy" (the default): ratios are those of the policy
+    itself. "sampled": those of the policy at `temperature`, and the trainer computes its side at the
+    same temperature, so that ratios are 1 on-policy; refused with top_k, top_p and min_p, of which
+    the trainer knows nothing.
+    """
+    continue_on_newest: _builtins.bool
+    """True: a completion under way moves to each newer version at the border of a chunk. Its staleness
+    counts from the oldest. False: it ends on the version that it began with.
+    """
+    max_logprob_gap: _builtins.float
+    """Bound of the gap between what sampler and trainer compute for a token under the same version,
+    in nats, > 0. A sampler beyond it is asked for nothing more by this job, and its groups that are
+    at hand are drawn anew; costs the trainer one forward pass a step. Not compared are groups still
+    under way at the optimizer step and tokens of older versions. Absent: the gap is measured and
+    told, and has no bound.
+    """
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Text that ends a completion once generated."""
@@ -563,13 +588,21 @@ class SamplingSpec(_message.Message):
         top_k: _builtins.int | None = ...,
         top_p: _builtins.float | None = ...,
         stop: _abc.Iterable[_builtins.str] | None = ...,
+        min_p: _builtins.float | None = ...,
+        logprobs_kind: _builtins.str = ...,
+        continue_on_newest: _builtins.bool = ...,
+        max_logprob_gap: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "max_tokens", b"max_tokens", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_logprob_gap", b"_max_logprob_gap", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "max_logprob_gap", b"max_logprob_gap", "max_tokens", b"max_tokens", "min_p", b"min_p", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "max_tokens", b"max_tokens", "stop", b"stop", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_logprob_gap", b"_max_logprob_gap", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "continue_on_newest", b"continue_on_newest", "logprobs_kind", b"logprobs_kind", "max_logprob_gap", b"max_logprob_gap", "max_tokens", b"max_tokens", "min_p", b"min_p", "stop", b"stop", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_logprob_gap: _TypeAlias = _typing.Literal["max_logprob_gap"]  # noqa: Y015
+    _WhichOneofArgType__max_logprob_gap: _TypeAlias = _typing.Literal["_max_logprob_gap", b"_max_logprob_gap"]  # noqa: Y015
     _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__min_p: _TypeAlias = _typing.Literal["min_p"]  # noqa: Y015
+    _WhichOneofArgType__min_p: _TypeAlias = _typing.Literal["_min_p", b"_min_p"]  # noqa: Y015
     _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
     _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
     _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
@@ -577,7 +610,11 @@ class SamplingSpec(_message.Message):
     _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
     _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_logprob_gap) -> _WhichOneofReturnType__max_logprob_gap | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_p) -> _WhichOneofReturnType__min_p | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
     @_typing.overload
@@ -896,13 +933,17 @@ class StepCompleted(_message.Message):
         """By name: `reward_mean`, `reward_std`, `loss`, `grad_norm`, `learning_rate`, `kl_sampler`,
         `kl_base` (with a KL penalty), `staleness_mean`, `staleness_max`, `completion_tokens_mean`,
         `num_tokens`, `num_rollouts`, `tokens_per_s` (sampled tokens over the step's wall time),
-        `groups_with_equal_rewards` (they teach nothing), `truncated_fraction`.
+        `groups_with_equal_rewards` (they teach nothing), `truncated_fraction`; where tokens were drawn
+        by the version that is trained, `logprob_gap_max` and `logprob_gap_mean` (between sampler and
+        trainer, over those tokens, nats); and all others that ForwardBackward and OptimStep report, of
+        which `queued_s` and `run_s` are added up.
         """
 
     @_builtins.property
     def phases(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Seconds by phase: `sample` and `reward` (mean over groups), `wait` (for enough groups),
-        `forward_backward`, `optim_step`, `publish`, `load`, `step` (wall time of all).
+        `agreement` (with max_logprob_gap: comparing, and drawing again), `forward_backward`,
+        `optim_step`, `publish`, `load`, `step` (wall time of all).
         """
 
     def __init__(
@@ -965,7 +1006,7 @@ class Warning(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     """Stable name of what went wrong, "STEP_RECOVERED", "TRAINER_UNAVAILABLE",
-    "REWARD_UNAVAILABLE" or "SAMPLER_UNAVAILABLE".
+    "REWARD_UNAVAILABLE", "SAMPLER_UNAVAILABLE" or "LOGPROB_GAP".
     """
     message: _builtins.str
     """For a person to read."""

@@ -22,26 +22,42 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from rollmesh.api.common.v1 import policy_pb2 as rollmesh_dot_api_dot_common_dot_v1_dot_policy__pb2
 from rollmesh.api.common.v1 import sampling_pb2 as rollmesh_dot_api_dot_common_dot_v1_dot_sampling__pb2
 from rollmesh.api.common.v1 import tensor_pb2 as rollmesh_dot_api_dot_common_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n2rollmesh/api/coordinator/v1/sampling_service.proto\x12\x1brollmesh.api.coordinator.v1\x1a#rollmesh/api/common/v1/policy.proto\x1a%rollmesh/api/common/v1/sampling.proto\x1a#rollmesh/api/common/v1/tensor.proto\"\xbe\x01\n\rSampleRequest\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\x31\n\x06policy\x18\x02 \x01(\x0b\x32!.rollmesh.api.common.v1.PolicyRef\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\x05\x12\x17\n\x0fnum_completions\x18\x04 \x01(\x05\x12\x36\n\x06params\x18\x05 \x01(\x0b\x32&.rollmesh.api.common.v1.SamplingParams\"H\n\x0eSampleResponse\x12\x36\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\'.rollmesh.api.common.v1.CompletionChunk\"o\n\x16\x43omputeLogprobsRequest\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\x31\n\x06policy\x18\x02 \x01(\x0b\x32!.rollmesh.api.common.v1.PolicyRef\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\"}\n\x17\x43omputeLogprobsResponse\x12\x30\n\x08logprobs\x18\x01 \x01(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\x12\x30\n\x04span\x18\x02 \x01(\x0b\x32\".rollmesh.api.common.v1.PolicySpan2\xf4\x01\n\x0fSamplingService\x12\x63\n\x06Sample\x12*.rollmesh.api.coordinator.v1.SampleRequest\x1a+.rollmesh.api.coordinator.v1.SampleResponse0\x01\x12|\n\x0f\x43omputeLogprobs\x12\x33.rollmesh.api.coordinator.v1.ComputeLogprobsRequest\x1a\x34.rollmesh.api.coordinator.v1.ComputeLogprobsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n2rollmesh/api/coordinator/v1/sampling_service.proto\x12\x1brollmesh.api.coordinator.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a#rollmesh/api/common/v1/policy.proto\x1a%rollmesh/api/common/v1/sampling.proto\x1a#rollmesh/api/common/v1/tensor.proto\"\x7f\n\x05Lease\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x94\x01\n\x12\x43reateLeaseRequest\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\x31\n\x06policy\x18\x02 \x01(\x0b\x32!.rollmesh.api.common.v1.PolicyRef\x12&\n\x03ttl\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"H\n\x13\x43reateLeaseResponse\x12\x31\n\x05lease\x18\x01 \x01(\x0b\x32\".rollmesh.api.coordinator.v1.Lease\"I\n\x11RenewLeaseRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x03ttl\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"G\n\x12RenewLeaseResponse\x12\x31\n\x05lease\x18\x01 \x01(\x0b\x32\".rollmesh.api.coordinator.v1.Lease\"\"\n\x12\x44\x65leteLeaseRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x15\n\x13\x44\x65leteLeaseResponse\"\xda\x01\n\rSampleRequest\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\x31\n\x06policy\x18\x02 \x01(\x0b\x32!.rollmesh.api.common.v1.PolicyRef\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\x05\x12\x17\n\x0fnum_completions\x18\x04 \x01(\x05\x12\x36\n\x06params\x18\x05 \x01(\x0b\x32&.rollmesh.api.common.v1.SamplingParams\x12\x1a\n\x12\x63ontinue_on_newest\x18\x06 \x01(\x08\"H\n\x0eSampleResponse\x12\x36\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\'.rollmesh.api.common.v1.CompletionChunk\"o\n\x16\x43omputeLogprobsRequest\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\x31\n\x06policy\x18\x02 \x01(\x0b\x32!.rollmesh.api.common.v1.PolicyRef\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\"}\n\x17\x43omputeLogprobsResponse\x12\x30\n\x08logprobs\x18\x01 \x01(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\x12\x30\n\x04span\x18\x02 \x01(\x0b\x32\".rollmesh.api.common.v1.PolicySpan2\xc7\x04\n\x0fSamplingService\x12\x63\n\x06Sample\x12*.rollmesh.api.coordinator.v1.SampleRequest\x1a+.rollmesh.api.coordinator.v1.SampleResponse0\x01\x12|\n\x0f\x43omputeLogprobs\x12\x33.rollmesh.api.coordinator.v1.ComputeLogprobsRequest\x1a\x34.rollmesh.api.coordinator.v1.ComputeLogprobsResponse\x12p\n\x0b\x43reateLease\x12/.rollmesh.api.coordinator.v1.CreateLeaseRequest\x1a\x30.rollmesh.api.coordinator.v1.CreateLeaseResponse\x12m\n\nRenewLease\x12..rollmesh.api.coordinator.v1.RenewLeaseRequest\x1a/.rollmesh.api.coordinator.v1.RenewLeaseResponse\x12p\n\x0b\x44\x65leteLease\x12/.rollmesh.api.coordinator.v1.DeleteLeaseRequest\x1a\x30.rollmesh.api.coordinator.v1.DeleteLeaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rollmesh.api.coordinator.v1.sampling_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SAMPLEREQUEST']._serialized_start=197
-  _globals['_SAMPLEREQUEST']._serialized_end=387
-  _globals['_SAMPLERESPONSE']._serialized_start=389
-  _globals['_SAMPLERESPONSE']._serialized_end=461
-  _globals['_COMPUTELOGPROBSREQUEST']._serialized_start=463
-  _globals['_COMPUTELOGPROBSREQUEST']._serialized_end=574
-  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_start=576
-  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_end=701
-  _globals['_SAMPLINGSERVICE']._serialized_start=704
-  _globals['_SAMPLINGSERVICE']._serialized_end=948
+  _globals['_LEASE']._serialized_start=261
+  _globals['_LEASE']._serialized_end=388
+  _globals['_CREATELEASEREQUEST']._serialized_start=391
+  _globals['_CREATELEASEREQUEST']._serialized_end=539
+  _globals['_CREATELEASERESPONSE']._serialized_start=541
+  _globals['_CREATELEASERESPONSE']._serialized_end=613
+  _globals['_RENEWLEASEREQUEST']._serialized_start=615
+  _globals['_RENEWLEASEREQUEST']._serialized_end=688
+  _globals['_RENEWLEASERESPONSE']._serialized_start=690
+  _globals['_RENEWLEASERESPONSE']._serialized_end=761
+  _globals['_DELETELEASEREQUEST']._serialized_start=763
+  _globals['_DELETELEASEREQUEST']._serialized_end=797
+  _globals['_DELETELEASERESPONSE']._serialized_start=799
+  _globals['_DELETELEASERESPONSE']._serialized_end=820
+  _globals['_SAMPLEREQUEST']._serialized_start=823
+  _globals['_SAMPLEREQUEST']._serialized_end=1041
+  _globals['_SAMPLERESPONSE']._serialized_start=1043
+  _globals['_SAMPLERESPONSE']._serialized_end=1115
+  _globals['_COMPUTELOGPROBSREQUEST']._serialized_start=1117
+  _globals['_COMPUTELOGPROBSREQUEST']._serialized_end=1228
+  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_start=1230
+  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_end=1355
+  _globals['_SAMPLINGSERVICE']._serialized_start=1358
+  _globals['_SAMPLINGSERVICE']._serialized_end=1941
 # @@protoc_insertion_point(module_scope)

@@ -45,6 +45,21 @@ class SamplingServiceStub:
                 request_serializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_sampling__service__pb2.ComputeLogprobsRequest.SerializeToString,
                 response_deserializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_sampling__service__pb2.ComputeLogprobsResponse.FromString,
                 _registered_method=True)
+        self.CreateLease = channel.unary_unary(
+                '/rollmesh.api.coordinator.v1.SamplingService/CreateLease',
+                request_serializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_sampling__service__pb2.CreateLeaseRequest.SerializeToString,
+                response_deserializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_sampling__service__pb2.CreateLeaseResponse.FromString,
+                _registered_method=True)
+        self.RenewLease = channel.unary_unary(
+                '/rollmesh.api.coordinator.v1.SamplingService/RenewLease',
+                request_serializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_sampling__service__pb2.RenewLeaseRequest.SerializeToString,
+                response_deserializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_sampling__service__pb2.RenewLeaseResponse.FromString,
+                _registered_method=True)
+        self.DeleteLease = channel.unary_unary(
+                '/rollmesh.api.coordinator.v1.SamplingService/DeleteLease',
+                request_serializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_sampling__service__pb2.DeleteLeaseRequest.SerializeToString,
+                response_deserializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_sampling__service__pb2.DeleteLeaseResponse.FromString,
+                _registered_method=True)
 
 
 class SamplingServiceServicer:
@@ -56,8 +71,9 @@ class SamplingServiceServicer:
         a token outside the vocabulary, a prompt that leaves no room in the context, a parameter out of
         range. NOT_FOUND: nobody serves the base model; no such adapter or published version; one that
         its trainer keeps no longer and no sampler holds. RESOURCE_EXHAUSTED: the queue is full; try again
-        after RetryInfo. UNAVAILABLE: no sampler serves; or the sampler was lost after chunks had been
-        sent, which are then to be thrown away. Cancelling the call, or its deadline, stops the generation.
+        after RetryInfo. UNAVAILABLE: no sampler serves. UNIMPLEMENTED: a parameter that the samplers'
+        engine does not have. When a sampler is lost in the middle, another one continues each completion
+        from there; the spans tell. Cancelling the call, or its deadline, stops the generation.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -65,6 +81,30 @@ class SamplingServiceServicer:
 
     def ComputeLogprobs(self, request, context):
         """Log-probabilities of given tokens under a policy, as the sampler computes them. Errors as Sample.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateLease(self, request, context):
+        """Keeps a published version so that it can be sampled for as long as it is leased, however many are
+        published after it. Without a lease a version that is not the newest is let go of some time
+        after it was superseded. NOT_FOUND: no such adapter, or version that is still kept.
+        RESOURCE_EXHAUSTED: the project has as many leases as it may.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RenewLease(self, request, context):
+        """Makes a lease last for `ttl` from now. NOT_FOUND: it has expired or was deleted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteLease(self, request, context):
+        """Ends a lease. One that is gone is OK too.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -82,6 +122,21 @@ def add_SamplingServiceServicer_to_server(servicer, server):
                     servicer.ComputeLogprobs,
                     request_deserializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_sampling__service__pb2.ComputeLogprobsRequest.FromString,
                     response_serializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_sampling__service__pb2.ComputeLogprobsResponse.SerializeToString,
+            ),
+            'CreateLease': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateLease,
+                    request_deserializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_sampling__service__pb2.CreateLeaseRequest.FromString,
+                    response_serializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_sampling__service__pb2.CreateLeaseResponse.SerializeToString,
+            ),
+            'RenewLease': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewLease,
+                    request_deserializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_sampling__service__pb2.RenewLeaseRequest.FromString,
+                    response_serializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_sampling__service__pb2.RenewLeaseResponse.SerializeToString,
+            ),
+            'DeleteLease': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteLease,
+                    request_deserializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_sampling__service__pb2.DeleteLeaseRequest.FromString,
+                    response_serializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_sampling__service__pb2.DeleteLeaseResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -139,6 +194,87 @@ class SamplingService:
             '/rollmesh.api.coordinator.v1.SamplingService/ComputeLogprobs',
             rollmesh_dot_api_dot_coordinator_dot_v1_dot_sampling__service__pb2.ComputeLogprobsRequest.SerializeToString,
             rollmesh_dot_api_dot_coordinator_dot_v1_dot_sampling__service__pb2.ComputeLogprobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateLease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rollmesh.api.coordinator.v1.SamplingService/CreateLease',
+            rollmesh_dot_api_dot_coordinator_dot_v1_dot_sampling__service__pb2.CreateLeaseRequest.SerializeToString,
+            rollmesh_dot_api_dot_coordinator_dot_v1_dot_sampling__service__pb2.CreateLeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenewLease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rollmesh.api.coordinator.v1.SamplingService/RenewLease',
+            rollmesh_dot_api_dot_coordinator_dot_v1_dot_sampling__service__pb2.RenewLeaseRequest.SerializeToString,
+            rollmesh_dot_api_dot_coordinator_dot_v1_dot_sampling__service__pb2.RenewLeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteLease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rollmesh.api.coordinator.v1.SamplingService/DeleteLease',
+            rollmesh_dot_api_dot_coordinator_dot_v1_dot_sampling__service__pb2.DeleteLeaseRequest.SerializeToString,
+            rollmesh_dot_api_dot_coordinator_dot_v1_dot_sampling__service__pb2.DeleteLeaseResponse.FromString,
             options,
             channel_credentials,
             insecure,

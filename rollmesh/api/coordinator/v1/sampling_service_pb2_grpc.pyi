@@ -38,11 +38,22 @@ class SamplingServiceStub:
     a token outside the vocabulary, a prompt that leaves no room in the context, a parameter out of
     range. NOT_FOUND: nobody serves the base model; no such adapter or published version; one that
     its trainer keeps no longer and no sampler holds. RESOURCE_EXHAUSTED: the queue is full; try again
-    after RetryInfo. UNAVAILABLE: no sampler serves; or the sampler was lost after chunks had been
-    sent, which are then to be thrown away. Cancelling the call, or its deadline, stops the generation.
+    after RetryInfo. UNAVAILABLE: no sampler serves. UNIMPLEMENTED: a parameter that the samplers'
+    engine does not have. When a sampler is lost in the middle, another one continues each completion
+    from there; the spans tell. Cancelling the call, or its deadline, stops the generation.
     """
     ComputeLogprobs: _grpc.UnaryUnaryMultiCallable[_sampling_service_pb2.ComputeLogprobsRequest, _sampling_service_pb2.ComputeLogprobsResponse]
     """Log-probabilities of given tokens under a policy, as the sampler computes them. Errors as Sample."""
+    CreateLease: _grpc.UnaryUnaryMultiCallable[_sampling_service_pb2.CreateLeaseRequest, _sampling_service_pb2.CreateLeaseResponse]
+    """Keeps a published version so that it can be sampled for as long as it is leased, however many are
+    published after it. Without a lease a version that is not the newest is let go of some time
+    after it was superseded. NOT_FOUND: no such adapter, or version that is still kept.
+    RESOURCE_EXHAUSTED: the project has as many leases as it may.
+    """
+    RenewLease: _grpc.UnaryUnaryMultiCallable[_sampling_service_pb2.RenewLeaseRequest, _sampling_service_pb2.RenewLeaseResponse]
+    """Makes a lease last for `ttl` from now. NOT_FOUND: it has expired or was deleted."""
+    DeleteLease: _grpc.UnaryUnaryMultiCallable[_sampling_service_pb2.DeleteLeaseRequest, _sampling_service_pb2.DeleteLeaseResponse]
+    """Ends a lease. One that is gone is OK too."""
 
 @_typing.type_check_only
 class SamplingServiceAsyncStub(SamplingServiceStub):
@@ -54,11 +65,22 @@ class SamplingServiceAsyncStub(SamplingServiceStub):
     a token outside the vocabulary, a prompt that leaves no room in the context, a parameter out of
     range. NOT_FOUND: nobody serves the base model; no such adapter or published version; one that
     its trainer keeps no longer and no sampler holds. RESOURCE_EXHAUSTED: the queue is full; try again
-    after RetryInfo. UNAVAILABLE: no sampler serves; or the sampler was lost after chunks had been
-    sent, which are then to be thrown away. Cancelling the call, or its deadline, stops the generation.
+    after RetryInfo. UNAVAILABLE: no sampler serves. UNIMPLEMENTED: a parameter that the samplers'
+    engine does not have. When a sampler is lost in the middle, another one continues each completion
+    from there; the spans tell. Cancelling the call, or its deadline, stops the generation.
     """
     ComputeLogprobs: _aio.UnaryUnaryMultiCallable[_sampling_service_pb2.ComputeLogprobsRequest, _sampling_service_pb2.ComputeLogprobsResponse]  # type: ignore[assignment]
     """Log-probabilities of given tokens under a policy, as the sampler computes them. Errors as Sample."""
+    CreateLease: _aio.UnaryUnaryMultiCallable[_sampling_service_pb2.CreateLeaseRequest, _sampling_service_pb2.CreateLeaseResponse]  # type: ignore[assignment]
+    """Keeps a published version so that it can be sampled for as long as it is leased, however many are
+    published after it. Without a lease a version that is not the newest is let go of some time
+    after it was superseded. NOT_FOUND: no such adapter, or version that is still kept.
+    RESOURCE_EXHAUSTED: the project has as many leases as it may.
+    """
+    RenewLease: _aio.UnaryUnaryMultiCallable[_sampling_service_pb2.RenewLeaseRequest, _sampling_service_pb2.RenewLeaseResponse]  # type: ignore[assignment]
+    """Makes a lease last for `ttl` from now. NOT_FOUND: it has expired or was deleted."""
+    DeleteLease: _aio.UnaryUnaryMultiCallable[_sampling_service_pb2.DeleteLeaseRequest, _sampling_service_pb2.DeleteLeaseResponse]  # type: ignore[assignment]
+    """Ends a lease. One that is gone is OK too."""
 
 class SamplingServiceServicer(metaclass=_abc_1.ABCMeta):
     """Sampling from any policy of the caller's project, or from a base model."""
@@ -73,8 +95,9 @@ class SamplingServiceServicer(metaclass=_abc_1.ABCMeta):
         a token outside the vocabulary, a prompt that leaves no room in the context, a parameter out of
         range. NOT_FOUND: nobody serves the base model; no such adapter or published version; one that
         its trainer keeps no longer and no sampler holds. RESOURCE_EXHAUSTED: the queue is full; try again
-        after RetryInfo. UNAVAILABLE: no sampler serves; or the sampler was lost after chunks had been
-        sent, which are then to be thrown away. Cancelling the call, or its deadline, stops the generation.
+        after RetryInfo. UNAVAILABLE: no sampler serves. UNIMPLEMENTED: a parameter that the samplers'
+        engine does not have. When a sampler is lost in the middle, another one continues each completion
+        from there; the spans tell. Cancelling the call, or its deadline, stops the generation.
         """
 
     @_abc_1.abstractmethod
@@ -84,5 +107,33 @@ class SamplingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_sampling_service_pb2.ComputeLogprobsResponse, _abc.Awaitable[_sampling_service_pb2.ComputeLogprobsResponse]]:
         """Log-probabilities of given tokens under a policy, as the sampler computes them. Errors as Sample."""
+
+    @_abc_1.abstractmethod
+    def CreateLease(
+        self,
+        request: _sampling_service_pb2.CreateLeaseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sampling_service_pb2.CreateLeaseResponse, _abc.Awaitable[_sampling_service_pb2.CreateLeaseResponse]]:
+        """Keeps a published version so that it can be sampled for as long as it is leased, however many are
+        published after it. Without a lease a version that is not the newest is let go of some time
+        after it was superseded. NOT_FOUND: no such adapter, or version that is still kept.
+        RESOURCE_EXHAUSTED: the project has as many leases as it may.
+        """
+
+    @_abc_1.abstractmethod
+    def RenewLease(
+        self,
+        request: _sampling_service_pb2.RenewLeaseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sampling_service_pb2.RenewLeaseResponse, _abc.Awaitable[_sampling_service_pb2.RenewLeaseResponse]]:
+        """Makes a lease last for `ttl` from now. NOT_FOUND: it has expired or was deleted."""
+
+    @_abc_1.abstractmethod
+    def DeleteLease(
+        self,
+        request: _sampling_service_pb2.DeleteLeaseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sampling_service_pb2.DeleteLeaseResponse, _abc.Awaitable[_sampling_service_pb2.DeleteLeaseResponse]]:
+        """Ends a lease. One that is gone is OK too."""
 
 def add_SamplingServiceServicer_to_server(servicer: SamplingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

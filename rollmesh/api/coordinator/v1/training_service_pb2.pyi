@@ -123,8 +123,11 @@ class ForwardRequest(_message.Message):
 
     ADAPTER_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """Resource name `projects/{p}/adapters/{a}`."""
+    temperature: _builtins.float
+    """As in LossConfig: the temperature of the distribution, in (0, 2]. Absent: 1."""
     @_builtins.property
     def data(self) -> _containers.RepeatedCompositeFieldContainer[_training_pb2.Datum]:
         """The batch, at least one datum; only token_ids and target_token_ids are read."""
@@ -134,12 +137,15 @@ class ForwardRequest(_message.Message):
         *,
         adapter: _builtins.str = ...,
         data: _abc.Iterable[_training_pb2.Datum] | None = ...,
+        temperature: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_temperature", b"_temperature", "temperature", b"temperature"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "data", b"data"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_temperature", b"_temperature", "adapter", b"adapter", "data", b"data", "temperature", b"temperature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
+    _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
 
 Global___ForwardRequest: _TypeAlias = ForwardRequest  # noqa: Y015
 

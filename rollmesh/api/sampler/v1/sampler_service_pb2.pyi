@@ -31,6 +31,7 @@ class AdapterSource(_message.Message):
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     TRAINER_ADDRESS_FIELD_NUMBER: _builtins.int
+    EXPORT_KEY_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """Resource name `projects/{p}/adapters/{a}`."""
     policy_version: _builtins.int
@@ -38,7 +39,9 @@ class AdapterSource(_message.Message):
     digest: _builtins.str
     """Canonical digest (sha256, hex) that its tensors must have."""
     trainer_address: _builtins.str
-    """host:port of the trainer to pull it from."""
+    """host:port of the trainer to pull it from. Empty: it is in the blob store alone."""
+    export_key: _builtins.str
+    """Key in the blob store of the same version, for when the trainer is away. Empty: it is not there."""
     def __init__(
         self,
         *,
@@ -46,10 +49,11 @@ class AdapterSource(_message.Message):
         policy_version: _builtins.int = ...,
         digest: _builtins.str = ...,
         trainer_address: _builtins.str = ...,
+        export_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "digest", b"digest", "policy_version", b"policy_version", "trainer_address", b"trainer_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "digest", b"digest", "export_key", b"export_key", "policy_version", b"policy_version", "trainer_address", b"trainer_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -85,6 +89,12 @@ class GetSamplerResponse(_message.Message):
     NUM_RUNNING_FIELD_NUMBER: _builtins.int
     LOADED_FIELD_NUMBER: _builtins.int
     MAX_RANK_FIELD_NUMBER: _builtins.int
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    NUM_QUEUED_FIELD_NUMBER: _builtins.int
+    MAX_LORAS_FIELD_NUMBER: _builtins.int
+    RESIDENT_FIELD_NUMBER: _builtins.int
+    KV_TOKENS_FIELD_NUMBER: _builtins.int
+    RESERVED_KV_TOKENS_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     """Name of the base model."""
     vocab_size: _builtins.int
@@ -97,9 +107,23 @@ class GetSamplerResponse(_message.Message):
     """Completions being drawn or waiting here."""
     max_rank: _builtins.int
     """Largest LoRA rank that it can load."""
+    instance_id: _builtins.str
+    """Drawn anew each time the process starts."""
+    num_queued: _builtins.int
+    """Requests that wait for a slot of the engine or for key-value memory."""
+    max_loras: _builtins.int
+    """Versions that the engine computes at once; others that are live take turns with them."""
+    kv_tokens: _builtins.int
+    """Tokens whose keys and values fit into the engine. 0: not bounded."""
+    reserved_kv_tokens: _builtins.int
+    """Of those, the ones that admitted requests may come to need; may exceed kv_tokens."""
     @_builtins.property
     def loaded(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterSource]:
-        """The versions that are live, without trainer_address."""
+        """The versions that are live, without trainer_address and export_key."""
+
+    @_builtins.property
+    def resident(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterSource]:
+        """Of `loaded`, those in the engine's slots now."""
 
     def __init__(
         self,
@@ -111,10 +135,16 @@ class GetSamplerResponse(_message.Message):
         num_running: _builtins.int = ...,
         loaded: _abc.Iterable[Global___AdapterSource] | None = ...,
         max_rank: _builtins.int = ...,
+        instance_id: _builtins.str = ...,
+        num_queued: _builtins.int = ...,
+        max_loras: _builtins.int = ...,
+        resident: _abc.Iterable[Global___AdapterSource] | None = ...,
+        kv_tokens: _builtins.int = ...,
+        reserved_kv_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "base_model", b"base_model", "loaded", b"loaded", "max_length", b"max_length", "max_rank", b"max_rank", "num_running", b"num_running", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "base_model", b"base_model", "instance_id", b"instance_id", "kv_tokens", b"kv_tokens", "loaded", b"loaded", "max_length", b"max_length", "max_loras", b"max_loras", "max_rank", b"max_rank", "num_queued", b"num_queued", "num_running", b"num_running", "reserved_kv_tokens", b"reserved_kv_tokens", "resident", b"resident", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -225,8 +255,12 @@ class SampleRequest(_message.Message):
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     NUM_COMPLETIONS_FIELD_NUMBER: _builtins.int
     PARAMS_FIELD_NUMBER: _builtins.int
+    PROJECT_FIELD_NUMBER: _builtins.int
+    CONTINUATIONS_FIELD_NUMBER: _builtins.int
     num_completions: _builtins.int
     """Completions to draw, in [1, 1024]."""
+    project: _builtins.str
+    """Project id of whoever asks. Keys and values are reused only among the requests of one project."""
     @_builtins.property
     def source(self) -> Global___AdapterSource:
         """The policy. Absent: the base model."""
@@ -239,6 +273,12 @@ class SampleRequest(_message.Message):
     def params(self) -> _sampling_pb2.SamplingParams:
         """How to draw. Absent: every default."""
 
+    @_builtins.property
+    def continuations(self) -> _containers.RepeatedCompositeFieldContainer[_sampling_pb2.Continuation]:
+        """The completions to draw, where it is not all of them from their beginning. Each draw depends on
+        seed, index and place alone, so that a completion goes on as it would have where it began.
+        """
+
     def __init__(
         self,
         *,
@@ -246,10 +286,12 @@ class SampleRequest(_message.Message):
         prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         num_completions: _builtins.int = ...,
         params: _sampling_pb2.SamplingParams | None = ...,
+        project: _builtins.str = ...,
+        continuations: _abc.Iterable[_sampling_pb2.Continuation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["params", b"params", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_completions", b"num_completions", "params", b"params", "prompt_token_ids", b"prompt_token_ids", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["continuations", b"continuations", "num_completions", b"num_completions", "params", b"params", "project", b"project", "prompt_token_ids", b"prompt_token_ids", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -264,7 +306,7 @@ class SampleResponse(_message.Message):
     CHUNK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def chunk(self) -> _sampling_pb2.CompletionChunk:
-        """The next piece of one of the completions."""
+        """The next piece of one of the completions. Absent: only a sign of life."""
 
     def __init__(
         self,
@@ -287,6 +329,9 @@ class ComputeLogprobsRequest(_message.Message):
 
     SOURCE_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    PROJECT_FIELD_NUMBER: _builtins.int
+    project: _builtins.str
+    """Project id of whoever asks."""
     @_builtins.property
     def source(self) -> Global___AdapterSource:
         """The policy. Absent: the base model."""
@@ -300,10 +345,11 @@ class ComputeLogprobsRequest(_message.Message):
         *,
         source: Global___AdapterSource | None = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        project: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["source", b"source", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["project", b"project", "source", b"source", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -76,12 +76,15 @@ class SamplerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LoadAdapter(self, request, context):
-        """Pulls a version, verifies what arrived against its digest, and loads it into the engine; answers
-        when it is live. Repeating it is free. INVALID_ARGUMENT: a malformed source, another base model,
-        too large a rank. NOT_FOUND: the trainer keeps it no longer. FAILED_PRECONDITION: what arrived is
-        not what the digest says, or the engine cannot use it. RESOURCE_EXHAUSTED: as many versions as fit
-        are in use, or the cache is full. UNAVAILABLE: the engine is starting or going away; with the
-        reason SOURCE_UNAVAILABLE: the trainer could not be reached, or its stream was torn.
+        """Pulls a version, verifies what arrived against its digest, loads it into the engine, and reads
+        back what the engine loaded; answers when it is live: when all of that was right once.
+        Repeating it is free. INVALID_ARGUMENT: a malformed source, another base model, too large a
+        rank. NOT_FOUND: the trainer keeps it no longer. FAILED_PRECONDITION: what arrived is not what
+        the digest says, or the engine cannot use it or makes something else of it; that is not tried
+        again for a minute. RESOURCE_EXHAUSTED: the version alone is larger than the cache, the disk is
+        full, or `max_queued` loads wait, half of them at most of one project. UNAVAILABLE: the engine
+        is starting or going away; with the reason SOURCE_UNAVAILABLE: the trainer could not be
+        reached, or its stream was torn.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -96,11 +99,13 @@ class SamplerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Sample(self, request, context):
-        """Draws completions and streams their tokens; a version that is not loaded is pulled first.
-        INVALID_ARGUMENT names the field. RESOURCE_EXHAUSTED: `max_queued` requests are here; ask another
-        sampler. UNAVAILABLE: the engine is starting or going away; ask another. Where a version is
-        pulled, LoadAdapter's errors too. Cancelling the call, or its deadline, aborts the generation in
-        the engine.
+        """Draws completions and streams their tokens; a version that is not loaded is pulled first. While
+        the request waits or is drawn a message comes several times a second: a stream that is silent
+        for a second or two has lost its sampler. INVALID_ARGUMENT names the field. UNIMPLEMENTED: a
+        parameter that the engine does not have. RESOURCE_EXHAUSTED: `max_queued` requests wait here,
+        or half as many of this project; ask another sampler. UNAVAILABLE: the engine is starting or
+        going away; ask another. Where a version is pulled, LoadAdapter's errors too. Cancelling the
+        call, or its deadline, aborts the generation in the engine.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,23 +38,28 @@ class SamplerServiceStub:
     GetSampler: _grpc.UnaryUnaryMultiCallable[_sampler_service_pb2.GetSamplerRequest, _sampler_service_pb2.GetSamplerResponse]
     """What this sampler serves and how busy it is."""
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_sampler_service_pb2.LoadAdapterRequest, _sampler_service_pb2.LoadAdapterResponse]
-    """Pulls a version, verifies what arrived against its digest, and loads it into the engine; answers
-    when it is live. Repeating it is free. INVALID_ARGUMENT: a malformed source, another base model,
-    too large a rank. NOT_FOUND: the trainer keeps it no longer. FAILED_PRECONDITION: what arrived is
-    not what the digest says, or the engine cannot use it. RESOURCE_EXHAUSTED: as many versions as fit
-    are in use, or the cache is full. UNAVAILABLE: the engine is starting or going away; with the
-    reason SOURCE_UNAVAILABLE: the trainer could not be reached, or its stream was torn.
+    """Pulls a version, verifies what arrived against its digest, loads it into the engine, and reads
+    back what the engine loaded; answers when it is live: when all of that was right once.
+    Repeating it is free. INVALID_ARGUMENT: a malformed source, another base model, too large a
+    rank. NOT_FOUND: the trainer keeps it no longer. FAILED_PRECONDITION: what arrived is not what
+    the digest says, or the engine cannot use it or makes something else of it; that is not tried
+    again for a minute. RESOURCE_EXHAUSTED: the version alone is larger than the cache, the disk is
+    full, or `max_queued` loads wait, half of them at most of one project. UNAVAILABLE: the engine
+    is starting or going away; with the reason SOURCE_UNAVAILABLE: the trainer could not be
+    reached, or its stream was torn.
     """
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_sampler_service_pb2.UnloadAdapterRequest, _sampler_service_pb2.UnloadAdapterResponse]
     """Unloads a version once no request uses it. One that is not loaded is OK too.
     INVALID_ARGUMENT: not an adapter's name.
     """
     Sample: _grpc.UnaryStreamMultiCallable[_sampler_service_pb2.SampleRequest, _sampler_service_pb2.SampleResponse]
-    """Draws completions and streams their tokens; a version that is not loaded is pulled first.
-    INVALID_ARGUMENT names the field. RESOURCE_EXHAUSTED: `max_queued` requests are here; ask another
-    sampler. UNAVAILABLE: the engine is starting or going away; ask another. Where a version is
-    pulled, LoadAdapter's errors too. Cancelling the call, or its deadline, aborts the generation in
-    the engine.
+    """Draws completions and streams their tokens; a version that is not loaded is pulled first. While
+    the request waits or is drawn a message comes several times a second: a stream that is silent
+    for a second or two has lost its sampler. INVALID_ARGUMENT names the field. UNIMPLEMENTED: a
+    parameter that the engine does not have. RESOURCE_EXHAUSTED: `max_queued` requests wait here,
+    or half as many of this project; ask another sampler. UNAVAILABLE: the engine is starting or
+    going away; ask another. Where a version is pulled, LoadAdapter's errors too. Cancelling the
+    call, or its deadline, aborts the generation in the engine.
     """
     ComputeLogprobs: _grpc.UnaryUnaryMultiCallable[_sampler_service_pb2.ComputeLogprobsRequest, _sampler_service_pb2.ComputeLogprobsResponse]
     """Log-probabilities of given tokens under a policy. Errors as Sample."""
@@ -69,23 +74,28 @@ class SamplerServiceAsyncStub(SamplerServiceStub):
     GetSampler: _aio.UnaryUnaryMultiCallable[_sampler_service_pb2.GetSamplerRequest, _sampler_service_pb2.GetSamplerResponse]  # type: ignore[assignment]
     """What this sampler serves and how busy it is."""
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_sampler_service_pb2.LoadAdapterRequest, _sampler_service_pb2.LoadAdapterResponse]  # type: ignore[assignment]
-    """Pulls a version, verifies what arrived against its digest, and loads it into the engine; answers
-    when it is live. Repeating it is free. INVALID_ARGUMENT: a malformed source, another base model,
-    too large a rank. NOT_FOUND: the trainer keeps it no longer. FAILED_PRECONDITION: what arrived is
-    not what the digest says, or the engine cannot use it. RESOURCE_EXHAUSTED: as many versions as fit
-    are in use, or the cache is full. UNAVAILABLE: the engine is starting or going away; with the
-    reason SOURCE_UNAVAILABLE: the trainer could not be reached, or its stream was torn.
+    """Pulls a version, verifies what arrived against its digest, loads it into the engine, and reads
+    back what the engine loaded; answers when it is live: when all of that was right once.
+    Repeating it is free. INVALID_ARGUMENT: a malformed source, another base model, too large a
+    rank. NOT_FOUND: the trainer keeps it no longer. FAILED_PRECONDITION: what arrived is not what
+    the digest says, or the engine cannot use it or makes something else of it; that is not tried
+    again for a minute. RESOURCE_EXHAUSTED: the version alone is larger than the cache, the disk is
+    full, or `max_queued` loads wait, half of them at most of one project. UNAVAILABLE: the engine
+    is starting or going away; with the reason SOURCE_UNAVAILABLE: the trainer could not be
+    reached, or its stream was torn.
     """
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_sampler_service_pb2.UnloadAdapterRequest, _sampler_service_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
     """Unloads a version once no request uses it. One that is not loaded is OK too.
     INVALID_ARGUMENT: not an adapter's name.
     """
     Sample: _aio.UnaryStreamMultiCallable[_sampler_service_pb2.SampleRequest, _sampler_service_pb2.SampleResponse]  # type: ignore[assignment]
-    """Draws completions and streams their tokens; a version that is not loaded is pulled first.
-    INVALID_ARGUMENT names the field. RESOURCE_EXHAUSTED: `max_queued` requests are here; ask another
-    sampler. UNAVAILABLE: the engine is starting or going away; ask another. Where a version is
-    pulled, LoadAdapter's errors too. Cancelling the call, or its deadline, aborts the generation in
-    the engine.
+    """Draws completions and streams their tokens; a version that is not loaded is pulled first. While
+    the request waits or is drawn a message comes several times a second: a stream that is silent
+    for a second or two has lost its sampler. INVALID_ARGUMENT names the field. UNIMPLEMENTED: a
+    parameter that the engine does not have. RESOURCE_EXHAUSTED: `max_queued` requests wait here,
+    or half as many of this project; ask another sampler. UNAVAILABLE: the engine is starting or
+    going away; ask another. Where a version is pulled, LoadAdapter's errors too. Cancelling the
+    call, or its deadline, aborts the generation in the engine.
     """
     ComputeLogprobs: _aio.UnaryUnaryMultiCallable[_sampler_service_pb2.ComputeLogprobsRequest, _sampler_service_pb2.ComputeLogprobsResponse]  # type: ignore[assignment]
     """Log-probabilities of given tokens under a policy. Errors as Sample."""
@@ -109,12 +119,15 @@ class SamplerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sampler_service_pb2.LoadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sampler_service_pb2.LoadAdapterResponse, _abc.Awaitable[_sampler_service_pb2.LoadAdapterResponse]]:
-        """Pulls a version, verifies what arrived against its digest, and loads it into the engine; answers
-        when it is live. Repeating it is free. INVALID_ARGUMENT: a malformed source, another base model,
-        too large a rank. NOT_FOUND: the trainer keeps it no longer. FAILED_PRECONDITION: what arrived is
-        not what the digest says, or the engine cannot use it. RESOURCE_EXHAUSTED: as many versions as fit
-        are in use, or the cache is full. UNAVAILABLE: the engine is starting or going away; with the
-        reason SOURCE_UNAVAILABLE: the trainer could not be reached, or its stream was torn.
+        """Pulls a version, verifies what arrived against its digest, loads it into the engine, and reads
+        back what the engine loaded; answers when it is live: when all of that was right once.
+        Repeating it is free. INVALID_ARGUMENT: a malformed source, another base model, too large a
+        rank. NOT_FOUND: the trainer keeps it no longer. FAILED_PRECONDITION: what arrived is not what
+        the digest says, or the engine cannot use it or makes something else of it; that is not tried
+        again for a minute. RESOURCE_EXHAUSTED: the version alone is larger than the cache, the disk is
+        full, or `max_queued` loads wait, half of them at most of one project. UNAVAILABLE: the engine
+        is starting or going away; with the reason SOURCE_UNAVAILABLE: the trainer could not be
+        reached, or its stream was torn.
         """
 
     @_abc_1.abstractmethod
@@ -133,11 +146,13 @@ class SamplerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sampler_service_pb2.SampleRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_sampler_service_pb2.SampleResponse], _abc.AsyncIterator[_sampler_service_pb2.SampleResponse]]:
-        """Draws completions and streams their tokens; a version that is not loaded is pulled first.
-        INVALID_ARGUMENT names the field. RESOURCE_EXHAUSTED: `max_queued` requests are here; ask another
-        sampler. UNAVAILABLE: the engine is starting or going away; ask another. Where a version is
-        pulled, LoadAdapter's errors too. Cancelling the call, or its deadline, aborts the generation in
-        the engine.
+        """Draws completions and streams their tokens; a version that is not loaded is pulled first. While
+        the request waits or is drawn a message comes several times a second: a stream that is silent
+        for a second or two has lost its sampler. INVALID_ARGUMENT names the field. UNIMPLEMENTED: a
+        parameter that the engine does not have. RESOURCE_EXHAUSTED: `max_queued` requests wait here,
+        or half as many of this project; ask another sampler. UNAVAILABLE: the engine is starting or
+        going away; ask another. Where a version is pulled, LoadAdapter's errors too. Cancelling the
+        call, or its deadline, aborts the generation in the engine.
         """
 
     @_abc_1.abstractmethod

@@ -538,8 +538,11 @@ class ForwardRequest(_message.Message):
 
     ADAPTER_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """Resource name `projects/{p}/adapters/{a}`."""
+    temperature: _builtins.float
+    """As in LossConfig: the temperature of the distribution, in (0, 2]. Absent: 1."""
     @_builtins.property
     def data(self) -> _containers.RepeatedCompositeFieldContainer[_training_pb2.Datum]:
         """The batch, at least one datum; only token_ids and target_token_ids are read."""
@@ -549,12 +552,15 @@ class ForwardRequest(_message.Message):
         *,
         adapter: _builtins.str = ...,
         data: _abc.Iterable[_training_pb2.Datum] | None = ...,
+        temperature: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_temperature", b"_temperature", "temperature", b"temperature"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "data", b"data"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_temperature", b"_temperature", "adapter", b"adapter", "data", b"data", "temperature", b"temperature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
+    _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
 
 Global___ForwardRequest: _TypeAlias = ForwardRequest  # noqa: Y015
 
@@ -812,19 +818,25 @@ class PublishAdapterResponse(_message.Message):
 
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    EXPORT_KEY_FIELD_NUMBER: _builtins.int
     policy_version: _builtins.int
     """The version that can be exported now."""
     digest: _builtins.str
     """Canonical digest (sha256, hex) of its tensors."""
+    export_key: _builtins.str
+    """Key in the blob store where the version is being written too, for samplers to pull it while this
+    trainer is away. Never used twice.
+    """
     def __init__(
         self,
         *,
         policy_version: _builtins.int = ...,
         digest: _builtins.str = ...,
+        export_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "policy_version", b"policy_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "export_key", b"export_key", "policy_version", b"policy_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -838,19 +850,25 @@ class ExportAdapterRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name `projects/{p}/adapters/{a}`."""
     policy_version: _builtins.int
     """The published version."""
+    offset: _builtins.int
+    """Bytes of adapter_model.safetensors to leave out, which the caller has from an earlier attempt.
+    INVALID_ARGUMENT: negative, or more than there are.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         policy_version: _builtins.int = ...,
+        offset: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "policy_version", b"policy_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "offset", b"offset", "policy_version", b"policy_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
