@@ -36,7 +36,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.sampler_mesh import MODEL, bench_mesh, random_prompts
+from benchmarks.sampler_mesh import MODEL, PUBLISHES_PER_S, bench_mesh, random_prompts
 from benchmarks.sampler_model import RANK, make_adapter, make_model
 from benchmarks.sampler_raw import Work, raw_engine
 from benchmarks.sampler_rounds import ratio, show, take_turns
@@ -151,6 +151,8 @@ def through_the_mesh(model: Path, adapters: list[Path], rounds: int) -> Figures:
         finally:
             runner.run(context.__aexit__(None, None, None))
     show("mesh and vLLM alone", speeds)
+    rates = ", ".join(f"{rate:.1f}" for rate in mesh.publishes_per_s)
+    print(f"published each second beside: {rates} (of {PUBLISHES_PER_S} wanted)")  # noqa: T201
     return {**_mesh_figures(speeds), **_publish_figures(times)}
 
 

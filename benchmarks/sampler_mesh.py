@@ -39,6 +39,7 @@ class Tenant:
         self.name = f"projects/{project}/adapters/a"
         self.policy = PolicyRef(MODEL, self.name, 0)
         self._sequence = 1
+        self.num_published = 0
 
     async def create(self) -> None:
         """The adapter, trained a little, with its first version published."""
@@ -60,6 +61,7 @@ class Tenant:
     async def publish(self) -> None:
         """What is sampled from now on is the newest step's."""
         published = await self._client.adapters.publish(self.name)
+        self.num_published += 1
         self.policy = PolicyRef(MODEL, self.name, published.policy_version)
 
     async def first_token(self) -> None:
@@ -76,6 +78,8 @@ class BenchMesh:
         self.running = running
         self.client = client
         self.tenants: list[Tenant] = []
+        self.publishes_per_s: list[float] = []
+        """What was reached of PUBLISHES_PER_S."""
 
     async def more_tenants(self, count: int) -> None:
         """Until there are `count`."""
@@ -106,10 +110,14 @@ class BenchMesh:
         With `publishing` each step is published and a token drawn from it.
         """
         other = self.tenants[-1]
+        begin, first = time.perf_counter(), other.num_published
         async with asyncio.TaskGroup() as tasks:
             beside = tasks.create_task(_step_on(other, publishing=publishing))
             speed = await self.run(work, own)
             beside.cancel()
+        if publishing:
+            published = other.num_published - first
+            self.publishes_per_s.append(published / (time.perf_counter() - begin))
         return speed
 
     async def publish_to_token_ms(self, count: int) -> list[float]:
@@ -180,7 +188,12 @@ async def bench_mesh(
     base_model = {"name": MODEL, "path": str(model)}
     config = LocalConfig.model_validate(
         {
-            "coordinator": {"base_models": [{"name": MODEL, "tokenizer": str(model)}]},
+            "coordinator": {
+                "base_models": [{"name": MODEL, "tokenizer": str(model)}],
+                # All that is asked for at once: the sampler has as many of each adapter to choose
+                # from as fill its batch, whatever adapters are in its slots.
+                "max_running_completions": 512,
+            },
             "trainers": [{"base_model": base_model, "num_threads": 1, "max_rank": RANK}],
             "samplers": [{**sampler, "base_model": base_model}] * num_samplers,
         }

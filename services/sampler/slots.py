@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import copy
 import logging
 from typing import TYPE_CHECKING, Self
@@ -43,6 +44,8 @@ class Slots:
         self._waiting: dict[Request, asyncio.Future[None]] = {}
         # Those that were asked for and are not forgotten, by number.
         self._adapters: dict[int, LoadedAdapter] = {}
+        # Of those of them that were asked for since they were loaded last.
+        self._callers: dict[int, contextvars.Context] = {}
         self._proven: set[int] = set()
         # In the engine, on their way into it or out of it.
         self._inside: set[int] = set()
@@ -121,6 +124,7 @@ class Slots:
             await self._unloaded.wait()
         self._proven.discard(adapter.number)
         self._adapters.pop(adapter.number, None)
+        self._callers.pop(adapter.number, None)
 
     def end_one(self, request: Request) -> None:
         """One completion of a request has ended."""
@@ -130,6 +134,7 @@ class Slots:
     async def _begun(self, request: Request, adapter: LoadedAdapter | None) -> None:
         if adapter is not None:
             self._adapters[adapter.number] = adapter
+            self._callers[adapter.number] = contextvars.copy_context()
         begun = self._waiting[request] = asyncio.get_running_loop().create_future()
         try:
             self._turns.arrive(request)
@@ -170,7 +175,9 @@ class Slots:
             if swap.out is not None:
                 await self._unload(swap.out)
             if swap.into is not None:
-                await self._load(swap.into)
+                # In the trace of who asked for it last, if anybody has since it was loaded last.
+                caller = self._callers.pop(swap.into, None)
+                await self._tasks.create_task(self._load(swap.into), context=caller)
 
     async def _unload(self, number: int) -> None:
         try:

@@ -15,7 +15,7 @@ from rollmesh.client import Client
 from tests.chaos.script import Trace, train
 from tests.chaos.world import TRAINERS, World, world
 
-KILLS = int(os.environ.get("CHAOS_KILLS", "60"))
+KILLS = int(os.environ.get("CHAOS_KILLS", "12"))
 SEED = int(os.environ.get("CHAOS_SEED", "20"))
 QUOTA = 2
 """Ops that an adapter may do before and after a kill: none runs ahead while another recovers."""

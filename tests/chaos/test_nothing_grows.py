@@ -13,10 +13,10 @@ from services.local.sentinel import members
 from tests.chaos.oracles import MAX_LORAS, MAX_VERSIONS, oracles
 from tests.fakes import oracle
 
-PUBLISHES = int(os.environ.get("CHAOS_PUBLISHES", "1100"))
-WARM_UP = 300
+PUBLISHES = int(os.environ.get("CHAOS_PUBLISHES", "300"))
+WARM_UP = 100
 NUM_ADAPTERS = 1000
-AT_ONCE = 6
+AT_ONCE = 12
 """More than there are slots."""
 GROWTH = 24 * 2**20
 """Bytes; 10,000 adapters of 8.7 kB would be 87 MB, and a leak of any copy of each more."""

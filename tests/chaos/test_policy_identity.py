@@ -16,7 +16,7 @@ from tests.chaos.oracles import SAMPLERS, Oracles, oracles
 from tests.fakes import oracle
 
 SEED = int(os.environ.get("CHAOS_SEED", "20"))
-TOKENS = int(os.environ.get("CHAOS_TOKENS", "100000"))
+TOKENS = int(os.environ.get("CHAOS_TOKENS", "40000"))
 WORKERS = 24
 PROMPT_LENGTH = 160
 EVERY_TOKENS = 2_500
