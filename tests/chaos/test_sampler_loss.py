@@ -89,35 +89,21 @@ async def test_completions_of_a_killed_sampler_go_on_elsewhere_token_for_token(m
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_completions_of_a_sampler_that_stands_still_go_on_elsewhere(mesh, undisturbed):
-    await both_serve(mesh)
-    with contextlib.ExitStack() as stack:
-        completions = await collected(
-            sampling(mesh),
-            after_first=lambda instance_id: stack.enter_context(
-                mesh.stalled(named(mesh, instance_id))
-            ),
-        )
-        assert [completion.token_ids for completion in completions] == undisturbed
-        assert any(len({span.sampler for span in c.spans}) == 2 for c in completions)
-    # Its own process was only held up: it serves again, and with the same instance.
-    await both_serve(mesh)
-
-
-@pytest.mark.asyncio(loop_scope="module")
-async def test_completions_of_a_sampler_whose_engine_stands_still_go_on_elsewhere(
-    mesh, undisturbed
+@pytest.mark.parametrize("stalled", [Oracles.stalled, Oracles.engine_stalled])
+async def test_completions_of_a_sampler_that_stands_still_go_on_elsewhere(
+    mesh, undisturbed, stalled
 ):
     await both_serve(mesh)
     with contextlib.ExitStack() as stack:
         completions = await collected(
             sampling(mesh),
             after_first=lambda instance_id: stack.enter_context(
-                mesh.engine_stalled(named(mesh, instance_id))
+                stalled(mesh, named(mesh, instance_id))
             ),
         )
         assert [completion.token_ids for completion in completions] == undisturbed
         assert any(len({span.sampler for span in c.spans}) == 2 for c in completions)
+    # Its processes were only held up: it serves again, and with the same instance.
     await both_serve(mesh)
 
 
