@@ -14,9 +14,13 @@ raw: vLLM alone, 128 prompts of 32 tokens at once, 32 tokens each, 8 slots.
 mesh: 16 prompts of 32 tokens × 8 completions × 48 tokens at once, 4 waves, over gRPC through
 coordinator and sampler, over vLLM alone with the same LoRA kernels and the same requests:
 - mesh_vs_raw_base, mesh_vs_raw_lora: without an adapter, and from 4 adapters.
-- swap_cost: share of these tokens/s that is lost when another tenant, who trains 10 steps a second
-  in both cases, also publishes each step and draws a token from it. The trainer's export is on the
-  same two cores, and part of it.
+- swap_cost: share of the tokens/s of 2 adapters that is lost when another tenant also publishes.
+  In both cases it makes 10 versions a second and draws one token after each: of the newest where it
+  publishes them, else of the one version that is live. So the loss is that of publishing and
+  swapping alone, the trainer's export included, which is on the same two cores. Two slots are left
+  to it: a version is drawn from while the next one is loaded. A version is made by loading another
+  checkpoint: 10 steps a second of training alone would take more than one of the two cores. The
+  rates that both sides reached are printed.
 - overcommit_vs_resident: adapters 4 times as many as slots over as many as slots; the same
   requests, all made at once.
 - publish_to_token_*: from the call of PublishAdapter to the arrival of the new version's first
@@ -36,7 +40,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.sampler_mesh import MODEL, PUBLISHES_PER_S, bench_mesh, random_prompts
+from benchmarks.sampler_mesh import MODEL, VERSIONS_PER_S, bench_mesh, random_prompts
 from benchmarks.sampler_model import RANK, make_adapter, make_model
 from benchmarks.sampler_raw import Work, raw_engine
 from benchmarks.sampler_rounds import ratio, show, take_turns
@@ -132,7 +136,7 @@ def through_the_mesh(model: Path, adapters: list[Path], rounds: int) -> Figures:
             lora = replace(base, adapters=adapters)
 
             def beside(*, publishing: bool) -> Callable[[], float]:
-                few = own[: SLOTS - 1]  # a slot is left to the tenant that publishes
+                few = own[: SLOTS - 2]  # two slots are left to the tenant that publishes
                 return lambda: runner.run(mesh.run_beside(base, few, publishing=publishing))
 
             speeds = take_turns(
@@ -142,8 +146,8 @@ def through_the_mesh(model: Path, adapters: list[Path], rounds: int) -> Figures:
                     "vLLM alone, 4 adapters": lambda: engine.run(lora),
                     "mesh, 4 adapters": lambda: runner.run(mesh.run(base, own)),
                     "mesh, 16 adapters, 4 slots": lambda: runner.run(mesh.run(base, all_others)),
-                    "mesh, beside steps": beside(publishing=False),
-                    "mesh, beside steps that are published": beside(publishing=True),
+                    "mesh, beside versions": beside(publishing=False),
+                    "mesh, beside versions that are published": beside(publishing=True),
                 },
                 rounds,
             )
@@ -151,17 +155,18 @@ def through_the_mesh(model: Path, adapters: list[Path], rounds: int) -> Figures:
         finally:
             runner.run(context.__aexit__(None, None, None))
     show("mesh and vLLM alone", speeds)
-    rates = ", ".join(f"{rate:.1f}" for rate in mesh.publishes_per_s)
-    print(f"published each second beside: {rates} (of {PUBLISHES_PER_S} wanted)")  # noqa: T201
+    for what, rates in mesh.versions_per_s.items():
+        listed = ", ".join(f"{rate:.1f}" for rate in rates)
+        print(f"{what}, a second: {listed} (at most {VERSIONS_PER_S})")  # noqa: T201
     return {**_mesh_figures(speeds), **_publish_figures(times)}
 
 
 def _mesh_figures(speeds: Speeds) -> Figures:
-    published = "mesh, beside steps that are published"
+    published = "mesh, beside versions that are published"
     return {
         "mesh_vs_raw_base": ratio(speeds, "mesh, no adapter", "vLLM alone, no adapter"),
         "mesh_vs_raw_lora": ratio(speeds, "mesh, 4 adapters", "vLLM alone, 4 adapters"),
-        "swap_cost": round(1 - ratio(speeds, published, "mesh, beside steps"), 3),
+        "swap_cost": round(1 - ratio(speeds, published, "mesh, beside versions"), 3),
         "overcommit_vs_resident": ratio(speeds, "mesh, 16 adapters, 4 slots", "mesh, 4 adapters"),
     }
 

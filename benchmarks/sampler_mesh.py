@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks.sampler_model import RANK, VOCABULARY
 from rollmesh.client import Client
+from rollmesh.names import checkpoint_name
 from rollmesh.types import AdamConfig, Datum, LoraConfig, LossConfig, PolicyRef, SamplingParams
 from services.local.config import LocalConfig
 from services.local.mesh import mesh
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from services.local.mesh import Mesh
 
 MODEL = "bench"
-PUBLISHES_PER_S = 10
+VERSIONS_PER_S = 10
+MAX_DRAWS = 32
+"""Of the tenant that makes versions, that have not ended; beyond them it makes them more slowly."""
 STREAM_TOKENS = 400
 """Of the streams in whose middle a sampler is killed."""
 
@@ -39,7 +42,18 @@ class Tenant:
         self.name = f"projects/{project}/adapters/a"
         self.policy = PolicyRef(MODEL, self.name, 0)
         self._sequence = 1
-        self.num_published = 0
+        self.checkpoints: list[str] = []
+        self._num_made = 0
+        self._num_published = 0
+        self._num_drawn = 0
+
+    def counts(self) -> dict[str, int]:
+        """Versions made and published, and tokens drawn, until now."""
+        return {
+            "made": self._num_made,
+            "published": self._num_published,
+            "drawn": self._num_drawn,
+        }
 
     async def create(self) -> None:
         """The adapter, trained a little, with its first version published."""
@@ -58,17 +72,35 @@ class Tenant:
         await training.optim_step(self.name, self._sequence + 1, AdamConfig(learning_rate=1e-4))
         self._sequence += 2
 
+    async def keep(self) -> None:
+        """Two checkpoints of different weights, for `load`."""
+        for count in range(2):
+            await self.step()
+            name = checkpoint_name(self.name, f"kept-{count}")
+            await self._client.checkpoints.create(name)
+            self.checkpoints.append(name)
+
+    async def load(self) -> None:
+        """A new version without the price of a step: the weights of the other checkpoint."""
+        checkpoint = self.checkpoints[self._sequence % 2]
+        await self._client.training.load_checkpoint(
+            self.name, self._sequence, checkpoint, with_optimizer=False
+        )
+        self._sequence += 1
+        self._num_made += 1
+
     async def publish(self) -> None:
         """What is sampled from now on is the newest step's."""
         published = await self._client.adapters.publish(self.name)
-        self.num_published += 1
+        self._num_published += 1
         self.policy = PolicyRef(MODEL, self.name, published.policy_version)
 
     async def first_token(self) -> None:
-        """Return when a token of the newest version has arrived."""
+        """Return when a token of the version that was published last has arrived."""
         await self._client.sampling.sample(
             self.project, self.policy, [5, 6, 7], 1, SamplingParams(max_tokens=1)
         )
+        self._num_drawn += 1
 
 
 class BenchMesh:
@@ -78,8 +110,8 @@ class BenchMesh:
         self.running = running
         self.client = client
         self.tenants: list[Tenant] = []
-        self.publishes_per_s: list[float] = []
-        """What was reached of PUBLISHES_PER_S."""
+        self.versions_per_s: dict[str, list[float]] = {}
+        """What was reached of VERSIONS_PER_S on both sides, in each round."""
 
     async def more_tenants(self, count: int) -> None:
         """Until there are `count`."""
@@ -105,19 +137,23 @@ class BenchMesh:
         return work.num_tokens / (time.perf_counter() - begin)
 
     async def run_beside(self, work: Work, own: Sequence[Tenant], *, publishing: bool) -> float:
-        """`run`, while the last tenant trains 10 steps a second.
+        """`run`, while the last tenant makes 10 versions a second and draws a token after each.
 
-        With `publishing` each step is published and a token drawn from it.
+        With `publishing` each is published, and the token is of it; else all are of one version.
         """
         other = self.tenants[-1]
-        begin, first = time.perf_counter(), other.num_published
+        if not other.checkpoints:
+            await other.keep()
+        before, begin = other.counts(), time.perf_counter()
         async with asyncio.TaskGroup() as tasks:
-            beside = tasks.create_task(_step_on(other, publishing=publishing))
+            beside = tasks.create_task(_versions_of(other, publishing=publishing))
             speed = await self.run(work, own)
             beside.cancel()
-        if publishing:
-            published = other.num_published - first
-            self.publishes_per_s.append(published / (time.perf_counter() - begin))
+        seconds = time.perf_counter() - begin
+        rates = {key: (count - before[key]) / seconds for key, count in other.counts().items()}
+        for key, rate in rates.items():
+            what = f"{key}, {'publishing' if publishing else 'not publishing'}"
+            self.versions_per_s.setdefault(what, []).append(rate)
         return speed
 
     async def publish_to_token_ms(self, count: int) -> list[float]:
@@ -170,14 +206,19 @@ class BenchMesh:
         return moved
 
 
-async def _step_on(tenant: Tenant, *, publishing: bool) -> None:
+async def _versions_of(tenant: Tenant, *, publishing: bool) -> None:
+    # A draw may wait in a full sampler's line: the next publish doesn't wait for it.
+    waiting = asyncio.Semaphore(MAX_DRAWS)
     begin = time.perf_counter()
-    for count in range(1, 1_000_000):
-        await tenant.step()
-        if publishing:
-            await tenant.publish()
-            await tenant.first_token()
-        await asyncio.sleep(begin + count / PUBLISHES_PER_S - time.perf_counter())
+    async with asyncio.TaskGroup() as draws:
+        for count in range(1, 1_000_000):
+            await tenant.load()
+            if publishing:
+                await tenant.publish()
+            await waiting.acquire()
+            draw = draws.create_task(tenant.first_token())
+            draw.add_done_callback(lambda _: waiting.release())
+            await asyncio.sleep(begin + count / VERSIONS_PER_S - time.perf_counter())
 
 
 @contextlib.asynccontextmanager
@@ -191,8 +232,9 @@ async def bench_mesh(
             "coordinator": {
                 "base_models": [{"name": MODEL, "tokenizer": str(model)}],
                 # All that is asked for at once: the sampler has as many of each adapter to choose
-                # from as fill its batch, whatever adapters are in its slots.
-                "max_running_completions": 512,
+                # from as fill its batch, whatever adapters are in its slots; and draws of a tenant
+                # that publishes wait for nothing but the sampler.
+                "max_running_completions": 1024,
             },
             "trainers": [{"base_model": base_model, "num_threads": 1, "max_rank": RANK}],
             "samplers": [{**sampler, "base_model": base_model}] * num_samplers,

@@ -50,7 +50,8 @@ def main() -> int:
     before, after = job.first_evaluation, job.last_evaluation
     learned = True
     if before is not None and after is not None:
-        kind = "accuracy" if job.spec.reward.function.endswith("_match") else "reward"
+        reward = job.spec.reward
+        kind = "accuracy" if reward and reward.function.endswith("_match") else "reward"
         print(
             f"held-out greedy {kind}: {before.reward_mean:.3f} before, "
             f"{after.reward_mean:.3f} after {after.step} steps"

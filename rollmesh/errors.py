@@ -87,6 +87,12 @@ class Overloaded(MeshError):
     status, reason, retry_after_s = "RESOURCE_EXHAUSTED", "OVERLOADED", 1.0
 
 
+class QuotaExceeded(Overloaded):
+    """A quota of the project is used up; the context says `quota`, `value` and `allowed`."""
+
+    reason = "QUOTA_EXCEEDED"
+
+
 class CapacityExhausted(MeshError):
     """No room, and waiting alone will not make any."""
 
@@ -103,6 +109,12 @@ class SourceUnavailable(Unavailable):
     """A sampler is well and cannot have a version from its trainer."""
 
     reason = "SOURCE_UNAVAILABLE"
+
+
+class NotLeader(Unavailable):
+    """This coordinator does not lead; the context says who does: `leader`, host:port or empty."""
+
+    reason = "NOT_LEADER"
 
 
 class DeadlineExceeded(MeshError):
@@ -130,9 +142,11 @@ BY_REASON: dict[str, type[MeshError]] = {
         NonFinite,
         DigestMismatch,
         Overloaded,
+        QuotaExceeded,
         CapacityExhausted,
         Unavailable,
         SourceUnavailable,
+        NotLeader,
         DeadlineExceeded,
         Unimplemented,
     )

@@ -14,6 +14,7 @@ from pydantic import (
     FiniteFloat,
     NonNegativeInt,
     PositiveInt,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -21,15 +22,17 @@ from pydantic import (
 from rollmesh.config import Config, read_yaml
 from rollmesh.errors import InvalidRequest
 from rollmesh.names import ID_PATTERN
-from rollmesh.types import LogprobsKind
+from rollmesh.types import CLIP_RANGES, LogprobsKind
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 JobState = Literal["PENDING", "RUNNING", "PAUSED", "SUCCEEDED", "FAILED", "CANCELLED"]
 FINAL_STATES: frozenset[JobState] = frozenset({"SUCCEEDED", "FAILED", "CANCELLED"})
 MAX_ROLLOUTS_UNDER_WAY = 65_536
 """Of one job: they, and the tasks that wait for them, are in the coordinator's memory."""
+Priority = Literal["low", "normal", "high"]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 NonNegative = Annotated[FiniteFloat, Field(ge=0)]
 Decay = Annotated[FiniteFloat, Field(ge=0, lt=1)]
@@ -142,13 +145,21 @@ class LearningRateSpec(Config):
     """The rate at the last step; unused by `constant`."""
 
 
+def _bounds_of_ratio(algorithm: Mapping[str, Any]) -> tuple[float, float]:
+    """As the trainer has them, of what is known so far; without clipping they bound nothing."""
+    given = algorithm.get("clip_low_threshold"), algorithm.get("clip_high_threshold")
+    own = CLIP_RANGES.get(algorithm.get("loss", ""), (0.0, 0.0))
+    low, high = (mine if mine is not None else its for mine, its in zip(given, own, strict=True))
+    return low, high
+
+
 class AlgorithmSpec(Config):
     """How rewards become training steps."""
 
-    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
-    """Advantage estimator; docs/architecture.md gives the formulas."""
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce"] = "grpo"
+    """Advantage estimator; docs/losses.md gives the formulas."""
     group_size: int = Field(default=8, ge=2, le=1024)
-    """Rollouts of one prompt."""
+    """Rollouts of one prompt. Without meaning with `sft`, as `advantage` is."""
     groups_per_step: int = Field(default=32, gt=0, le=4096)
     """Groups per optimizer step."""
     max_staleness: NonNegativeInt = 0
@@ -167,16 +178,48 @@ class AlgorithmSpec(Config):
     """AdamW's epsilon."""
     weight_decay: NonNegative = 0.0
     """AdamW's decoupled weight decay."""
+    loss: Literal["importance_sampling", "ppo", "cispo", "gspo"] = "importance_sampling"
+    """The loss; docs/losses.md gives the formulas."""
+    clip_low_threshold: NonNegative | None = None
+    """Lower bound of the ratio itself for ppo, cispo and gspo, not a distance from 1. Absent: the
+    loss's own."""
+    clip_high_threshold: Annotated[Positive | None, Field(validate_default=True)] = None
+    """Upper bound of the ratio for ppo, cispo and gspo, at least the lower one: 1.28 beside 0.8 is
+    DAPO's "clip higher". Absent: the loss's own."""
+    max_importance_ratio: Positive | None = None
+    """Tokens whose ratio is above it count with it; at least the upper bound of the ratio. Not with
+    cispo. Absent: no bound."""
+    max_group_replacements: int = Field(default=0, ge=0, le=100)
+    """Dynamic sampling: how often, for each group of a step, one whose rewards are all equal is
+    replaced by a group of another task. The last is kept as it is. 0: never."""
 
-    @model_validator(mode="after")
-    def _rollouts_under_way(self) -> Self:
-        under_way = (self.max_staleness + 1) * self.groups_per_step * self.group_size
-        if under_way > MAX_ROLLOUTS_UNDER_WAY:
-            raise ValueError(
-                f"(max_staleness + 1) * groups_per_step * group_size is {under_way:,}; at most "
-                f"{MAX_ROLLOUTS_UNDER_WAY:,} rollouts may be under way"
-            )
-        return self
+    @field_validator("clip_low_threshold", "clip_high_threshold")
+    @classmethod
+    def _clips(cls, value: float | None, info: ValidationInfo) -> float | None:
+        loss = info.data.get("loss")
+        if value is not None and loss not in CLIP_RANGES:
+            raise ValueError(f"goes with the losses {', '.join(CLIP_RANGES)}, not with {loss}")
+        return value
+
+    @field_validator("clip_high_threshold")
+    @classmethod
+    def _above_the_lower_bound(cls, high: float | None, info: ValidationInfo) -> float | None:
+        low, bound = _bounds_of_ratio(info.data | {"clip_high_threshold": high})
+        if low > bound:
+            raise ValueError(f"{bound:g} is below clip_low_threshold, which is {low:g}")
+        return high
+
+    @field_validator("max_importance_ratio")
+    @classmethod
+    def _above_the_upper_bound(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is None:
+            return None
+        if info.data.get("loss") == "cispo":
+            raise ValueError("not with cispo, whose clip_high_threshold is that bound")
+        _, high = _bounds_of_ratio(info.data)
+        if value < high:
+            raise ValueError(f"{value:g} is below the ratio's upper bound, which is {high:g}")
+        return value
 
 
 class SamplingSpec(Config):
@@ -229,6 +272,21 @@ class StopSpec(Config):
     """After this many optimizer steps."""
     evaluation_reward: FiniteFloat | None = None
     """When an evaluation's mean reward is at least this."""
+    patience: PositiveInt | None = None
+    """When so many evaluations in a row were no better than the best before them."""
+    min_improvement: NonNegative = 0.0
+    """By how much an evaluation has to be better to count for `patience` and as the best."""
+
+
+class EvaluationSetSpec(Config):
+    """A further set of held-out tasks."""
+
+    name: str = Field(pattern=rf"^{ID_PATTERN}$")
+    """What its evaluations are told by."""
+    dataset: DatasetSpec
+    """The tasks."""
+    max_tasks: PositiveInt | None = None
+    """Evaluate only the first tasks of the dataset."""
 
 
 class EvaluationSpec(Config):
@@ -240,6 +298,72 @@ class EvaluationSpec(Config):
     """The held-out tasks."""
     max_tasks: PositiveInt | None = None
     """Evaluate only the first tasks of the dataset."""
+    sets: list[EvaluationSetSpec] = Field(default=[], max_length=16)
+    """Further sets, measured at the same steps. `stop`, the best checkpoint and sweeps go by
+    `dataset` alone."""
+    keep_best: bool = False
+    """Keep the weights of the best evaluation as a checkpoint of the adapter, named
+    `best-{step}`."""
+
+    @model_validator(mode="after")
+    def _names_once(self) -> Self:
+        names = [one.name for one in self.sets]
+        if len(set(names)) < len(names):
+            raise ValueError(f"sets: each name once, not {', '.join(names)}")
+        return self
+
+
+class DistillationSpec(Config):
+    """On-policy distillation: the teacher judges every token that the student draws.
+
+    Its advantage is coefficient × (log-probability by the teacher − by the student), beside that of
+    its reward where the job has one.
+    """
+
+    teacher_adapter: str = ""
+    """`projects/{p}/adapters/{a}` of the same project, on the same base model. Empty: a base
+    model."""
+    teacher_version: NonNegativeInt | None = None
+    """Its version, kept until the job has ended. Absent: the newest when the job is created."""
+    teacher_base_model: str = ""
+    """A base model with the same tokenizer. Empty: the job's own. Not with teacher_adapter."""
+    coefficient: Positive = 1.0
+    """Weight of the teacher."""
+
+    @model_validator(mode="after")
+    def _one_teacher(self) -> Self:
+        if self.teacher_adapter and self.teacher_base_model:
+            raise ValueError("at most one of teacher_adapter and teacher_base_model may be given")
+        if self.teacher_version is not None and not self.teacher_adapter:
+            raise ValueError("teacher_version needs teacher_adapter")
+        return self
+
+
+class SftSpec(Config):
+    """Supervised fine-tuning: cross-entropy of given completions, averaged over their tokens."""
+
+    completion: str = Field(min_length=1)
+    """The completion to learn, text with {name} for a task's fields. It is ended as the chat
+    template ends an assistant's turn, after prompt.text by the end of sequence."""
+
+
+class CurriculumSpec(Config):
+    """Tasks whose last mean reward lies within the bounds, and new ones, go before others."""
+
+    min_reward: FiniteFloat | None = None
+    """Tasks below it are too hard for now."""
+    max_reward: FiniteFloat | None = None
+    """Tasks above it are learned."""
+    revisit: Annotated[FiniteFloat, Field(gt=0, le=1)] = 0.1
+    """Share of the groups that are drawn from the tasks outside of the bounds."""
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        if self.min_reward is None and self.max_reward is None:
+            raise ValueError("at least one of min_reward and max_reward is needed")
+        if None not in (self.min_reward, self.max_reward) and self.min_reward > self.max_reward:  # type: ignore[operator]
+            raise ValueError("min_reward must not be above max_reward")
+        return self
 
 
 class JobSpec(Config):
@@ -253,8 +377,11 @@ class JobSpec(Config):
     """Where the training tasks come from."""
     prompt: PromptSpec
     """How a task becomes a prompt."""
-    reward: RewardSpec
-    """How a completion is scored."""
+    reward: RewardSpec | None = None
+    """How a completion is scored. May be absent with `sft` and `distillation`."""
+    sft: SftSpec | None = None
+    """Supervised fine-tuning instead of reinforcement learning: nothing is sampled but in
+    evaluations."""
     algorithm: AlgorithmSpec = AlgorithmSpec()
     """How rewards become training steps."""
     sampling: SamplingSpec = SamplingSpec()
@@ -265,6 +392,74 @@ class JobSpec(Config):
     """What to measure on held-out tasks. Absent: nothing."""
     seed: int = 0
     """Seed of everything random in the job."""
+    priority: Priority = "normal"
+    """Requests of a higher class go before all of a lower one, and take their places at the border
+    of a chunk. At most the project's max_priority."""
+    distillation: DistillationSpec | None = None
+    """Teach the policy what another one would say of its own completions."""
+    curriculum: CurriculumSpec | None = None
+    """Draw tasks by how the policy does on them. Absent: every epoch goes through all of them."""
+
+    @field_validator("algorithm")
+    @classmethod
+    def _rollouts_under_way(cls, algorithm: AlgorithmSpec, info: ValidationInfo) -> AlgorithmSpec:
+        factors = "(max_staleness + 1) * groups_per_step"
+        under_way = (algorithm.max_staleness + 1) * algorithm.groups_per_step
+        if info.data.get("sft") is None:
+            factors += " * group_size"
+            under_way *= algorithm.group_size
+        if under_way > MAX_ROLLOUTS_UNDER_WAY:
+            raise ValueError(
+                f"{factors} is {under_way:,}; at most {MAX_ROLLOUTS_UNDER_WAY:,} rollouts may be "
+                "under way"
+            )
+        return algorithm
+
+    @model_validator(mode="after")
+    def _method(self) -> Self:
+        if self.sft and self.distillation:
+            raise ValueError("at most one of sft and distillation may be given")
+        if self.reward is None and not (self.sft or self.distillation):
+            raise ValueError("reward is needed, but with sft or distillation")
+        if self.reward is None and (self.evaluation or self.curriculum):
+            raise ValueError("evaluation and curriculum need reward")
+        if self.reward is None and self.algorithm.max_group_replacements:
+            raise ValueError("algorithm.max_group_replacements needs reward")
+        if self.sft and (self.curriculum or self.algorithm.max_group_replacements):
+            raise ValueError("sft draws nothing: without curriculum and max_group_replacements")
+        return self
+
+    @model_validator(mode="after")
+    def _of_cross_entropy(self) -> Self:
+        algorithm = self.algorithm
+        beside = {
+            "algorithm.loss": algorithm.loss != "importance_sampling",
+            "algorithm.max_importance_ratio": algorithm.max_importance_ratio is not None,
+            "sampling.max_logprob_gap": self.sampling.max_logprob_gap is not None,
+        }
+        given = [name for name, is_given in beside.items() if is_given]
+        if self.sft and given:
+            raise ValueError(
+                f"sft trains by cross-entropy, on nothing sampled: without {', '.join(given)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _comparable_with_the_teacher(self) -> Self:
+        sampling = self.sampling
+        if self.distillation and sampling.logprobs_kind == "sampled" and sampling.temperature != 1:
+            raise ValueError(
+                "distillation: the teacher's log-probabilities are at temperature 1; with another "
+                "sampling.temperature sampling.logprobs_kind must be 'policy'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluations_for_patience(self) -> Self:
+        evaluated = self.evaluation is not None and self.evaluation.every_steps is not None
+        if self.stop.patience is not None and not evaluated:
+            raise ValueError("stop.patience needs evaluation.every_steps")
+        return self
 
     @model_validator(mode="after")
     def _staleness_to_continue(self) -> Self:
@@ -281,6 +476,11 @@ class JobSpec(Config):
             raise ValueError("stop.evaluation_reward needs evaluation")
         return self
 
+    @property
+    def needs_sampler(self) -> bool:
+        """Whether anything is drawn for it, ever."""
+        return self.sft is None or self.evaluation is not None
+
 
 def load_job_file(path: Path) -> JobSpec:
     """The job in the YAML file at `path`, its `jsonl` datasets read and put in as tasks.
@@ -289,11 +489,25 @@ def load_job_file(path: Path) -> JobSpec:
         InvalidRequest: malformed YAML, an unknown or ill-typed key (with the nearest known one), or
             a dataset line that is not a JSON object (with its number).
     """
-    spec = JobSpec.parse(read_yaml(path), source=str(path))
-    updates: dict[str, Any] = {"dataset": _inline(spec.dataset, path.parent)}
+    return inline_datasets(JobSpec.parse(read_yaml(path), source=str(path)), path.parent)
+
+
+def inline_datasets(spec: JobSpec, folder: Path) -> JobSpec:
+    """`spec` with the tasks of its `jsonl` datasets, whose paths are relative to `folder`, put in.
+
+    Raises:
+        InvalidRequest: as load_job_file of a dataset.
+    """
+    updates: dict[str, Any] = {"dataset": _inline(spec.dataset, folder)}
     if spec.evaluation is not None:
-        held_out = _inline(spec.evaluation.dataset, path.parent)
-        updates["evaluation"] = spec.evaluation.model_copy(update={"dataset": held_out})
+        held_out = _inline(spec.evaluation.dataset, folder)
+        sets = [
+            one.model_copy(update={"dataset": _inline(one.dataset, folder)})
+            for one in spec.evaluation.sets
+        ]
+        updates["evaluation"] = spec.evaluation.model_copy(
+            update={"dataset": held_out, "sets": sets}
+        )
     return spec.model_copy(update=updates)
 
 
@@ -399,6 +613,8 @@ class EvaluationCompleted(Config):
     """Tasks evaluated."""
     duration_s: float
     """Wall time in seconds."""
+    set: str = ""
+    """Name in evaluation.sets; empty: evaluation.dataset."""
 
 
 class Warned(Config):
@@ -408,7 +624,7 @@ class Warned(Config):
     """Tells the events apart."""
     reason: str
     """Stable name: STEP_RECOVERED, TRAINER_UNAVAILABLE, REWARD_UNAVAILABLE, SAMPLER_UNAVAILABLE,
-    LOGPROB_GAP."""
+    LOGPROB_GAP, CHECKPOINT_FAILED."""
     message: str
     """For a person to read."""
 
@@ -427,6 +643,21 @@ class JobEvent(Config):
     """Unix seconds."""
     event: Happening
     """What happened."""
+
+
+class QueueStatus(Config):
+    """Where a waiting job stands."""
+
+    position: PositiveInt
+    """From 1, among all jobs that wait for the same thing."""
+    rule: str
+    """What holds it back, as ExplainSchedule names it."""
+    reason: str
+    """The same for a person to read."""
+    eta_low_s: float | None = None
+    """Seconds until it may begin at the earliest; None with eta_high_s: nothing to go by."""
+    eta_high_s: float | None = None
+    """And at the latest, if what runs goes on as it has."""
 
 
 class Job(Config):
@@ -456,3 +687,11 @@ class Job(Config):
     """The newest evaluation."""
     last_event: NonNegativeInt = 0
     """Number of its newest event."""
+    queue: QueueStatus | None = None
+    """Why it waits, if it is PENDING."""
+    best_evaluation: EvaluationCompleted | None = None
+    """The best evaluation of evaluation.dataset."""
+    best_checkpoint: str = ""
+    """Resource name of the checkpoint with its weights; empty: none is kept."""
+    sweep: str = ""
+    """`projects/{p}/sweeps/{s}` that made it; empty: none."""

@@ -1,6 +1,6 @@
 """Resource names: `projects/{p}`, and what is under it.
 
-`jobs/{j}`, `leases/{l}`, `adapters/{a}`, and under that `checkpoints/{c}`.
+`jobs/{j}`, `leases/{l}`, `sweeps/{s}`, `adapters/{a}`, and under that `checkpoints/{c}`.
 
 An id never holds a slash, a dot or an upper-case letter, so no name can climb out of a folder,
 and two names never differ in case alone.
@@ -14,7 +14,7 @@ from rollmesh.errors import InvalidRequest
 
 ID_PATTERN = r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _ID = re.compile(ID_PATTERN)
-_COLLECTIONS = ("adapters", "jobs", "leases")
+_COLLECTIONS = ("adapters", "jobs", "leases", "sweeps")
 
 
 def check_id(value: str, *, field: str) -> str:
@@ -48,6 +48,11 @@ def job_name(project: str, job: str) -> str:
 def lease_name(project: str, lease: str) -> str:
     """`projects/{project}/leases/{lease}`."""
     return f"projects/{project}/leases/{lease}"
+
+
+def sweep_name(project: str, sweep: str) -> str:
+    """`projects/{project}/sweeps/{sweep}`."""
+    return f"projects/{project}/sweeps/{sweep}"
 
 
 def parse_project(name: str, *, field: str = "parent") -> str:
@@ -89,6 +94,11 @@ def parse_job(name: str, *, field: str = "name") -> tuple[str, str]:
 def parse_lease(name: str, *, field: str = "name") -> tuple[str, str]:
     """Ids of project and lease in `projects/{p}/leases/{l}`."""
     return _parse(name, "leases", field)
+
+
+def parse_sweep(name: str, *, field: str = "name") -> tuple[str, str]:
+    """Ids of project and sweep in `projects/{p}/sweeps/{s}`."""
+    return _parse(name, "sweeps", field)
 
 
 def _parse(name: str, collection: str, field: str) -> tuple[str, str]:

@@ -51,6 +51,9 @@ SPANS = {
 METRICS = {
     "rollmesh.job.phase": ("histogram", "s", "Time that a phase of a step took, by `phase`."),
     "rollmesh.job.reward": ("histogram", "1", "Mean reward of a step."),
+    "rollmesh.job.loss": ("histogram", "1", "Loss of a step."),
+    "rollmesh.job.kl": ("histogram", "1", "Divergence of the policy from the sampler, of a step."),
+    "rollmesh.job.tokens_per_s": ("histogram", "1", "Sampled tokens a second, of a step."),
     "rollmesh.job.staleness": (
         "histogram",
         "1",
@@ -87,7 +90,8 @@ METRICS = {
     ),
 }
 """Metrics: kind, unit and meaning. No attribute may take a value for each job or adapter: a
-collector keeps a series for every value that it has ever seen."""
+collector keeps a series for every value that it has ever seen. What one job measured is on its
+spans: `job.step` has every metric of the step as `rollmesh.metric.NAME`."""
 
 
 def _check_collector(address: str) -> str:
@@ -138,6 +142,13 @@ def span(name: str, **attributes: AttributeValue) -> Iterator[trace.Span]:
     named = {f"rollmesh.{key}": value for key, value in attributes.items()}
     with tracer.start_as_current_span(name, attributes=named) as current:
         yield current
+
+
+def annotate(name: str, values: Mapping[str, float]) -> None:
+    """Put `values` on the current span, as `rollmesh.{name}.KEY`."""
+    trace.get_current_span().set_attributes(
+        {f"rollmesh.{name}.{key}": value for key, value in values.items()}
+    )
 
 
 def record(name: str, value: float, **attributes: AttributeValue) -> None:

@@ -7,6 +7,7 @@ the messages of the same name in protos/.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
@@ -22,6 +23,12 @@ LossName = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"
 StopReason = Literal["stop", "length"]
 MemberRole = Literal["trainer", "sampler", "reward"]
 LogprobsKind = Literal["policy", "sampled"]
+
+CLIP_RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {"ppo": (0.8, 1.2), "cispo": (0.0, 4.0), "gspo": (0.9997, 1.0004)}
+)
+"""Bounds of the ratio, by loss, where a LossConfig has none: of PPO 1 ± ε with ε = 0.2
+(arXiv:1707.06347), of GSPO 1 − 3e-4 and 1 + 4e-4 (arXiv:2507.18071, section 5.1)."""
 
 HEARTBEAT_S = 0.25
 """Longest pause in a sampler's stream: without tokens a sign of life comes."""
@@ -349,6 +356,7 @@ class SamplerInfo:
     resident: tuple[AdapterSource, ...] = ()
     kv_tokens: int = 0
     reserved_kv_tokens: int = 0
+    draining: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,7 +430,8 @@ class Checkpoint:
 class Member:
     """One process of the mesh as the coordinator sees it. `update_time`: Unix seconds.
 
-    `problem`: why it is not serving, or what some job holds against it.
+    `problem`: why it is not serving; of one that serves, "draining" where it is given nothing more,
+    or what some job holds against it.
     """
 
     role: MemberRole
@@ -442,6 +451,71 @@ class Fleet:
 
     members: tuple[Member, ...] = field(default=())
     num_queued_requests: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A job or sample request that waits. The proto of ExplainSchedule lists the rules.
+
+    `subject`: `projects/{p}/jobs/{j}` or `projects/{p}/requests/{r}`. `position` from 1; `ahead`:
+    subjects of its own project that go before it, nearest first, 10 at most. `since`: Unix seconds.
+    `job`: that a request is for, or empty.
+    """
+
+    subject: str
+    rule: str
+    reason: str
+    release: str
+    position: int
+    since: float
+    ahead: tuple[str, ...] = ()
+    job: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the scheduler did with a subject, and why. `time`: Unix seconds."""
+
+    time: float
+    subject: str
+    action: Literal["ASSIGNED", "PREEMPTED", "STARTED", "REFUSED"]
+    reason: str
+    address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A project's part of one base model; `entitled`: of the weights of all who are active there.
+
+    `virtual_tokens`: priced tokens that it was served, over its weight.
+    """
+
+    base_model: str
+    weight: float
+    virtual_tokens: float
+    num_queued: int
+    num_running: int
+    entitled: float
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """A bound on what a project may use; None: no bound."""
+
+    name: Literal["running_jobs", "adapters", "tokens_in_flight", "tokens_per_day"]
+    used: int
+    allowed: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """What ExplainSchedule answers of one project."""
+
+    waiting: tuple[Waiting, ...] = ()
+    num_waiting: int = 0
+    decisions: tuple[Decision, ...] = ()
+    shares: tuple[Share, ...] = ()
+    quotas: tuple[Quota, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from rollmesh.job import JobSpec
+from rollmesh.sweep import SweepSpec
 from services.coordinator.config import CoordinatorConfig
 from services.local.config import LocalConfig
 from services.reward.config import RewardConfig
@@ -39,6 +40,11 @@ path and the nearest key that exists. Environment variables configure nothing bu
 """
 SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("A job", "`rollmesh job create FILE`; examples in `examples/jobs/`.", JobSpec),
+    (
+        "A sweep",
+        "`rollmesh sweep create FILE`; an example is in `examples/sweeps/`. [More](sweeps.md).",
+        SweepSpec,
+    ),
     ("The coordinator", "`python -m services.coordinator --config FILE`", CoordinatorConfig),
     ("A trainer", "`python -m services.trainer --config FILE`", TrainerConfig),
     ("A sampler", "`python -m services.sampler --config FILE`", SamplerConfig),
@@ -57,6 +63,8 @@ def rows(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
         key = f"{prefix}{name}"
         yield f"| `{key}` | {_type(field)} | {_default(field)} | {_cell(field.description or '')} |"
         for inner, listed in _models(field.annotation):
+            if inner is JobSpec:
+                continue  # It has a table of its own.
             yield from rows(inner, f"{key}{'[]' if listed else ''}.")
 
 

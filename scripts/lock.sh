@@ -7,7 +7,7 @@ trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install --quiet --upgrade pip
 "$folder/venv/bin/pip" install --quiet "torch==2.13.0"
-"$folder/venv/bin/pip" install --quiet -e ".[coordinator,trainer,sampler-cpu,reward,gateway,dev]"
+"$folder/venv/bin/pip" install --quiet -e ".[coordinator,trainer,sampler-cpu,reward,gateway,metrics,benchmarks,dev]"
 {
   sed -n '/^#/p' requirements/cpu.txt
   # torch is installed by scripts/setup.sh. torchvision, torchaudio and torchcodec are wanted by

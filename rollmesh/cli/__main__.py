@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from rollmesh.cli import adapters, checkpoints, fleet, jobs
+from rollmesh.cli import adapters, checkpoints, fleet, jobs, sweeps
 from rollmesh.errors import MeshError
 
 app = typer.Typer(
@@ -21,9 +21,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(jobs.app, name="job")
+app.add_typer(sweeps.app, name="sweep")
 app.add_typer(adapters.app, name="adapter")
 app.add_typer(checkpoints.app, name="checkpoint")
-app.command("fleet")(fleet.fleet)
+app.add_typer(fleet.app, name="fleet")
 
 
 def main() -> None:

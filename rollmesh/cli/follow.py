@@ -10,7 +10,7 @@ from rollmesh.errors import Unavailable
 from rollmesh.job import FINAL_STATES, JobEvent, JobState, StateChanged
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable
 
     from rollmesh.client import JobClient
 
@@ -29,14 +29,18 @@ class ConnectionLost:
 
 
 async def follow(
-    jobs: JobClient, name: str, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
-) -> AsyncIterator[JobEvent | ConnectionLost]:
-    """Every event of the job `name` once, in order; the last is the one that ends it.
+    jobs: JobClient,
+    name: str,
+    *,
+    after: int = 0,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> AsyncGenerator[JobEvent | ConnectionLost]:
+    """Every event of the job `name` behind number `after` once, in order, to that which ends it.
 
     Raises:
         Unavailable: the coordinator stayed away for MOST_RETRIES attempts in a row.
     """
-    last, retries, ended = 0, 0, False
+    last, retries, ended = after, 0, False
     while True:
         try:
             async for event in jobs.watch(name, after_event=last):

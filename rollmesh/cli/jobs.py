@@ -19,9 +19,16 @@ from rollmesh.cli.options import (
     job_name,
     parent_name,
 )
-from rollmesh.cli.output import local_time, one_line, print_fields, print_json, print_table
+from rollmesh.cli.output import (
+    duration,
+    local_time,
+    one_line,
+    print_fields,
+    print_json,
+    print_table,
+)
 from rollmesh.cli.watch import watch as show_events
-from rollmesh.job import Job, load_job_file
+from rollmesh.job import Job, QueueStatus, load_job_file
 
 if TYPE_CHECKING:
     from rollmesh.client import Client
@@ -79,7 +86,9 @@ def list_(address: Address = ADDRESS, project: Project = PROJECT, *, as_json: Js
         (
             (
                 job.name,
-                job.state,
+                f"{job.state} {job.queue.position}{_eta(job.queue)}: {job.queue.rule}"
+                if job.queue
+                else job.state,
                 f"{job.step}/{job.spec.stop.max_steps}",
                 f"{job.metrics['reward_mean']:.3f}" if "reward_mean" in job.metrics else "",
                 _evaluations(job),
@@ -127,6 +136,48 @@ def cancel(
     _tell(address, lambda client: client.jobs.cancel(job_name(job, project)), as_json=as_json)
 
 
+@app.command("export-metrics")
+def export_metrics(
+    job: JobName,
+    address: Address = ADDRESS,
+    project: Project = PROJECT,
+    *,
+    tensorboard: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for TensorBoard's event files.")
+    ] = None,
+    mlflow: Annotated[
+        str, typer.Option(metavar="URI", help="MLflow's tracking server, or sqlite:///FILE.")
+    ] = "",
+    wandb: Annotated[
+        str, typer.Option(metavar="PROJECT", help="Project of Weights & Biases.")
+    ] = "",
+    follow: Annotated[bool, typer.Option("--follow", help="Until the job has ended.")] = False,
+) -> None:
+    """Write a job's metrics, evaluations and spec to TensorBoard, MLflow or Weights & Biases.
+
+    What is there from an earlier export is not written again. Needs `rollmesh[metrics]`.
+    """
+    # Here, because --help needs none of it.
+    from rollmesh.cli.export_metrics import export_metrics as export  # noqa: PLC0415
+
+    name = job_name(job, project)
+    try:
+        ask(
+            address,
+            lambda client: export(
+                client.jobs,
+                name,
+                tensorboard=tensorboard,
+                mlflow=mlflow,
+                wandb=wandb,
+                follow_it=follow,
+            ),
+        )
+    except KeyboardInterrupt:
+        typer.echo("the same command goes on where this one ended", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
 def _tell(address: str, question: Callable[["Client"], Awaitable[Job]], *, as_json: bool) -> None:
     job = ask(address, question)
     if as_json:
@@ -151,6 +202,7 @@ def _print_job(job: Job) -> None:
             "State": f"{job.state}: {one_line(job.state_reason)}"
             if job.state_reason
             else job.state,
+            "Queue": _queue(job.queue) if job.queue else "",
             "Step": f"{job.step}/{job.spec.stop.max_steps}",
             "Base model": job.spec.base_model,
             "Adapter": job.adapter,
@@ -165,6 +217,20 @@ def _print_job(job: Job) -> None:
             "Changed": local_time(job.update_time),
         }
     )
+
+
+def _queue(queue: QueueStatus) -> str:
+    return f"place {queue.position}{_eta(queue)}: {queue.rule}, {one_line(queue.reason)}"
+
+
+def _eta(queue: QueueStatus) -> str:
+    """When it may begin, as far as that can be said."""
+    if queue.eta_low_s is None and queue.eta_high_s is None:
+        return ""
+    low = duration(queue.eta_low_s or 0.0)
+    if queue.eta_high_s is None:
+        return f", in {low} or later"
+    return f", in {low} to {duration(queue.eta_high_s)}"
 
 
 def _evaluations(job: Job) -> str:

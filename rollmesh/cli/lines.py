@@ -18,6 +18,7 @@ METRICS = (
     ("loss", "loss", ".4g"),
     ("kl", "kl_sampler", ".2e"),
     ("kl to base", "kl_base", ".2e"),
+    ("kl to teacher", "kl_teacher", ".3g"),
     ("staleness", "staleness_mean", ".2g"),
     ("tokens/s", "tokens_per_s", ",.0f"),
 )

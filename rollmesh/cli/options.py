@@ -21,7 +21,11 @@ PROJECT = "default"
 
 Address = Annotated[
     str,
-    typer.Option(envvar="ROLLMESH_ADDRESS", metavar="HOST:PORT", help="Where the coordinator is."),
+    typer.Option(
+        envvar="ROLLMESH_ADDRESS",
+        metavar="HOST:PORT",
+        help="Where the coordinator is; of several, IP:PORT,IP:PORT: the one that leads.",
+    ),
 ]
 Project = Annotated[
     str,

@@ -41,6 +41,14 @@ def local_time(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
+def duration(seconds: float) -> str:
+    """Seconds as 8s, 12m, 3h or 2d: nearly."""
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f}{unit}"
+    return f"{seconds:.0f}s"
+
+
 def one_line(text: str) -> str:
     """`text` from elsewhere without line breaks, nor anything else that steers a terminal."""
     return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))

@@ -17,6 +17,7 @@ from rollmesh.client.jobs import JobClient
 from rollmesh.client.reward import RewardClient
 from rollmesh.client.sampler import SamplerClient
 from rollmesh.client.sampling import SamplingClient
+from rollmesh.client.sweeps import SweepClient
 from rollmesh.client.trainer import TrainerClient
 from rollmesh.client.training import TrainingClient
 from rollmesh.rpc.channel import channel
@@ -33,6 +34,7 @@ __all__ = [
     "RewardClient",
     "SamplerClient",
     "SamplingClient",
+    "SweepClient",
     "TrainerClient",
     "TrainingClient",
 ]
@@ -41,14 +43,18 @@ __all__ = [
 class Client:
     """All that a coordinator offers, over one channel; an async context manager.
 
+    Of several coordinators ("10.0.0.1:7400,10.0.0.2:7400") the one that leads is asked. When
+    another takes over, calls fail with Unavailable until it does; then begin watches again.
+
     Attributes:
-        jobs, adapters, checkpoints, training, sampling, fleet: the client of the service of that
-            name.
+        jobs, sweeps, adapters, checkpoints, training, sampling, fleet: the client of the service of
+            that name.
     """
 
     def __init__(self, address: str) -> None:
         self._channel = channel(address)
         self.jobs = JobClient(self._channel)
+        self.sweeps = SweepClient(self._channel)
         self.adapters = AdapterClient(self._channel)
         self.checkpoints = CheckpointClient(self._channel)
         self.training = TrainingClient(self._channel)

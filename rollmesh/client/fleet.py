@@ -25,3 +25,9 @@ class FleetClient:
         """The members of the mesh and their load."""
         with mesh_errors():
             return convert.fleet_from_pb(await self._stub.GetFleet(pb.GetFleetRequest()))
+
+    async def explain(self, project: str, subject: str = "") -> types.Schedule:
+        """Why what waits in `project` waits, and how the project stands; of `subject` alone."""
+        request = pb.ExplainScheduleRequest(project=project, subject=subject)
+        with mesh_errors():
+            return convert.schedule_from_pb(await self._stub.ExplainSchedule(request))

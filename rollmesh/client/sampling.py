@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import grpc
 
     from rollmesh.api.coordinator.v1.sampling_service_pb2_grpc import SamplingServiceAsyncStub
+    from rollmesh.job import Priority
 
 
 class SamplingClient:
@@ -33,6 +34,7 @@ class SamplingClient:
         params: types.SamplingParams = types.SamplingParams(),
         *,
         continue_on_newest: bool = False,
+        priority: Priority = "normal",
     ) -> AsyncIterator[types.CompletionChunk]:
         """The chunks of all completions as they come. Closing the iterator stops the generation."""
         request = pb.SampleRequest(
@@ -42,6 +44,7 @@ class SamplingClient:
             num_completions=num_completions,
             params=convert.params_to_pb(params),
             continue_on_newest=continue_on_newest,
+            priority=priority,
         )
         with mesh_errors():
             call = self._stub.Sample(request)
@@ -60,6 +63,7 @@ class SamplingClient:
         params: types.SamplingParams = types.SamplingParams(),
         *,
         continue_on_newest: bool = False,
+        priority: Priority = "normal",
     ) -> list[types.Completion]:
         """Whole completions, by index."""
         chunks: list[list[types.CompletionChunk]] = [[] for _ in range(num_completions)]
@@ -70,6 +74,7 @@ class SamplingClient:
             num_completions,
             params,
             continue_on_newest=continue_on_newest,
+            priority=priority,
         )
         async for chunk in stream:
             chunks[chunk.index].append(chunk)

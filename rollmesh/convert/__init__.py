@@ -67,6 +67,13 @@ from rollmesh.convert.sampling import (
     params_from_pb,
     params_to_pb,
 )
+from rollmesh.convert.schedule import schedule_from_pb, schedule_to_pb
+from rollmesh.convert.sweeps import (
+    sweep_from_pb,
+    sweep_spec_from_pb,
+    sweep_spec_to_pb,
+    sweep_to_pb,
+)
 from rollmesh.convert.tensors import (
     floats_from_pb,
     matrix_from_pb,
@@ -144,6 +151,8 @@ __all__ = [
     "result_to_bytes",
     "sampler_info_from_pb",
     "sampler_info_to_pb",
+    "schedule_from_pb",
+    "schedule_to_pb",
     "score_items_from_pb",
     "score_items_to_pb",
     "snapshot_from_pb",
@@ -156,6 +165,10 @@ __all__ = [
     "spec_to_pb",
     "struct_from_pb",
     "struct_to_pb",
+    "sweep_from_pb",
+    "sweep_spec_from_pb",
+    "sweep_spec_to_pb",
+    "sweep_to_pb",
     "tensor_from_pb",
     "tensor_to_pb",
     "time_from_pb",

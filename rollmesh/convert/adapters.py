@@ -163,6 +163,7 @@ def sampler_info_to_pb(info: types.SamplerInfo) -> sampler_service_pb2.GetSample
         resident=[source_to_pb(source) for source in info.resident],
         kv_tokens=info.kv_tokens,
         reserved_kv_tokens=info.reserved_kv_tokens,
+        draining=info.draining,
     )
 
 
@@ -182,6 +183,7 @@ def sampler_info_from_pb(message: sampler_service_pb2.GetSamplerResponse) -> typ
         resident=tuple(source_from_pb(source) for source in message.resident),
         kv_tokens=message.kv_tokens,
         reserved_kv_tokens=message.reserved_kv_tokens,
+        draining=message.draining,
     )
 
 

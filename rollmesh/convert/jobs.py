@@ -42,7 +42,7 @@ def spec_from_pb(message: job_pb2.JobSpec) -> jobs.JobSpec:
         InvalidRequest: a value out of range or missing; the message names each key.
     """
     values = plain(message, field="spec")
-    for section in ("adapter", "algorithm", "sampling", "stop"):
+    for section in ("adapter", "algorithm", "sampling", "stop", "distillation", "curriculum"):
         if section in values:
             values[section] = _numbers(values[section])
     try:
@@ -63,7 +63,7 @@ def job_to_pb(job: jobs.Job) -> job_pb2.Job:
     message = job_pb2.Job(
         name=job.name,
         spec=spec_to_pb(job.spec),
-        state=_state_to_pb(job.state),
+        state=state_to_pb(job.state),
         state_reason=job.state_reason,
         create_time=time_to_pb(job.create_time),
         update_time=time_to_pb(job.update_time),
@@ -71,7 +71,13 @@ def job_to_pb(job: jobs.Job) -> job_pb2.Job:
         step=job.step,
         metrics=job.metrics,
         last_event=job.last_event,
+        best_checkpoint=job.best_checkpoint,
+        sweep=job.sweep,
     )
+    if job.queue is not None:
+        message.queue.CopyFrom(_queue_to_pb(job.queue))
+    if job.best_evaluation is not None:
+        message.best_evaluation.CopyFrom(_evaluation_to_pb(job.best_evaluation))
     if job.first_evaluation is not None:
         message.first_evaluation.CopyFrom(_evaluation_to_pb(job.first_evaluation))
     if job.last_evaluation is not None:
@@ -81,7 +87,7 @@ def job_to_pb(job: jobs.Job) -> job_pb2.Job:
 
 def job_from_pb(message: job_pb2.Job) -> jobs.Job:
     """Job."""
-    state = _state_from_pb(message.state)
+    state = state_from_pb(message.state)
     assert state is not None  # noqa: S101 - a stored job has a state
     return jobs.Job(
         name=message.name,
@@ -96,6 +102,10 @@ def job_from_pb(message: job_pb2.Job) -> jobs.Job:
         first_evaluation=_evaluation_from_pb(message, "first_evaluation"),
         last_evaluation=_evaluation_from_pb(message, "last_evaluation"),
         last_event=message.last_event,
+        queue=_queue_from_pb(message.queue) if message.HasField("queue") else None,
+        best_evaluation=_evaluation_from_pb(message, "best_evaluation"),
+        best_checkpoint=message.best_checkpoint,
+        sweep=message.sweep,
     )
 
 
@@ -106,9 +116,9 @@ def event_to_pb(event: jobs.JobEvent) -> job_pb2.JobEvent:
         case jobs.StateChanged() as changed:
             message.state_changed.CopyFrom(
                 job_pb2.StateChanged(
-                    to=_state_to_pb(changed.to_state),
+                    to=state_to_pb(changed.to_state),
                     reason=changed.reason,
-                    **{"from": _state_to_pb(changed.from_state)},
+                    **{"from": state_to_pb(changed.from_state)},
                 )
             )
         case jobs.StepCompleted() as step:
@@ -134,10 +144,10 @@ def event_from_pb(message: job_pb2.JobEvent) -> jobs.JobEvent:
     happening: jobs.Happening
     match message.WhichOneof("event"):
         case "state_changed":
-            to_state = _state_from_pb(message.state_changed.to)
+            to_state = state_from_pb(message.state_changed.to)
             assert to_state is not None  # noqa: S101 - a server never leaves it out
             happening = jobs.StateChanged(
-                from_state=_state_from_pb(getattr(message.state_changed, "from")),
+                from_state=state_from_pb(getattr(message.state_changed, "from")),
                 to_state=to_state,
                 reason=message.state_changed.reason,
             )
@@ -157,12 +167,32 @@ def event_from_pb(message: job_pb2.JobEvent) -> jobs.JobEvent:
     return jobs.JobEvent(number=message.number, time=time_from_pb(message.time), event=happening)
 
 
+def _queue_to_pb(queue: jobs.QueueStatus) -> job_pb2.QueueStatus:
+    message = job_pb2.QueueStatus(position=queue.position, rule=queue.rule, reason=queue.reason)
+    if queue.eta_low_s is not None:
+        message.eta_low.FromNanoseconds(int(queue.eta_low_s * 1e9))
+    if queue.eta_high_s is not None:
+        message.eta_high.FromNanoseconds(int(queue.eta_high_s * 1e9))
+    return message
+
+
+def _queue_from_pb(message: job_pb2.QueueStatus) -> jobs.QueueStatus:
+    return jobs.QueueStatus(
+        position=message.position,
+        rule=message.rule,
+        reason=message.reason,
+        eta_low_s=message.eta_low.ToNanoseconds() / 1e9 if message.HasField("eta_low") else None,
+        eta_high_s=message.eta_high.ToNanoseconds() / 1e9 if message.HasField("eta_high") else None,
+    )
+
+
 def _evaluation_to_pb(evaluation: jobs.EvaluationCompleted) -> job_pb2.EvaluationCompleted:
     return job_pb2.EvaluationCompleted(
         step=evaluation.step,
         reward_mean=evaluation.reward_mean,
         num_tasks=evaluation.num_tasks,
         duration_s=evaluation.duration_s,
+        set=evaluation.set,
     )
 
 
@@ -175,13 +205,16 @@ def _evaluation_from_pb(message: Message, name: str) -> jobs.EvaluationCompleted
         reward_mean=evaluation.reward_mean,
         num_tasks=evaluation.num_tasks,
         duration_s=evaluation.duration_s,
+        set=evaluation.set,
     )
 
 
-def _state_to_pb(state: jobs.JobState | None) -> job_pb2.JobState.ValueType:
+def state_to_pb(state: jobs.JobState | None) -> job_pb2.JobState.ValueType:
+    """JobState; None: unspecified."""
     return job_pb2.JobState.Value(f"JOB_STATE_{state or 'UNSPECIFIED'}")
 
 
-def _state_from_pb(state: job_pb2.JobState.ValueType) -> jobs.JobState | None:
+def state_from_pb(state: job_pb2.JobState.ValueType) -> jobs.JobState | None:
+    """JobState; None: unspecified, or one that is not known here."""
     name = job_pb2.JobState.Name(state).removeprefix("JOB_STATE_")
     return next((known for known in get_args(jobs.JobState) if known == name), None)

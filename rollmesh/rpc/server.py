@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -28,23 +28,46 @@ class Serving:
     """A server that runs. It is NOT_SERVING until `ready`."""
 
     def __init__(
-        self, port: int, health: health_aio.HealthServicer, services: Sequence[str]
+        self,
+        port: int,
+        server: grpc.aio.Server,
+        health: health_aio.HealthServicer,
+        services: Sequence[str],
     ) -> None:
         self.port = port
+        self._server = server
         self._health = health
         self._services = ("", *services)
+        self._is_ready = False
+        self._is_paused = False
 
     async def ready(self) -> None:
         """Report SERVING: from now on calls are welcome."""
-        await self._report(health_pb2.HealthCheckResponse.SERVING)
+        self._is_ready = True
+        await self._report()
 
     async def not_ready(self) -> None:
         """Report NOT_SERVING: calls already here go on."""
-        await self._report(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._is_ready = False
+        await self._report()
 
-    async def _report(self, status: Any) -> None:
+    async def pause(self, paused: bool) -> None:  # noqa: FBT001 - what a callback hears
+        """Report NOT_SERVING although it is ready, or no longer so; calls are answered as ever."""
+        if paused != self._is_paused:
+            self._is_paused = paused
+            await self._report()
+
+    async def stop(self, drain_s: float) -> None:
+        """Take no more calls; those under way get `drain_s` seconds to finish."""
+        await self.not_ready()
+        await self._server.stop(drain_s)
+
+    async def _report(self) -> None:
+        answer = health_pb2.HealthCheckResponse
         for service in self._services:
-            await self._health.set(service, status)
+            # Another report may come in between.
+            serves = self._is_ready and not self._is_paused
+            await self._health.set(service, answer.SERVING if serves else answer.NOT_SERVING)
 
 
 @contextlib.asynccontextmanager
@@ -92,14 +115,13 @@ async def serving(
             f"cannot listen at {address}: the port is taken, or the host is not this machine",
             resource=address,
         ) from None
-    running = Serving(port, health, services)
+    running = Serving(port, server, health, services)
     await running.not_ready()
     await server.start()
     try:
         yield running
     finally:
-        await running.not_ready()
-        await server.stop(drain_s)
+        await running.stop(drain_s)
 
 
 async def terminated() -> None:

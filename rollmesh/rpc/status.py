@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc.code_pb2 import Code
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
@@ -23,9 +23,11 @@ from rollmesh.errors import (
     InvalidRequest,
     MeshError,
     NotFound,
+    QuotaExceeded,
     Unavailable,
     Unimplemented,
 )
+from rollmesh.names import project_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,7 +58,7 @@ _MAX_VALUE_BYTES = 300
 
 
 def to_status(error: MeshError) -> grpc.Status:
-    """`error` as a status with ErrorInfo, RetryInfo where a retry helps, BadRequest for a field."""
+    """`error` as a status with ErrorInfo and what it has of RetryInfo, BadRequest, QuotaFailure."""
     text = _shortened(str(error), _MAX_MESSAGE_BYTES)
     context = {key: _shortened(value, _MAX_VALUE_BYTES) for key, value in error.context.items()}
     details: list[Message] = [ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=context)]
@@ -67,6 +69,10 @@ def to_status(error: MeshError) -> grpc.Status:
     if error.status == "INVALID_ARGUMENT" and "field" in context:
         violation = BadRequest.FieldViolation(field=context["field"], description=text)
         details.append(BadRequest(field_violations=[violation]))
+    if isinstance(error, QuotaExceeded):
+        subject = project_name(context.get("project", ""))
+        used_up = QuotaFailure.Violation(subject=subject, description=text)
+        details.append(QuotaFailure(violations=[used_up]))
     code = Code.Value(error.status)
     packed = [_packed(detail) for detail in details]
     status = Status(code=code, message=text, details=packed)

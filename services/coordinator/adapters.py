@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from rollmesh.blobs import Blobs
     from services.coordinator.base_models import BaseModels
-    from services.coordinator.fleet.static import StaticFleet
+    from services.coordinator.fleet.membership import Fleet
     from services.coordinator.journal import Journal
     from services.coordinator.newest import Publications
     from services.coordinator.ports import Sampling, TrainerPort
@@ -72,6 +72,7 @@ class Adapters:
         publications: what hears of new versions.
         blobs: where their trainers write them.
         durability: settings.
+        max_adapters: of a project, by its id; None: no bound.
         clock: Unix seconds.
     """
 
@@ -79,7 +80,7 @@ class Adapters:
         self,
         store: Store,
         journal: Journal,
-        fleet: StaticFleet,
+        fleet: Fleet,
         trainers: Mapping[str, TrainerPort],
         sampling: Sampling,
         *,
@@ -87,9 +88,11 @@ class Adapters:
         publications: Publications,
         blobs: Blobs,
         durability: Durability,
+        max_adapters: Callable[[str], int | None],
         clock: Callable[[], float],
     ) -> None:
         self._store = store.adapters
+        self._max_adapters = max_adapters
         self._versions = store.versions
         self._trainers = trainers
         self._sampling = sampling
@@ -158,6 +161,7 @@ class Adapters:
             InvalidRequest: the name, the base model, `idle_ttl_s` (seconds without use after which
                 it is deleted; None: never), or what the trainers say of `lora`.
             AlreadyExists: the name or the request_id is taken.
+            QuotaExceeded: the project has as many as it may.
             CapacityExhausted: no trainer has room.
             Unavailable: no trainer of the base model answers.
         """
@@ -182,6 +186,7 @@ class Adapters:
                 num_versions=num_versions,
                 idle_ttl_s=idle_ttl_s,
                 origin=origin,
+                max_adapters=self._max_adapters(project),
             )
             if stored.ready:
                 return stored.adapter

@@ -1,4 +1,4 @@
-"""Advantages of a group's rollouts, and how much each of their tokens weighs in the loss.
+"""Advantages of a batch's rollouts, and how much each of their tokens weighs in the loss.
 
 r is the reward of one of G rollouts of the same prompt, |o| its completion's number of tokens.
 ForwardBackward sums over all tokens of a batch, so every average is in the weights.
@@ -6,7 +6,7 @@ ForwardBackward sums over all tokens of a batch, so every average is in the weig
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
@@ -17,12 +17,32 @@ if TYPE_CHECKING:
 
     FloatArray = NDArray[np.float64]
 
-Estimator = Literal["grpo", "dr_grpo", "rloo"]
+OfGroup: TypeAlias = Literal["grpo", "dr_grpo", "rloo"]
+Estimator: TypeAlias = OfGroup | Literal["reinforce"]
 
 STD_EPSILON = 1e-6
 
 
-def advantages(estimator: Estimator, rewards: Sequence[float]) -> FloatArray:
+def of_batch(estimator: Estimator, rewards: Sequence[Sequence[float]]) -> FloatArray:
+    """The advantage of each rollout of a step, float64 [N], of the rewards of each of its groups.
+
+    reinforce: (r − mean) / (std + 1e-6) over all N rollouts of the step, with the population's
+    standard deviation; all 0 where all rewards are equal. The global batch normalization of
+    REINFORCE++ (arXiv:2501.03262), whose KL term in the reward is left out here: the
+    penalty of kl_coefficient is in the loss.
+
+    The others compare within each group: see `of_group`.
+    """
+    if estimator != "reinforce":
+        return np.concatenate([of_group(estimator, of_one) for of_one in rewards])
+    reward = np.array([each for of_one in rewards for each in of_one], dtype=np.float64)
+    if reward.min() == reward.max():
+        return np.zeros_like(reward)
+    normalized: FloatArray = (reward - reward.mean()) / (reward.std() + STD_EPSILON)
+    return normalized
+
+
+def of_group(estimator: OfGroup, rewards: Sequence[float]) -> FloatArray:
     """The advantage of each rollout of one group, float64 [G]; all 0 where all rewards are equal.
 
     grpo: (r − mean) / (std + 1e-6), with the sample standard deviation (divisor G − 1).
@@ -52,11 +72,12 @@ def token_weights(
 
     grpo: 1 / (N·|o|): a rollout's tokens are averaged, then the rollouts (DeepSeekMath, eq. 3).
 
-    dr_grpo, rloo: 1 / (N·L): a rollout's tokens are summed, so that a long rollout is not pushed
-    less per token than a short one, then the rollouts are averaged. L is the same for all tokens:
-    max_tokens (as Dr. GRPO's own code divides by the generation budget), or where there is none the
-    batch's longest completion. RLOO's paper has L = 1; a constant changes the gradient's size, not
-    its direction, and with it max_grad_norm means the same for every estimator.
+    dr_grpo, rloo, reinforce: 1 / (N·L): a rollout's tokens are summed, so that a long rollout is
+    not pushed less per token than a short one, then the rollouts are averaged. L is the same for
+    all tokens: max_tokens (as Dr. GRPO's own code divides by the generation budget), or where there
+    is none the batch's longest completion. RLOO's paper has L = 1; a constant changes the
+    gradient's size, not its direction, and with it max_grad_norm means the same for every
+    estimator.
     """
     length = np.asarray(lengths, dtype=np.float64)
     if estimator == "grpo":

@@ -79,13 +79,23 @@ class Agreement:
         self._learner = learner
         self._sampling = sampling
         self._warn = warn
-        # Grows by one for each sampler process that was beyond the bound.
-        self._quarantined: set[str] = set()
+        # By instance_id why. Grows by one for each sampler process that was beyond the bound.
+        self._quarantined: dict[str, str] = dict(context.memory.get("agreement", {}))
 
     @property
     def is_asked_for(self) -> bool:
         """Whether the job has a bound."""
         return self._bound is not None
+
+    @property
+    def memory(self) -> Mapping[str, str]:
+        """Whom to trust no more: groups that they drew may be kept, and too old to be compared."""
+        return self._quarantined
+
+    def begin(self) -> None:
+        """Ask none of them, as before the interruption."""
+        for sampler, reason in self._quarantined.items():
+            self._sampling.quarantine(self._job, sampler, reason)
 
     async def reached(
         self,
@@ -149,7 +159,7 @@ class Agreement:
             f"its log-probabilities of tokens of version {version} of {self._adapter} are up to "
             f"{gap:.3g} nats from the trainer's; sampling.max_logprob_gap is {self._bound:g}"
         )
-        self._quarantined.add(sampler)
+        self._quarantined[sampler] = reason
         self._sampling.quarantine(self._job, sampler, reason)
         message = f"the sampler {sampler} is asked for nothing more by this job: {reason}"
         await self._warn(Warned(reason="LOGPROB_GAP", message=message))
@@ -158,7 +168,7 @@ class Agreement:
         self, groups: Sequence[Group], again: Callable[[int], Awaitable[Group]]
     ) -> list[Group]:
         async def kept(group: Group) -> Group:
-            while _samplers(group) & self._quarantined:
+            while _samplers(group) & self._quarantined.keys():
                 group = await again(group.number)
             return group
 

@@ -6,35 +6,54 @@ import asyncio
 import contextlib
 import secrets
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rollmesh.blobs import Blobs
 from rollmesh.convert import journal as codec
 from rollmesh.rpc.server import serving
 from services.coordinator.adapters import Adapters, Durability
+from services.coordinator.admission import Admission
 from services.coordinator.base_models import BaseModels
 from services.coordinator.checkpoints import Checkpoints
+from services.coordinator.checks import Checks
+from services.coordinator.explaining import Explaining
 from services.coordinator.fleet.static import StaticFleet
 from services.coordinator.jobs import Jobs
 from services.coordinator.journal import Journal
 from services.coordinator.leases import Leases
 from services.coordinator.newest import Publications
 from services.coordinator.policies import Policies
+from services.coordinator.projects import projects_of
+from services.coordinator.pruning import Pruning
 from services.coordinator.retention import Retention
 from services.coordinator.runner import Runner
 from services.coordinator.sampling import FleetSampling
 from services.coordinator.scheduler import Scheduler
 from services.coordinator.servicers import SERVICES, register
 from services.coordinator.sweeper import Sweeper
+from services.coordinator.sweeps import Halver, Sweeps
+from services.coordinator.usage import UsageKeeper
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
 
     from rollmesh.rpc.server import Serving
     from services.coordinator.config import CoordinatorConfig
-    from services.coordinator.ports import RewardPort, SamplerPort, Sampling, TrainerPort, Training
+    from services.coordinator.ports import (
+        Checkpointing,
+        RewardPort,
+        SamplerPort,
+        Sampling,
+        Tokenizer,
+        TrainerPort,
+        Training,
+    )
     from services.coordinator.runner import Play
+    from services.coordinator.servicers import Register
     from services.coordinator.store import Store
+
+    Serve = Callable[[Register], contextlib.AbstractAsyncContextManager[Serving]]
 
 _SWEEP_EVERY_S = 60.0
 
@@ -47,24 +66,36 @@ async def coordinator(
     trainers: Mapping[str, TrainerPort],
     samplers: Mapping[str, SamplerPort],
     reward: RewardPort,
-    play: Callable[[Training, Sampling], Play],
+    load_tokenizer: Callable[[str], Tokenizer],
+    play: Callable[[Training, Sampling, Checkpointing], Play],
+    serve: Serve | None = None,
 ) -> AsyncIterator[Serving]:
     """A coordinator that serves and runs jobs until the block ends.
 
     Then jobs stop where they are, for a successor to go on with; watchers are sent away, and other
-    calls get config.drain_s to finish. Ports are by address; `play` makes the loop of all jobs.
+    calls get config.drain_s to finish. Ports are by address; `play` makes the loop of all jobs;
+    `load_tokenizer` reads that of a base model, and may block.
+    `serve`: where a server runs already, None: one at config.listen.
     """
+    serve = serve or partial(
+        serving, services=SERVICES, address=config.listen, drain_s=config.drain_s
+    )
     fleet = StaticFleet(trainers=trainers, samplers=samplers, rewards={config.reward: reward})
+    projects = projects_of(config)
     scheduler = Scheduler(
         max_running_completions=config.max_running_completions,
         max_queued_requests=config.max_queued_requests,
+        projects=projects,
+        prompt_token_price=config.prompt_token_price,
     )
     sampling = FleetSampling(
         fleet,
         scheduler,
         locate=lambda source: adapters.locate(source),  # noqa: PLW0108 - they are made below
         new_seed=lambda: secrets.randbits(48),
+        clock=time.time,
     )
+    usage = UsageKeeper(store.usage, scheduler, dispatch=sampling.dispatch, clock=time.time)
     base_models = BaseModels(fleet, [model.name for model in config.base_models])
     blobs = Blobs(config.blobs_url)
     journal = Journal(
@@ -86,6 +117,7 @@ async def coordinator(
             snapshot_every_bytes=config.snapshot_every_bytes,
             result_retention_s=config.result_retention_s,
         ),
+        max_adapters=lambda project: projects.of(project).max_adapters,
         clock=time.time,
     )
     checkpoints = Checkpoints(store.checkpoints, adapters, store.adapters, blobs, clock=time.time)
@@ -105,6 +137,13 @@ async def coordinator(
         max_superseded=config.max_superseded_versions,
         clock=time.time,
     )
+    pruning = Pruning(
+        store.events,
+        store.groups,
+        event_retention_s=config.event_retention_s,
+        rollout_retention_s=config.rollout_retention_s,
+        clock=time.time,
+    )
     sweeper = Sweeper(
         store.references,
         store.checkpoints,
@@ -113,39 +152,57 @@ async def coordinator(
         interval_s=_SWEEP_EVERY_S,
         clock=time.time,
     )
+    admission = Admission(
+        fleet, projects, scheduler, store.adapters, max_running=config.max_running_jobs
+    )
     jobs = Jobs(
         store.jobs,
         fleet,
         reward,
         base_models=base_models,
+        checks=Checks(fleet, base_models, adapters, load_tokenizer),
+        projects=projects,
+        queue=admission.status,
         max_pending=config.max_pending_jobs,
         clock=time.time,
         new_id=lambda: f"job-{secrets.token_hex(4)}",
     )
+    sweeps = Sweeps(
+        store.sweeps,
+        jobs,
+        max_pending=config.max_pending_jobs,
+        clock=time.time,
+        new_id=lambda: f"sweep-{secrets.token_hex(4)}",
+    )
+    halver = Halver(store.sweeps, store.jobs.changes, clock=time.time)
     runner = Runner(
         store.jobs,
+        store.groups,
         fleet,
         adapters,
-        play(adapters, sampling),
-        max_running=config.max_running_jobs,
+        play(adapters, sampling, checkpoints),
+        admission,
         clock=time.time,
     )
     services = register(
         jobs,
+        sweeps,
         adapters,
         checkpoints,
-        Policies(adapters, sampling, publications),
+        Policies(adapters, sampling, publications, projects),
         leases,
         lambda: fleet.snapshot(sampling.num_queued_requests),
+        Explaining(scheduler, admission, store.jobs, store.adapters, projects, clock=time.time),
     )
+    await store.adapters.none_is_being_made()
+    await usage.restore()
     async with contextlib.AsyncExitStack() as stack:
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        for part in (fleet, adapters, retention, sweeper):
+        for part in (fleet, adapters, retention, pruning, sweeper, usage):
             stack.callback(tasks.create_task(part.run()).cancel)
-        server = await stack.enter_async_context(
-            serving(services, services=SERVICES, address=config.listen, drain_s=config.drain_s)
-        )
+        server = await stack.enter_async_context(serve(services))
         stack.callback(store.jobs.changes.close)
+        stack.callback(tasks.create_task(halver.run()).cancel)
         stack.callback(tasks.create_task(runner.run()).cancel)
         stack.push_async_callback(server.not_ready)
         await server.ready()

@@ -7,21 +7,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rollmesh.errors import Unavailable
-from services.coordinator.moving import until_newer
+from services.coordinator.moving import until_newer, until_preempted
+from services.coordinator.placement import Preempted
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
     from rollmesh import types
+    from rollmesh.job import Priority
     from services.coordinator.drawing import Drawing
     from services.coordinator.endurance import Endurance
-    from services.coordinator.fleet.static import Sampler
+    from services.coordinator.moving import Place
     from services.coordinator.newest import Newest
     from services.coordinator.placement import Placement
     from services.coordinator.scheduler import Request
 
 BORDER_S = 1.0
-"""How long to wait for the end of a chunk before a completion moves to a newer version."""
+"""How long to wait for the end of a chunk before a completion moves to a newer version, or gives up
+its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,7 @@ class Asked:
     fixed: types.AdapterSource | None
     newest: Newest | None
     job: str = ""
+    priority: Priority = "normal"
 
     @property
     def source(self) -> types.AdapterSource | None:
@@ -64,14 +68,15 @@ class Attempts:
 
         Raises:
             Unavailable: also when the sampler ended before all had come.
+            Preempted: its place is wanted for another.
             Refused, Untrue: as Placement and Drawing say.
         """
         border_s = BORDER_S
-        async with self._placement.sampler_for(request, endurance) as sampler:
-            drawing.address = sampler.address
+        async with self._placement.place_for(request, endurance) as place:
+            drawing.address = place.sampler.address
             while unfinished := drawing.unfinished(part):
                 source = asked.source
-                stream = self._stream(sampler, asked, source, drawing, part, border_s)
+                stream = self._stream(place, asked, source, drawing, part, border_s)
                 # Where versions come faster than a first chunk, one of them has to be waited for.
                 border_s *= 2
                 async with contextlib.aclosing(stream) as chunks:
@@ -85,23 +90,25 @@ class Attempts:
                         )
                         yield chunk
                 left = drawing.unfinished(part)
+                if left and place.preempted:
+                    raise Preempted
                 if left and asked.source is source:
                     raise Unavailable(
-                        f"the sampler at {sampler.address} ended its stream with {len(left)} of "
+                        f"the sampler at {drawing.address} ended its stream with {len(left)} of "
                         f"{len(unfinished)} completions unfinished"
                     )
 
     async def _stream(
         self,
-        sampler: Sampler,
+        place: Place,
         asked: Asked,
         source: types.AdapterSource | None,
         drawing: Drawing,
         part: range,
         border_s: float,
     ) -> AsyncGenerator[types.CompletionChunk]:
-        """One call of the sampler, up to its end or to where a newer version takes over."""
-        stream = sampler.port.sample(
+        """One call of the sampler, up to its end or to where it is to stop."""
+        stream = place.sampler.port.sample(
             source and self._locate(source),
             drawing.prompt_token_ids,
             drawing.num_completions,
@@ -109,10 +116,12 @@ class Attempts:
             project=asked.project,
             continuations=drawing.continuations(part),
         )
-        async with contextlib.aclosing(stream):
-            chunks = stream
-            if asked.newest and source:
-                chunks = until_newer(stream, asked.newest, source, patience_s=border_s)
+        async with place.closing(stream):
+            chunks = until_preempted(stream, place, patience_s=BORDER_S)
             async with contextlib.aclosing(chunks):
-                async for chunk in chunks:
-                    yield chunk
+                moving = chunks
+                if asked.newest and source:
+                    moving = until_newer(chunks, asked.newest, source, patience_s=border_s)
+                async with contextlib.aclosing(moving):
+                    async for chunk in moving:
+                        yield chunk

@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rollmesh.errors import MeshError
-    from services.coordinator.fleet.static import StaticFleet
+    from services.coordinator.fleet.membership import Fleet
 
 
 class BaseModels:
     """The base models that members serve or once said to serve, and those the operator names."""
 
-    def __init__(self, fleet: StaticFleet, configured: Sequence[str]) -> None:
+    def __init__(self, fleet: Fleet, configured: Sequence[str]) -> None:
         self._fleet = fleet
         self._configured = configured
 

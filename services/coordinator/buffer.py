@@ -42,6 +42,10 @@ class RolloutBuffer:
         self._ready[group.number] = group
         self._arrived.set()
 
+    def missing(self, numbers: range) -> list[int]:
+        """Those of `numbers`, just admitted, that are not ready yet."""
+        return [number for number in numbers if number not in self._ready]
+
     async def take(self, count: int) -> list[Group]:
         """The next `count` groups in the order of their numbers, once all of them are ready."""
         numbers = range(self._next_to_take, self._next_to_take + count)

@@ -47,6 +47,10 @@ class Drawing:
         """Those of `part` that have not ended."""
         return [index for index in part if not self._ended[index]]
 
+    def has_begun(self, part: range) -> bool:
+        """Whether one of `part` that has not ended has tokens."""
+        return any(self._tokens[index] for index in self.unfinished(part))
+
     def continuations(self, part: range) -> tuple[types.Continuation, ...]:
         """What to ask a sampler for; nothing: for all completions, which begin."""
         if len(part) == self.num_completions and not any(self._ended) and not any(self._tokens):
@@ -70,6 +74,11 @@ class Drawing:
         self._ended[chunk.index] = chunk.stop_reason is not None
         if chunk.prompt_logprobs is not None:
             self.params = replace(self.params, prompt_logprobs=None)
+
+
+def is_constrained(params: types.SamplingParams) -> bool:
+    """Whether a grammar says what may be drawn: an engine cannot enter it in the middle."""
+    return params.json_schema is not None or params.regex is not None
 
 
 def check_spans(

@@ -27,8 +27,9 @@ async def evaluate(
     rollouts: Rollouts,
     *,
     step: int,
+    name: str = "",
 ) -> EvaluationCompleted:
-    """The mean reward of one greedy completion of each task, which `source` draws.
+    """The mean reward of one greedy completion of each task of set `name`, which `source` draws.
 
     Errors are those of Rollouts.draw and Rollouts.score.
     """
@@ -43,7 +44,7 @@ async def evaluate(
         for index, task in pending:
             drawn[index] = await rollouts.draw(task, source, 1, params)
 
-    with telemetry.span("job.evaluate", step=step, policy_version=source.policy_version):
+    with telemetry.span("job.evaluate", step=step, set=name, policy_version=source.policy_version):
         pending = iter(enumerate(tasks))
         async with asyncio.TaskGroup() as workers:
             for _ in range(min(MAX_CONCURRENT, len(tasks))):
@@ -57,6 +58,7 @@ async def evaluate(
         reward_mean=sum(rewards) / len(rewards),
         num_tasks=len(tasks),
         duration_s=clock() - start,
+        set=name,
     )
 
 
@@ -66,3 +68,10 @@ def is_due(spec: JobSpec, step: int) -> bool:
         return False
     every = spec.evaluation.every_steps
     return step in {0, spec.stop.max_steps} or (every is not None and step % every == 0)
+
+
+def is_better(
+    evaluation: EvaluationCompleted, best: EvaluationCompleted | None, min_improvement: float
+) -> bool:
+    """Whether an evaluation is the best so far, and by enough."""
+    return best is None or evaluation.reward_mean > best.reward_mean + min_improvement

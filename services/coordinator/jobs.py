@@ -6,25 +6,35 @@ It writes to the store and nothing else; the runner sees there what is to run, p
 from __future__ import annotations
 
 import asyncio
+from itertools import chain
 from typing import TYPE_CHECKING
 
-from rollmesh.errors import InvalidRequest, NotFound, Unavailable
+from rollmesh.errors import (
+    CapacityExhausted,
+    FailedPrecondition,
+    InvalidRequest,
+    NotFound,
+    Unavailable,
+)
 from rollmesh.job import FINAL_STATES, StateChanged
 from rollmesh.names import adapter_name, check_id, job_name, parse_job, parse_project
 from rollmesh.types import LoraConfig, ScoreItem
 from services.coordinator.paging import page_size_of
+from services.coordinator.projects import check_priority
 from services.coordinator.prompts import check_templates, fill
-from services.coordinator.store import Request
+from services.coordinator.store import NewJob, Request
 from services.coordinator.tasks import evaluation_tasks, training_tasks
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Mapping
 
-    from rollmesh.job import AdapterSpec, Job, JobEvent, JobSpec
+    from rollmesh.job import AdapterSpec, Job, JobEvent, JobSpec, QueueStatus
     from services.coordinator.base_models import BaseModels
-    from services.coordinator.fleet.static import StaticFleet
+    from services.coordinator.checks import Checks
+    from services.coordinator.fleet.membership import Fleet
     from services.coordinator.lifecycle import Command
     from services.coordinator.ports import RewardPort
+    from services.coordinator.scheduler import Projects
     from services.coordinator.store import JobStore
 
 
@@ -36,6 +46,9 @@ class Jobs:
         fleet: what is served.
         reward: where reward functions are tried out.
         base_models: those that the mesh knows.
+        checks: what else of a spec can be seen to fail.
+        projects: what each of them may ask for.
+        queue: where a job that waits stands; None: that is not known yet.
         max_pending: jobs that may wait at once, over all projects.
         clock: Unix seconds.
         new_id: makes up an id for a job that was given none.
@@ -44,10 +57,13 @@ class Jobs:
     def __init__(
         self,
         store: JobStore,
-        fleet: StaticFleet,
+        fleet: Fleet,
         reward: RewardPort,
         *,
         base_models: BaseModels,
+        checks: Checks,
+        projects: Projects,
+        queue: Callable[[str], QueueStatus | None],
         max_pending: int,
         clock: Callable[[], float],
         new_id: Callable[[], str],
@@ -56,6 +72,9 @@ class Jobs:
         self._fleet = fleet
         self._reward = reward
         self._base_models = base_models
+        self._checks = checks
+        self._projects = projects
+        self._queue = queue
         self._max_pending = max_pending
         self._clock = clock
         self._new_id = new_id
@@ -76,29 +95,74 @@ class Jobs:
         request = await asyncio.to_thread(_request, project, request_id, job_id, spec)
         made = await self._store.find_request(request)
         if made is not None:
-            return await self._store.get(made)
-        job_id = job_id or self._new_id()
+            return self._told(await self._store.get(made))
+        new = await self.prepare(project, job_id or self._new_id(), spec)
+        return await self._store.create(
+            new, request=request, max_pending=self._max_pending, now=self._clock()
+        )
+
+    async def prepare(
+        self, project: str, job_id: str, spec: JobSpec, *, tasks_are_checked: bool = False
+    ) -> NewJob:
+        """Check a job that is to be stored.
+
+        Its adapter is named like the job, unless the spec has a name for it. `tasks_are_checked`:
+        not again its tasks, prompts and reward.
+
+        Raises:
+            InvalidRequest, NotFound, Unavailable: as `create`.
+        """
         adapter_id = spec.adapter.id or job_id
         named = spec.adapter.model_copy(update={"id": adapter_id})
-        spec = spec.model_copy(update={"adapter": named})
+        priority = check_priority(self._projects.of(project), spec.priority)
+        spec = spec.model_copy(update={"adapter": named, "priority": priority})
         self._base_models.check(spec.base_model, field="base_model", refusal=NotFound)
         self._check_adapter(spec)
-        await self._check_tasks(spec)
-        return await self._store.create(
+        await self._checks.teacher(project, spec)
+        if not tasks_are_checked:
+            await self._check_tasks(spec)
+        return await NewJob.of(
             job_name(project, job_id),
             project,
             spec,
             adapter=adapter_name(project, adapter_id),
             lora=lora_of(spec.adapter),
-            request=request,
-            max_pending=self._max_pending,
-            now=self._clock(),
         )
+
+    def check_room(
+        self, project: str, wanted: Mapping[str, int], others: Mapping[tuple[str, str], int]
+    ) -> None:
+        """Refuse jobs at once whose adapters may never be there together.
+
+        Each keeps its adapter while it waits for the others. Had they room for some each, two
+        sweeps would wait for each other for good; so there has to be room for all of both.
+
+        Args:
+            project: of the jobs.
+            wanted: jobs by base model.
+            others: those that wait for each other already, by project and base model.
+
+        Raises:
+            CapacityExhausted: the trainers hold fewer, or the quota of the project is lower.
+        """
+        for base_model, count in wanted.items():
+            trainers = [trainer.info for trainer in self._fleet.trainers(base_model)]
+            room = sum(info.max_adapters for info in trainers if info)
+            taken = sum(number for (_, model), number in others.items() if model == base_model)
+            if trainers and room < taken + count:
+                raise _no_room(
+                    f"the trainers of {base_model!r} hold {room} adapters", count, room, taken
+                )
+        quota = self._projects.of(project).max_adapters
+        count = sum(wanted.values())
+        taken = sum(number for (owner, _), number in others.items() if owner == project)
+        if quota is not None and quota < taken + count:
+            raise _no_room(f"the project's quota is {quota} adapters", count, quota, taken)
 
     async def get(self, name: str) -> Job:
         """One job."""
         parse_job(name)
-        return await self._store.get(name)
+        return self._told(await self._store.get(name))
 
     async def page(self, parent: str, page_size: int, page_token: str) -> tuple[list[Job], str]:
         """Jobs of a project, newest first, and the token of the next page ("": none)."""
@@ -106,7 +170,8 @@ class Jobs:
         size = page_size_of(page_size)
         found = await self._store.page(project, limit=size + 1, after=page_token)
         more = len(found) > size
-        return found[:size], parse_job(found[size - 1].name)[1] if more else ""
+        told = [self._told(job) for job in found[:size]]
+        return told, parse_job(told[-1].name)[1] if more else ""
 
     async def pause(self, name: str) -> Job:
         """Stop a job after the step it is in."""
@@ -125,6 +190,8 @@ class Jobs:
 
         Raises:
             InvalidRequest: the job has no such event yet.
+            FailedPrecondition: the next one is kept no longer. From 0 on, it begins with the first
+                that is.
             Unavailable: this coordinator is going away; its successor goes on from any event.
         """
         parse_job(name)
@@ -140,6 +207,8 @@ class Jobs:
                     value=after_event,
                 )
             for event in page.events:
+                if seen and event.number != seen + 1:
+                    raise _forgotten(name, after_event, first=event.number)
                 yield event
                 seen = event.number
                 if isinstance(event.event, StateChanged) and event.event.to_state in FINAL_STATES:
@@ -153,7 +222,13 @@ class Jobs:
 
     async def _command(self, name: str, command: Command) -> Job:
         parse_job(name)
-        return await self._store.command(name, command, now=self._clock())
+        return self._told(await self._store.command(name, command, now=self._clock()))
+
+    def _told(self, job: Job) -> Job:
+        """With where it stands, if it waits."""
+        if job.state != "PENDING":
+            return job
+        return job.model_copy(update={"queue": self._queue(job.name)})
 
     def _check_adapter(self, spec: JobSpec) -> None:
         trainers = [trainer.info for trainer in self._fleet.trainers(spec.base_model)]
@@ -196,7 +271,10 @@ class Jobs:
         """
         tasks = await asyncio.to_thread(training_tasks, spec)
         held_out = await asyncio.to_thread(evaluation_tasks, spec)
-        await asyncio.to_thread(check_templates, spec, [*tasks, *held_out])
+        await asyncio.to_thread(check_templates, spec, [*tasks, *chain(*held_out.values())])
+        await self._checks.completions(spec, tasks)
+        if spec.reward is None:
+            return
         reference = fill(spec.reward.reference, tasks[0], field="reward.reference")
         try:
             await self._reward.score(
@@ -205,6 +283,25 @@ class Jobs:
         except InvalidRequest as error:
             field = f"reward.{error.context.get('field', '')}".rstrip(".")
             raise InvalidRequest(f"reward: {error}", **{**error.context, "field": field}) from None
+
+
+def _no_room(why: str, count: int, room: int, taken: int) -> CapacityExhausted:
+    shared = f", {taken} of which jobs of other sweeps may need until they end" if taken else ""
+    return CapacityExhausted(
+        f"{count} jobs that are compared need as many adapters at once, and {why}{shared}",
+        value=count,
+        allowed=max(0, room - taken),
+    )
+
+
+def _forgotten(name: str, after_event: int, *, first: int) -> FailedPrecondition:
+    return FailedPrecondition(
+        f"after_event: the events of {name} before {first} are kept no longer, so those after "
+        f"{after_event} are not all there",
+        field="after_event",
+        value=after_event,
+        first_event=first,
+    )
 
 
 def _request(project: str, request_id: str, job_id: str, spec: JobSpec) -> Request:

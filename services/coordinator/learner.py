@@ -21,6 +21,7 @@ from services.coordinator.learning_rate import learning_rate
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+    from rollmesh.job import JobSpec
     from rollmesh.types import FloatArray
     from services.coordinator.metrics import Phases
     from services.coordinator.ports import JobContext, Sampling, Training
@@ -29,6 +30,23 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 Progress = Literal["clean", "gradients_pending", "stepped"]
+
+
+def loss_of(spec: JobSpec) -> types.LossConfig:
+    """What the job's ForwardBackward minimises."""
+    algorithm, sampling = spec.algorithm, spec.sampling
+    kl_coefficient = algorithm.kl_coefficient or None
+    if spec.sft is not None:
+        return types.LossConfig("cross_entropy", kl_coefficient=kl_coefficient)
+    return types.LossConfig(
+        algorithm.loss,
+        kl_coefficient=kl_coefficient,
+        clip_low_threshold=algorithm.clip_low_threshold,
+        clip_high_threshold=algorithm.clip_high_threshold,
+        max_importance_ratio=algorithm.max_importance_ratio,
+        # That of what the samplers' log-probabilities are of.
+        temperature=sampling.temperature if sampling.logprobs_kind == "sampled" else None,
+    )
 
 
 class Learner:
@@ -50,11 +68,7 @@ class Learner:
         self._sampling = sampling
         self._patience = patience
         self._versions = versions
-        sampling_spec = context.spec.sampling
-        # That of what the samplers' log-probabilities are of.
-        self._temperature = (
-            sampling_spec.temperature if sampling_spec.logprobs_kind == "sampled" else None
-        )
+        self._loss = loss_of(context.spec)
 
     async def progress(self, step: int) -> Progress:
         """What was trained of step `step`, the first one that is not recorded as finished.
@@ -89,7 +103,7 @@ class Learner:
         return await self._on_batch(
             step,
             data,
-            lambda: self._training.forward(self._adapter, data, temperature=self._temperature),
+            lambda: self._training.forward(self._adapter, data, temperature=self._loss.temperature),
         )
 
     async def forward_backward(
@@ -100,16 +114,11 @@ class Learner:
         Raises:
             CapacityExhausted: the batch is too large for one message, or for the trainer.
         """
-        loss = types.LossConfig(
-            "importance_sampling",
-            kl_coefficient=self._spec.algorithm.kl_coefficient or None,
-            temperature=self._temperature,
-        )
         return await self._on_batch(
             step,
             data,
             lambda: self._training.forward_backward(
-                self._adapter, 2 * step + 1, data, loss, job=self._job
+                self._adapter, 2 * step + 1, data, self._loss, job=self._job
             ),
         )
 
@@ -145,7 +154,7 @@ class Learner:
         return {**result.metrics, "learning_rate": adam.learning_rate}
 
     async def go_live(self, version: int, phases: Phases) -> types.AdapterSource:
-        """Publish the current weights, which are `version`, and load them on all samplers."""
+        """Publish the current weights, `version`, and load them on samplers if any are needed."""
         with phases.phase("publish"):
             published = await self._op(lambda: self._training.publish_adapter(self._adapter))
             if published.policy_version != version:
@@ -157,8 +166,9 @@ class Learner:
             policy = types.PolicyRef(adapter=self._adapter, policy_version=version)
             base_model, source = await self._op(lambda: self._training.resolve(policy))
             assert source is not None  # noqa: S101 - the reference names an adapter
-        with phases.phase("load"):
-            await self._sampling.load(base_model, source)
+        if self._spec.needs_sampler:
+            with phases.phase("load"):
+                await self._sampling.load(base_model, source)
         self._versions.went_live(source)
         return source
 

@@ -1,7 +1,8 @@
 """The life of a job as one table: what each command does to a job in each phase.
 
-A phase is a state, but for PAUSING: that is RUNNING, to be paused when its step is over. A pair
-that is not in the table is refused. Pure: the store applies a move and writes the event.
+A phase is a state, but for two. PAUSING is RUNNING, to be paused when its step is over. HELD is
+PAUSED, to be gone on with not by its user but once the jobs of its sweep were compared. A pair that
+is not in the table is refused. Pure: the store applies a move and writes the event.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from rollmesh.job import FINAL_STATES, JobState
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-Phase = JobState | Literal["PAUSING"]
-Command = Literal["start", "settle", "finish", "fail", "pause", "resume", "cancel"]
-"""The last three are the user's, the others the runner's. `settle`: the loop returned at the border
-between two steps because it was asked to pause."""
+Phase = JobState | Literal["PAUSING", "HELD"]
+Command = Literal[
+    "start", "settle", "hold", "release", "finish", "fail", "pause", "resume", "cancel"
+]
+"""The last three are the user's, `release` is the sweep's, the others are the runner's. `settle`:
+the loop returned at the border between two steps because it was asked to pause. `hold`: it did
+because the jobs of its sweep are compared there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,10 @@ MOVES: Mapping[tuple[Command, Phase], Move | None] = MappingProxyType(
         # Resumed before the loop came to the border: it goes on.
         ("settle", "RUNNING"): None,
         ("settle", "PAUSING"): Move("PAUSED", "paused"),
+        ("hold", "RUNNING"): Move("HELD"),
+        # Its user's wish goes first: resumed, it comes to the same border and is held there.
+        ("hold", "PAUSING"): Move("PAUSED", "paused"),
+        ("release", "HELD"): Move("PENDING"),
         ("finish", "RUNNING"): Move("SUCCEEDED"),
         ("finish", "PAUSING"): Move("SUCCEEDED"),
         ("fail", "PENDING"): Move("FAILED"),
@@ -48,14 +56,17 @@ MOVES: Mapping[tuple[Command, Phase], Move | None] = MappingProxyType(
         ("pause", "RUNNING"): Move("PAUSING", "pauses when the step that it is in is over"),
         ("pause", "PAUSING"): None,
         ("pause", "PAUSED"): None,
+        ("pause", "HELD"): Move("PAUSED", "paused"),
         ("resume", "PENDING"): None,
         ("resume", "RUNNING"): None,
         ("resume", "PAUSING"): Move("RUNNING"),
         ("resume", "PAUSED"): Move("PENDING", "resumed"),
+        ("resume", "HELD"): None,
         ("cancel", "PENDING"): Move("CANCELLED", "cancelled"),
         ("cancel", "RUNNING"): Move("CANCELLED", "cancelled"),
         ("cancel", "PAUSING"): Move("CANCELLED", "cancelled"),
         ("cancel", "PAUSED"): Move("CANCELLED", "cancelled"),
+        ("cancel", "HELD"): Move("CANCELLED", "cancelled"),
         ("cancel", "CANCELLED"): None,
     }
 )
@@ -64,7 +75,12 @@ MOVES: Mapping[tuple[Command, Phase], Move | None] = MappingProxyType(
 
 def state_of(phase: Phase) -> JobState:
     """The state that the world sees."""
-    return "RUNNING" if phase == "PAUSING" else phase
+    match phase:
+        case "PAUSING":
+            return "RUNNING"
+        case "HELD":
+            return "PAUSED"
+    return phase
 
 
 def move(job: str, command: Command, phase: Phase) -> Move | None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from rollmesh import types
-    from services.coordinator.fleet.static import Sampler, StaticFleet
+    from services.coordinator.fleet.membership import Fleet, Sampler
     from services.coordinator.placement import Placement
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ LOAD_WAIT_S = 10.0
 class Loading:
     """Tells every sampler that serves."""
 
-    def __init__(self, fleet: StaticFleet, placement: Placement) -> None:
+    def __init__(self, fleet: Fleet, placement: Placement) -> None:
         self._fleet = fleet
         self._placement = placement
         # By adapter: the newest version that is being loaded, and whoever waits for it.

@@ -3,46 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Literal
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 from rollmesh import telemetry
 from rollmesh.job import StepCompleted, Warned
-from services.coordinator.agreement import Agreement, gap_metrics
-from services.coordinator.batch import batch, teaching
+from services.coordinator.agreement import Agreement
+from services.coordinator.border import Border
 from services.coordinator.buffer import RolloutBuffer
-from services.coordinator.evaluation import evaluate, is_due
+from services.coordinator.curriculum import Curriculum
+from services.coordinator.groups import group_from_bytes
 from services.coordinator.learner import Learner
-from services.coordinator.metrics import Phases, of_groups, of_trainer
+from services.coordinator.metrics import Phases, emit
 from services.coordinator.prompts import check_templates
 from services.coordinator.retry import Outage, Patience
-from services.coordinator.rollouts import Rollouts
+from services.coordinator.rollouts import Rollouts, TaskOrder
+from services.coordinator.steps import Steps
+from services.coordinator.supervised import Supervised
+from services.coordinator.supply import Supply
+from services.coordinator.teacher import Distillation
 from services.coordinator.versions import Versions
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Coroutine, Mapping, Sequence
 
     from rollmesh import types
     from rollmesh.job import Happening
+    from services.coordinator.border import Outcome
     from services.coordinator.datasets import Task
     from services.coordinator.ports import (
+        Checkpointing,
         JobContext,
         Recorder,
         RewardPort,
         Sampling,
+        TaskSource,
         Tokenizer,
         Training,
     )
     from services.coordinator.rollouts import Group
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a loop ended without an error."""
-
-    kind: Literal["finished", "paused"]
-    reason: str
 
 
 async def run(
@@ -54,7 +53,8 @@ async def run(
     tokenizer: Tokenizer,
     recorder: Recorder,
     tasks: Sequence[Task],
-    evaluation_tasks: Sequence[Task],
+    evaluation_tasks: Mapping[str, Sequence[Task]],
+    checkpoints: Checkpointing,
 ) -> Outcome:
     """Run the job from where it is until its `stop`, or to the next border once pause is asked for.
 
@@ -63,6 +63,7 @@ async def run(
     """
     loop = _Loop(
         context,
+        await _kept(context),
         training=training,
         sampling=sampling,
         reward=reward,
@@ -70,9 +71,12 @@ async def run(
         recorder=recorder,
         tasks=tasks,
         evaluation_tasks=evaluation_tasks,
+        checkpoints=checkpoints,
     )
     with telemetry.log_fields(job=context.name, adapter=context.adapter):
-        await asyncio.to_thread(check_templates, context.spec, [*tasks, *evaluation_tasks])
+        await asyncio.to_thread(
+            check_templates, context.spec, [*tasks, *chain(*evaluation_tasks.values())]
+        )
         try:
             return await loop.run()
         except BaseExceptionGroup as failures:
@@ -88,6 +92,7 @@ class _Loop:
     def __init__(
         self,
         context: JobContext,
+        kept: Mapping[int, Group],
         *,
         training: Training,
         sampling: Sampling,
@@ -95,15 +100,15 @@ class _Loop:
         tokenizer: Tokenizer,
         recorder: Recorder,
         tasks: Sequence[Task],
-        evaluation_tasks: Sequence[Task],
+        evaluation_tasks: Mapping[str, Sequence[Task]],
+        checkpoints: Checkpointing,
     ) -> None:
         self._context = context
         self._spec = context.spec
         self._recorder = recorder
         self._recording = asyncio.Lock()
-        self._evaluation_tasks = evaluation_tasks
-        self._evaluated_at = context.last_evaluation_step
         algorithm, step = context.spec.algorithm, context.step
+        self._tasks = task_source(context, tasks)
         self._versions = Versions(
             before=range(max(0, step - algorithm.max_staleness - 1), step),
             continuing=context.spec.sampling.continue_on_newest,
@@ -118,19 +123,46 @@ class _Loop:
         self._agreement = Agreement(
             context, learner=self._learner, sampling=sampling, warn=self._record
         )
+        self._steps = Steps(context.spec, self._learner, self._agreement)
+        outage = Outage("sampler", self._record)
         self._rollouts = Rollouts(
             context.spec,
             context.name,
-            tasks,
             sampling=sampling,
             reward=reward,
-            sampler_outage=Outage("sampler", self._record),
+            sampler_outage=outage,
             reward_patience=Patience("reward", self._record),
             tokenizer=tokenizer,
             versions=self._versions,
         )
+        self._teacher: Distillation | None = None
+        if context.spec.distillation is not None:
+            self._teacher = Distillation(
+                context, training=training, sampling=sampling, outage=outage
+            )
+        maker = self._rollouts if context.spec.sft is None else Supervised(context.spec, tokenizer)
+        self._supply = Supply(
+            algorithm,
+            kept,
+            tasks=self._tasks,
+            maker=maker,
+            teacher=self._teacher,
+            recorder=recorder,
+            versions=self._versions,
+        )
+        self._border = Border(
+            context,
+            self._rollouts,
+            checkpoints,
+            evaluation_tasks,
+            record=self._record,
+            call=Patience("trainer", self._record).call,
+        )
 
     async def run(self) -> Outcome:
+        self._agreement.begin()
+        if self._teacher is not None:
+            await self._teacher.begin()
         step = await self._recover(self._context.step)
         source = await self._learner.go_live(step, Phases())
         algorithm = self._spec.algorithm
@@ -142,7 +174,7 @@ class _Loop:
         )
         under_way: set[asyncio.Task[None]] = set()
         async with asyncio.TaskGroup() as tasks:
-            while not (outcome := await self._border(step, source)):
+            while not (outcome := await self._border.outcome(step, source)):
                 source = await self._step(step, source, buffer, tasks, under_way)
                 step += 1
             # With max_staleness > 0 the next steps' groups are under way already.
@@ -155,43 +187,19 @@ class _Loop:
         progress = await self._learner.progress(step)
         if progress == "clean":
             return step
-        metrics: Mapping[str, float] = {}
         phases = Phases()
-        if progress == "gradients_pending":
-            with phases.phase("optim_step"):
-                metrics = of_trainer(await self._learner.optim_step(step))
-        await self._learner.go_live(step + 1, phases)
-        await self._record(
-            Warned(
-                reason="STEP_RECOVERED",
-                message=f"step {step + 1} was interrupted and is finished now; of its metrics "
-                f"there are only: {', '.join(sorted(metrics)) or 'none'}",
-            )
+        per_step = self._spec.algorithm.groups_per_step
+        groups = self._supply.take(range(step * per_step, (step + 1) * per_step))
+        metrics, is_all = await self._steps.finish(
+            step, progress, groups, self._supply.waiting(), phases
         )
-        await self._completed(step, metrics, phases)
+        says = f"step {step + 1} was interrupted and is finished now"
+        if not is_all:
+            there = ", ".join(sorted(metrics)) or "none"
+            says += f"; of its metrics there are only: {there}"
+        await self._record(Warned(reason="STEP_RECOVERED", message=says))
+        await self._completed(step, groups, metrics, phases)
         return step + 1
-
-    async def _border(self, step: int, source: types.AdapterSource) -> Outcome | None:
-        """What is to be done between two steps, when `step` of them are finished."""
-        stop = self._spec.stop
-        if self._context.pause_requested():
-            return Outcome("paused", f"paused after step {step}")
-        if is_due(self._spec, step) and self._evaluated_at != step:
-            evaluation = await evaluate(
-                self._spec, self._evaluation_tasks, source, self._rollouts, step=step
-            )
-            await self._record(evaluation)
-            self._evaluated_at = step
-            target = stop.evaluation_reward
-            if target is not None and evaluation.reward_mean >= target:
-                return Outcome(
-                    "finished",
-                    f"evaluation reward {evaluation.reward_mean:g} after step {step} reached "
-                    f"stop.evaluation_reward {target:g}",
-                )
-        if step >= stop.max_steps:
-            return Outcome("finished", f"all {stop.max_steps} steps are done")
-        return None
 
     async def _step(
         self,
@@ -208,74 +216,86 @@ class _Loop:
         with telemetry.span("job.step", job=self._context.name, step=step + 1):
             # What is started here is part of this step's trace; with max_staleness > 0 it is
             # trained in a later one.
-            for number in buffer.admit():
-                task = tasks.create_task(self._admitted(number, source, buffer))
+            admitted = buffer.admit()
+            for group in self._supply.take(admitted):
+                buffer.put(group)
+            for number in buffer.missing(admitted):
+                made = self._supply.group(number, source)
+                task = tasks.create_task(self._made(made, buffer))
                 under_way.add(task)
                 task.add_done_callback(under_way.discard)
             with phases.phase("wait"):
                 groups = await buffer.take(self._spec.algorithm.groups_per_step)
             if self._agreement.is_asked_for:
                 with phases.phase("agreement"):
+                    by_number = {group.number: group for group in groups}
                     groups = await self._agreement.reached(
-                        groups, step, partial(self._group, source=source)
+                        groups,
+                        step,
+                        lambda number: self._supply.again(by_number[number], source),
                     )
-            source, metrics = await self._train(step, groups, buffer, phases)
+            source, metrics = await self._steps.take(step, groups, buffer.waiting, phases)
             buffer.release(len(groups))
             unload = tasks.create_task(self._learner.retire(newest=step + 1))
             under_way.add(unload)
             unload.add_done_callback(under_way.discard)
-            phases.add("sample", sum(group.sample_s for group in groups) / len(groups))
-            phases.add("reward", sum(group.reward_s for group in groups) / len(groups))
             phases.add("step", clock() - start)
-            metrics |= of_groups(groups, step=step, step_s=phases.seconds["step"])
-            telemetry.record("rollmesh.job.reward", metrics["reward_mean"])
-            telemetry.record("rollmesh.job.staleness", metrics["staleness_max"])
-            if "logprob_gap_max" in metrics:
-                telemetry.record("rollmesh.job.logprob_gap", metrics["logprob_gap_max"])
-            await self._completed(step, metrics, phases)
+            metrics["tokens_per_s"] = (
+                metrics["num_tokens"] / phases.seconds["step"] if phases.seconds["step"] else 0.0
+            )
+            await self._completed(step, groups, metrics, phases)
         return source
 
-    async def _train(
-        self, step: int, groups: Sequence[Group], buffer: RolloutBuffer, phases: Phases
-    ) -> tuple[types.AdapterSource, dict[str, float]]:
-        algorithm = self._spec.algorithm
-        oldest = min(group.policy_version for group in groups)
-        assert step - oldest <= algorithm.max_staleness, (step, oldest)  # noqa: S101 - the buffer's
-        data = batch(groups, algorithm, max_tokens=self._spec.sampling.max_tokens)
-        with phases.phase("forward_backward"):
-            result = await self._learner.forward_backward(step, data)
-        if self._agreement.is_asked_for:
-            with phases.phase("agreement"):
-                await self._agreement.look_at(buffer.waiting(), step)
-        with phases.phase("optim_step"):
-            metrics = of_trainer(result.metrics, await self._learner.optim_step(step))
-        metrics |= gap_metrics(teaching(groups, algorithm), result.logprobs, step)
-        source = await self._learner.go_live(step + 1, phases)
-        return source, metrics
+    async def _made(self, made: Coroutine[None, None, Group], buffer: RolloutBuffer) -> None:
+        buffer.put(await made)
 
-    async def _admitted(
-        self, number: int, source: types.AdapterSource, buffer: RolloutBuffer
+    async def _completed(
+        self, step: int, groups: Sequence[Group], metrics: Mapping[str, float], phases: Phases
     ) -> None:
-        buffer.put(await self._group(number, source))
-
-    async def _group(self, number: int, source: types.AdapterSource) -> Group:
-        with self._versions.drawn_from(source):
-            return await self._rollouts.group(number, source)
-
-    async def _completed(self, step: int, metrics: Mapping[str, float], phases: Phases) -> None:
-        await self._record(
-            StepCompleted(
-                step=step + 1,
-                policy_version=step + 1,
-                metrics=dict(metrics),
-                phases=phases.seconds,
-            )
+        emit(metrics)
+        completed = StepCompleted(
+            step=step + 1, policy_version=step + 1, metrics=dict(metrics), phases=phases.seconds
         )
+        async with self._recording:
+            # With no event in between: what follows from a step is remembered with the step.
+            self._tasks.observe(groups)
+            await self._recorder.record(completed, memory=self._memory(self._border.memory))
 
-    async def _record(self, happening: Happening) -> None:
+    async def _record(
+        self, happening: Happening, *, border: Mapping[str, Any] | None = None
+    ) -> None:
         # Groups warn while a step is recorded: one event at a time.
         async with self._recording:
-            await self._recorder.record(happening)
+            memory = self._memory(border or self._border.memory)
+            await self._recorder.record(happening, memory=memory)
+
+    def _memory(self, border: Mapping[str, Any]) -> dict[str, Any]:
+        """All that a successor has to know, besides the events and the groups: JSON."""
+        return {
+            "agreement": self._agreement.memory,
+            "border": border,
+            "tasks": self._tasks.memory,
+            **({"teacher": self._teacher.memory} if self._teacher else {}),
+        }
+
+
+async def _kept(context: JobContext) -> dict[int, Group]:
+    """What the loop before has finished; nothing is left of the bytes."""
+    bodies = await context.kept_groups()
+
+    def read() -> dict[int, Group]:
+        return {number: group_from_bytes(body) for number, body in bodies.items()}
+
+    # Up to hundreds of MiB: it would hold up everybody else.
+    return await asyncio.to_thread(read)
+
+
+def task_source(context: JobContext, tasks: Sequence[Task]) -> TaskSource:
+    """What chooses the tasks of a job."""
+    spec = context.spec
+    if spec.curriculum is None:
+        return TaskOrder(tasks, spec.seed)
+    return Curriculum(spec, tasks, step=context.step, memory=context.memory.get("tasks", {}))
 
 
 def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -14,6 +14,7 @@ from services.coordinator.batch import equal_rewards
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from rollmesh.job import JobSpec
     from services.coordinator.rollouts import Group
 
 
@@ -45,25 +46,47 @@ def of_trainer(*ops: Mapping[str, float]) -> dict[str, float]:
     return told
 
 
-def of_groups(groups: Sequence[Group], *, step: int, step_s: float) -> dict[str, float]:
-    """The metrics of the groups that step `step`, which took `step_s`, was trained on.
+def of_groups(groups: Sequence[Group], spec: JobSpec, *, step: int) -> dict[str, float]:
+    """The metrics of the groups that step `step` was trained on.
 
-    reward_std is the population's, over all rollouts.
+    reward_std is the population's, over all rollouts. Without a reward, and of completions that
+    were not sampled, there is less to tell.
     """
-    rewards = np.array([reward for group in groups for reward in group.rewards])
     completions = [completion for group in groups for completion in group.drawn.completions]
     lengths = np.array([len(completion.token_ids) for completion in completions])
     staleness = np.array([step - group.policy_version for group in groups])
-    truncated = [completion.stop_reason == "length" for completion in completions]
-    return {
-        "reward_mean": float(rewards.mean()),
-        "reward_std": float(rewards.std()),
+    metrics = {
         "staleness_mean": float(staleness.mean()),
         "staleness_max": float(staleness.max()),
         "completion_tokens_mean": float(lengths.mean()),
         "num_tokens": float(lengths.sum()),
         "num_rollouts": float(len(completions)),
-        "tokens_per_s": float(lengths.sum() / step_s) if step_s else 0.0,
-        "groups_with_equal_rewards": float(sum(map(equal_rewards, groups))),
-        "truncated_fraction": float(np.mean(truncated)),
     }
+    if spec.sft is not None:
+        return metrics
+    truncated = [completion.stop_reason == "length" for completion in completions]
+    metrics["truncated_fraction"] = float(np.mean(truncated))
+    if spec.reward is not None:
+        rewards = np.array([reward for group in groups for reward in group.rewards])
+        metrics["reward_mean"] = float(rewards.mean())
+        metrics["reward_std"] = float(rewards.std())
+        metrics["groups_with_equal_rewards"] = float(sum(map(equal_rewards, groups)))
+    return metrics
+
+
+def emit(metrics: Mapping[str, float]) -> None:
+    """Tell the metrics of a step to whoever collects telemetry; its span is the current one."""
+    telemetry.annotate("metric", metrics)
+    for name, emitted in _EMITTED.items():
+        if name in metrics:
+            telemetry.record(emitted, metrics[name])
+
+
+_EMITTED = {
+    "reward_mean": "rollmesh.job.reward",
+    "loss": "rollmesh.job.loss",
+    "kl_sampler": "rollmesh.job.kl",
+    "staleness_max": "rollmesh.job.staleness",
+    "tokens_per_s": "rollmesh.job.tokens_per_s",
+    "logprob_gap_max": "rollmesh.job.logprob_gap",
+}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from rollmesh import types
-    from services.coordinator.fleet.static import StaticFleet, Trainer
+    from services.coordinator.fleet.membership import Fleet, Trainer
 
 
 class Ownership:
@@ -26,7 +26,7 @@ class Ownership:
     A trainer that was not heard of yet has its lease from the first question about one on.
     """
 
-    def __init__(self, fleet: StaticFleet, *, lease_s: float) -> None:
+    def __init__(self, fleet: Fleet, *, lease_s: float) -> None:
         self._fleet = fleet
         self._lease_s = lease_s
         self._begin: float | None = None

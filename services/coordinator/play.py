@@ -11,7 +11,9 @@ from services.coordinator.tasks import evaluation_tasks, training_tasks
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from services.coordinator.border import Outcome
     from services.coordinator.ports import (
+        Checkpointing,
         JobContext,
         Recorder,
         RewardPort,
@@ -26,12 +28,13 @@ def playing(
     training: Training,
     sampling: Sampling,
     reward: RewardPort,
+    checkpoints: Checkpointing,
     load_tokenizer: Callable[[str], Tokenizer],
 ) -> Play:
     """The loop on this mesh; `load_tokenizer` reads that of a base model and may block."""
     tokenizers: dict[str, Tokenizer] = {}  # one for each base model that a job ever asked for
 
-    async def play(context: JobContext, recorder: Recorder) -> loop.Outcome:
+    async def play(context: JobContext, recorder: Recorder) -> Outcome:
         spec = context.spec
         if spec.base_model not in tokenizers:
             tokenizers[spec.base_model] = await asyncio.to_thread(load_tokenizer, spec.base_model)
@@ -40,6 +43,7 @@ def playing(
             training=training,
             sampling=sampling,
             reward=reward,
+            checkpoints=checkpoints,
             tokenizer=tokenizers[spec.base_model],
             recorder=recorder,
             tasks=await asyncio.to_thread(training_tasks, spec),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rollmesh.errors import InvalidRequest, NotFound
 from rollmesh.names import parse_adapter, parse_project
+from services.coordinator.projects import check_priority
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from rollmesh import types
     from services.coordinator.newest import Publications
     from services.coordinator.ports import Sampling, Training
+    from services.coordinator.scheduler import Projects
 
 
 MAX_COMPLETIONS = 1024
@@ -22,8 +24,15 @@ MAX_COMPLETIONS = 1024
 class Policies:
     """Resolves a policy once per call, then asks the fleet."""
 
-    def __init__(self, training: Training, sampling: Sampling, publications: Publications) -> None:
+    def __init__(
+        self,
+        training: Training,
+        sampling: Sampling,
+        publications: Publications,
+        projects: Projects,
+    ) -> None:
         self._training = training
+        self._projects = projects
         self._sampling = sampling
         self._publications = publications
 
@@ -36,11 +45,14 @@ class Policies:
         params: types.SamplingParams,
         *,
         continue_on_newest: bool = False,
+        priority: str = "",
     ) -> AsyncGenerator[types.CompletionChunk]:
         """Chunks as they come, of one version, or of each newer one that is published meanwhile.
 
+        `priority`: "" is normal.
+
         Raises:
-            InvalidRequest: the number of completions; a version, or no adapter, beside
+            InvalidRequest: the number of completions; the priority; a version, or no adapter, with
                 `continue_on_newest`; what the sampler says of the rest.
             NotFound: no such policy in the project `parent`.
         """
@@ -66,6 +78,8 @@ class Policies:
                 value=True,
                 allowed="false without policy.adapter",
             )
+        project = parse_project(parent, field="project")
+        checked = check_priority(self._projects.of(project), priority)
         newest = self._publications.follow(policy.adapter) if continue_on_newest else None
         project, base_model, source = await self._resolve(parent, policy)
         if newest and source:
@@ -78,6 +92,7 @@ class Policies:
             num_completions or 1,
             params,
             newest=newest,
+            priority=checked,
         )
         # A caller that leaves in the middle must give its place up then, not at garbage collection.
         async with contextlib.aclosing(chunks):
@@ -89,7 +104,10 @@ class Policies:
     ) -> types.Logprobs:
         """Log-probability of each token given those before it; the first is NaN."""
         project, base_model, source = await self._resolve(parent, policy)
-        return await self._sampling.compute_logprobs(project, base_model, source, token_ids)
+        priority = check_priority(self._projects.of(project), "")
+        return await self._sampling.compute_logprobs(
+            project, base_model, source, token_ids, priority=priority
+        )
 
     async def _resolve(
         self, parent: str, policy: types.PolicyRef

@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 
     from rollmesh import types
-    from rollmesh.job import Happening, JobSpec
+    from rollmesh.job import EvaluationCompleted, Happening, JobSpec, Priority
+    from services.coordinator.datasets import Task
     from services.coordinator.newest import Newest
+    from services.coordinator.rollouts import Group
 
 
 OpKind: TypeAlias = Literal["forward_backward", "optim_step", "load_snapshot"]
@@ -205,6 +207,7 @@ class Sampling(Protocol):
         params: types.SamplingParams,
         *,
         newest: Newest | None = None,
+        priority: Priority = "normal",
     ) -> AsyncGenerator[types.CompletionChunk]:
         """Chunks as they come. `project` is an id, not a name.
 
@@ -224,10 +227,12 @@ class Sampling(Protocol):
         lost: Lost,
         newest: Newest | None = None,
         job: str = "",
+        priority: Priority = "normal",
     ) -> list[types.Completion]:
         """Whole completions, by index; a lost sampler costs time, and `lost` hears of it.
 
-        `newest` as in `stream`. `job`: whose quarantines hold; empty: nobody's.
+        `newest` as in `stream`. `job`: whose quarantines hold; empty: nobody's. Over a quota of the
+        project it waits.
 
         Raises:
             SourceUnavailable: the samplers cannot have the version from its trainer.
@@ -240,8 +245,15 @@ class Sampling(Protocol):
         base_model: str,
         source: types.AdapterSource | None,
         token_ids: Sequence[int],
+        *,
+        job: str = "",
+        lost: Lost | None = None,
+        priority: Priority = "normal",
     ) -> types.Logprobs:
-        """Log-probability of each token given those before it; the first is NaN."""
+        """Log-probability of each token given those before it; the first is NaN.
+
+        With `job` and `lost` it waits as `sample` does.
+        """
         ...
 
     async def load(self, base_model: str, source: types.AdapterSource) -> None:
@@ -279,12 +291,74 @@ class Tokenizer(Protocol):
         """Text, without special tokens."""
         ...
 
+    def answer(self, messages: Sequence[Mapping[str, str]], text: str) -> list[int]:
+        """An assistant's turn that says `text` after `render(messages)`, ended as turns end."""
+        ...
+
+    def ending(self, text: str) -> list[int]:
+        """What goes on after another text and ends there: without start, with end of sequence."""
+        ...
+
+    @property
+    def vocabulary(self) -> Mapping[str, int]:
+        """Every token's id."""
+        ...
+
+
+class TaskSource(Protocol):
+    """Which task each group of a job has: `TaskOrder` in services/coordinator/rollouts.py."""
+
+    def choose(self, number: int, attempt: int) -> Task:
+        """The task of group `number`; with `attempt` > 0 that of what replaces it.
+
+        Asked when the group is admitted, in the order of the numbers, and when one is replaced. The
+        same again, also by a successor, for as long as the group is not trained.
+        """
+        ...
+
+    def observe(self, groups: Sequence[Group]) -> None:
+        """A step was trained on `groups`: told once for each step, in order, with its event."""
+        ...
+
+    @property
+    def memory(self) -> Mapping[str, Any]:
+        """What a successor has to know to choose the same, JSON; recorded with every event."""
+        ...
+
+
+class GroupMaker(Protocol):
+    """Makes finished groups: `Rollouts` in services/coordinator/rollouts.py is one."""
+
+    async def group(
+        self, number: int, source: types.AdapterSource, task: Task, attempt: int = 0
+    ) -> Group:
+        """The group of that number, of `task`, where it is sampled from `source` or later."""
+        ...
+
+
+class Teacher(Protocol):
+    """Says how likely another policy finds what was drawn: services/coordinator/teacher.py."""
+
+    async def logprobs(self, group: Group) -> Sequence[Sequence[float]]:
+        """Of each completion of the group the log-probability of each of its tokens."""
+        ...
+
 
 class Recorder(Protocol):
     """Where a running job writes what happens to it: one event, one transaction."""
 
-    async def record(self, happening: Happening) -> None:
-        """Store the next event and what follows from it for the job: step, metrics, evaluations."""
+    async def record(
+        self, happening: Happening, *, memory: Mapping[str, Any] | None = None
+    ) -> None:
+        """Store the next event and what follows from it for the job: step, metrics, evaluations.
+
+        `memory`: what the loop is to know from then on, JSON, instead of what it knew; None: as it
+        was. With the event of a step the groups that it was trained on are let go.
+        """
+        ...
+
+    async def keep(self, number: int, group: bytes) -> None:
+        """Store a finished group: whoever goes on with the job finds it and samples it no more."""
         ...
 
 
@@ -309,9 +383,42 @@ class JobContext(Protocol):
 
     @property
     def last_evaluation_step(self) -> int | None:
-        """Step of the newest evaluation recorded when the loop is started."""
+        """Step of the newest evaluation of evaluation.dataset recorded when the loop is started."""
+        ...
+
+    @property
+    def best_evaluation(self) -> EvaluationCompleted | None:
+        """The best one recorded when the loop is started."""
+        ...
+
+    @property
+    def memory(self) -> Mapping[str, Any]:
+        """What was recorded with the newest event that brought any; empty at first."""
+        ...
+
+    @property
+    def hold_step(self) -> int | None:
+        """The step at which to wait for the other jobs of its sweep; None: at none."""
+        ...
+
+    async def kept_groups(self) -> Mapping[int, bytes]:
+        """The finished groups, by number, that are kept and not trained yet."""
         ...
 
     def pause_requested(self) -> bool:
         """Whether to return at the next border between two steps."""
+        ...
+
+
+class Checkpointing(Protocol):
+    """Checkpoints for a job's loop: `services/coordinator/checkpoints.py` is one."""
+
+    async def create_checkpoint(
+        self, name: str, *, ttl_s: float | None, request_id: str
+    ) -> types.Checkpoint:
+        """The adapter as its answered ops left it; the same again where the request is repeated."""
+        ...
+
+    async def delete_checkpoint(self, name: str, *, request_id: str) -> None:
+        """Let it go. NotFound: there is none of that name."""
         ...

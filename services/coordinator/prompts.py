@@ -10,7 +10,7 @@ from rollmesh.errors import InvalidRequest
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from rollmesh.job import JobSpec, PromptSpec
+    from rollmesh.job import JobSpec, PromptSpec, SftSpec
     from services.coordinator.datasets import Task
     from services.coordinator.ports import Tokenizer
 
@@ -18,14 +18,29 @@ if TYPE_CHECKING:
 def check_templates(spec: JobSpec, tasks: Iterable[Task]) -> None:
     """Refuse a spec whose prompt or reference asks for what one of `tasks` does not have.
 
+    Held-out tasks need no completion to learn: see `check_completions`.
+
     Raises:
         InvalidRequest: a malformed template, or a missing field, with the task and those it has.
     """
-    templates = [*_prompt_templates(spec.prompt), ("reward.reference", spec.reward.reference)]
+    templates = _prompt_templates(spec.prompt)
+    if spec.reward is not None:
+        templates.append(("reward.reference", spec.reward.reference))
     needed = [(field, name) for field, text in templates for _, name in _parts(text, field) if name]
     for task in tasks:
         for field, name in needed:
             _value(task.fields, name, task_id=task.id, field=field)
+
+
+def check_completions(spec: JobSpec, tasks: Iterable[Task]) -> None:
+    """Refuse a spec of supervised fine-tuning whose completion asks for what a task has not.
+
+    Raises:
+        InvalidRequest: as check_templates; or nothing is left of a completion.
+    """
+    if spec.sft is not None:
+        for task in tasks:
+            _completion(spec.sft, task)
 
 
 def fill(template: str, task: Task, *, field: str) -> str:
@@ -46,18 +61,48 @@ def prompt_token_ids(prompt: PromptSpec, task: Task, tokenizer: Tokenizer) -> li
     Raises:
         InvalidRequest: as check_templates; or nothing is left of the prompt.
     """
-    texts = [fill(template, task, field=field) for field, template in _prompt_templates(prompt)]
     if prompt.messages:
-        roles = [message.role for message in prompt.messages]
-        chat = [{"role": r, "content": text} for r, text in zip(roles, texts, strict=True)]
-        token_ids = tokenizer.render(chat)
+        token_ids = tokenizer.render(_chat(prompt, task))
     else:
-        token_ids = tokenizer.encode(texts[0])
+        token_ids = tokenizer.encode(fill(prompt.text, task, field="prompt.text"))
     if not token_ids:
         raise InvalidRequest(
             f"prompt: task {task.id!r} makes an empty one", field="prompt", value=task.id
         )
     return token_ids
+
+
+def completion_token_ids(spec: JobSpec, task: Task, tokenizer: Tokenizer) -> list[int]:
+    """What is to be learned after the prompt of `task`, with what ends it.
+
+    Raises:
+        InvalidRequest: as check_completions.
+    """
+    assert spec.sft is not None  # noqa: S101 - else there is none
+    text = _completion(spec.sft, task)
+    if spec.prompt.messages:
+        return tokenizer.answer(_chat(spec.prompt, task), text)
+    return tokenizer.ending(text)
+
+
+def _completion(sft: SftSpec, task: Task) -> str:
+    text = fill(sft.completion, task, field="sft.completion")
+    if not text.strip():
+        raise InvalidRequest(
+            f"sft.completion: task {task.id!r} makes an empty one",
+            field="sft.completion",
+            value=task.id,
+        )
+    return text
+
+
+def _chat(prompt: PromptSpec, task: Task) -> list[dict[str, str]]:
+    return [
+        {"role": message.role, "content": fill(template, task, field=field)}
+        for message, (field, template) in zip(
+            prompt.messages, _prompt_templates(prompt), strict=True
+        )
+    ]
 
 
 def _prompt_templates(prompt: PromptSpec) -> list[tuple[str, str]]:

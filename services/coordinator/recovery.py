@@ -31,7 +31,7 @@ from services.coordinator.store import unrecoverable
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
-    from services.coordinator.fleet.static import Trainer
+    from services.coordinator.fleet.membership import Trainer
     from services.coordinator.journal import Journal
     from services.coordinator.ownership import Ownership
     from services.coordinator.ports import TrainerPort

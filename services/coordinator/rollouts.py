@@ -11,7 +11,7 @@ import hashlib
 import random
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rollmesh import telemetry, types
 from rollmesh.errors import InternalError, InvalidRequest
@@ -20,7 +20,7 @@ from services.coordinator.identity import check_identity
 from services.coordinator.prompts import fill, prompt_token_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rollmesh.job import JobSpec
     from services.coordinator.datasets import Task
@@ -43,7 +43,9 @@ class Drawn:
 class Group:
     """What one training step needs of one prompt. `rewards` are in the order of the completions.
 
-    `policy_version`: the oldest that drew a token of it.
+    `policy_version`: the oldest that drew a token of it. `rewards`: 0 where the job has none.
+    `attempt`: how many groups of the same number this one replaces. `teacher_logprobs`: by
+    completion, of each of its tokens; None: there is no teacher.
     """
 
     number: int
@@ -52,6 +54,8 @@ class Group:
     rewards: Sequence[float]
     sample_s: float
     reward_s: float
+    attempt: int = 0
+    teacher_logprobs: Sequence[Sequence[float]] | None = None
 
 
 class Rollouts:
@@ -61,7 +65,6 @@ class Rollouts:
         self,
         spec: JobSpec,
         job: str,
-        tasks: Sequence[Task],
         *,
         sampling: Sampling,
         reward: RewardPort,
@@ -73,7 +76,6 @@ class Rollouts:
         self._spec = spec
         self._job = job
         self._project, _ = parse_job(job)
-        self._order = TaskOrder(tasks, spec.seed)
         self._sampling = sampling
         self._reward = reward
         self._sampler_outage = sampler_outage
@@ -81,11 +83,13 @@ class Rollouts:
         self._tokenizer = tokenizer
         self._versions = versions
 
-    async def group(self, number: int, source: types.AdapterSource) -> Group:
+    async def group(
+        self, number: int, source: types.AdapterSource, task: Task, attempt: int = 0
+    ) -> Group:
         """The group of that number, sampled from `source` or what follows it, and scored."""
         clock = asyncio.get_running_loop().time
         spec = self._spec
-        task = self._order.task(number)
+        again = (attempt,) if attempt else ()
         with telemetry.span("job.group", number=number, policy_version=source.policy_version):
             start = clock()
             drawn = await self.draw(
@@ -99,13 +103,12 @@ class Rollouts:
                     top_p=spec.sampling.top_p,
                     min_p=spec.sampling.min_p,
                     stop=tuple(spec.sampling.stop),
-                    seed=derived_seed(spec.seed, "group", number, task.id),
+                    seed=derived_seed(spec.seed, "group", number, task.id, *again),
                     logprobs_kind=spec.sampling.logprobs_kind,
                 ),
                 newest=self._versions.newest,
             )
             sampled = clock()
-            rewards = await self.score([drawn])
             return Group(
                 number=number,
                 policy_version=min(
@@ -114,9 +117,10 @@ class Rollouts:
                     for span in completion.spans
                 ),
                 drawn=drawn,
-                rewards=rewards,
+                rewards=await self.score([drawn]),
                 sample_s=sampled - start,
                 reward_s=clock() - sampled,
+                attempt=attempt,
             )
 
     async def draw(
@@ -148,6 +152,7 @@ class Rollouts:
                     lost=lost,
                     newest=newest,
                     job=self._job,
+                    priority=self._spec.priority,
                 )
         except InvalidRequest as error:
             raise InvalidRequest(
@@ -161,23 +166,23 @@ class Rollouts:
         return Drawn(task, prompt, completions)
 
     async def score(self, all_drawn: Sequence[Drawn]) -> list[float]:
-        """The rewards of all completions, in order.
+        """The rewards of all completions, in order; 0 where the job has no reward.
 
         Raises:
             InvalidRequest: the reward function refuses its parameters or a completion.
         """
-        items = [item for drawn in all_drawn for item in self._items(drawn)]
+        reward = self._spec.reward
+        if reward is None:
+            return [0.0 for drawn in all_drawn for _ in drawn.completions]
+        items = [item for drawn in all_drawn for item in self._items(drawn, reward.reference)]
         rewards = await self._reward_patience.call(
-            lambda: self._reward.score(
-                self._spec.reward.function, self._spec.reward.parameters, items
-            )
+            lambda: self._reward.score(reward.function, reward.parameters, items)
         )
         if len(rewards) != len(items):
             raise InternalError(f"the reward service scored {len(rewards)} of {len(items)} items")
         return rewards
 
-    def _items(self, drawn: Drawn) -> list[types.ScoreItem]:
-        template = self._spec.reward.reference
+    def _items(self, drawn: Drawn, template: str) -> list[types.ScoreItem]:
         reference = fill(template, drawn.task, field="reward.reference")
         prompt = self._tokenizer.decode(drawn.prompt_token_ids)
         return [
@@ -191,7 +196,7 @@ class Rollouts:
 
 
 class TaskOrder:
-    """Which task each group has: every epoch goes through all of them, in an order of its own."""
+    """Every epoch goes through all tasks, in an order of its own. A ports.TaskSource."""
 
     def __init__(self, tasks: Sequence[Task], seed: int) -> None:
         self._tasks = tasks
@@ -199,10 +204,22 @@ class TaskOrder:
         # Groups are asked for in the order of their numbers: at most two epochs are under way.
         self._order_of = lru_cache(maxsize=2)(self._order)
 
-    def task(self, number: int) -> Task:
-        """The task of the group of that number."""
+    def choose(self, number: int, attempt: int) -> Task:
+        """That of the group's place in its epoch, then others: each once before one comes again."""
         epoch, place = divmod(number, len(self._tasks))
-        return self._tasks[self._order_of(epoch)[place]]
+        if attempt and len(self._tasks) > 1:
+            num_others = len(self._tasks) - 1
+            first = derived_seed(self._seed, "replacement", number)
+            place += 1 + (first + attempt - 1) % num_others
+        return self._tasks[self._order_of(epoch)[place % len(self._tasks)]]
+
+    def observe(self, groups: Sequence[Group]) -> None:
+        """Nothing follows from how the policy does."""
+
+    @property
+    def memory(self) -> Mapping[str, Any]:
+        """Everything is a function of the seed."""
+        return {}
 
     def _order(self, epoch: int) -> Sequence[int]:
         order = list(range(len(self._tasks)))

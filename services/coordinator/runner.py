@@ -10,25 +10,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
-from rollmesh.errors import CapacityExhausted, FailedPrecondition, MeshError, Unavailable
+from rollmesh.errors import (
+    CapacityExhausted,
+    FailedPrecondition,
+    MeshError,
+    QuotaExceeded,
+    Unavailable,
+)
 from rollmesh.names import adapter_name, parse_job
 from rollmesh.telemetry import log_fields
+from services.coordinator.admission import Progress
+from services.coordinator.context import Context, StoreRecorder
 from services.coordinator.jobs import lora_of, num_versions
 from services.coordinator.store import QUEUE, StoreUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
-    from rollmesh.job import Happening, JobSpec
-    from services.coordinator.fleet.static import StaticFleet
+    from services.coordinator.admission import Admission
+    from services.coordinator.border import Outcome
+    from services.coordinator.fleet.membership import Fleet
     from services.coordinator.lifecycle import Command
-    from services.coordinator.loop import Outcome
     from services.coordinator.ports import JobContext, Recorder, Training
-    from services.coordinator.store import JobStore, QueuedJob, StoredJob
+    from services.coordinator.store import GroupStore, JobStore, QueuedJob, StoredJob
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +44,10 @@ _POLL_S = 1.0
 _RETRY_S = 2.0
 """A job that could not begin for want of room or of an answer is tried again after this long."""
 _MAX_REASON = 2000
+_COMMANDS: Mapping[str, Command] = MappingProxyType(
+    {"finished": "finish", "paused": "settle", "held": "hold"}
+)
+"""What follows from the outcome of a loop."""
 
 
 class Play(Protocol):
@@ -51,31 +63,37 @@ class Runner:
 
     Args:
         store: what should run.
+        groups: what jobs have sampled for their next steps.
         fleet: what a job waits for.
         training: makes the adapters.
         play: the loop of a job.
-        max_running: jobs at once; the others wait in the order of their creation.
+        admission: which of them may run.
         clock: Unix seconds.
     """
 
     def __init__(
         self,
         store: JobStore,
-        fleet: StaticFleet,
+        groups: GroupStore,
+        fleet: Fleet,
         training: Training,
         play: Play,
+        admission: Admission,
         *,
-        max_running: int,
         clock: Callable[[], float],
     ) -> None:
         self._store = store
+        self._groups = groups
         self._fleet = fleet
         self._training = training
         self._play = play
-        self._max_running = max_running
+        self._admission = admission
         self._clock = clock
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._progress: dict[str, Progress] = {}
         self._pausing: set[str] = set()
+        # Of whom a record has told more than what the queue, which is being read, may say.
+        self._told: set[str] = set()
         self._retry_at: dict[str, float] = {}
 
     async def run(self) -> None:
@@ -93,45 +111,50 @@ class Runner:
                         await changed.wait()
 
     async def _reconcile(self, tasks: asyncio.TaskGroup) -> None:
+        self._told.clear()
         queue = await self._store.queue()
         wanted = {job.name for job in queue}
-        self._pausing = {job.name for job in queue if job.phase == "PAUSING"}
+        pausing = {job.name for job in queue if job.phase == "PAUSING"}
+        self._pausing = (pausing - self._told) | (self._pausing & self._told)
         self._retry_at = {name: at for name, at in self._retry_at.items() if name in wanted}
         for name, task in self._running.items():
             # Once: a second time would cut off its cleaning up.
             if name not in wanted and not task.cancelling():
                 task.cancel()
-        for job in queue:
-            if job.name not in self._running:
-                await self._admit(job, tasks)
+        await self._settle([job for job in queue if job.phase == "PAUSING"])
+        time = asyncio.get_running_loop().time()
+        verdicts = await self._admission.decide(
+            [job for job in queue if job.phase != "PAUSING" or job.name in self._running],
+            {name: self._progress.get(name) for name in self._running},
+            {
+                job.name: job.state_reason or "it is tried again"
+                for job in queue
+                if self._retry_at.get(job.name, 0.0) > time
+            },
+            now=self._clock(),
+        )
+        known = {job.name: job.state_reason for job in queue}
+        for verdict in verdicts:
+            name = verdict.job.name
+            if verdict.start:
+                self._start(name, tasks)
+            elif verdict.reason != known[name]:
+                await self._store.explain(name, verdict.reason, now=self._clock())
 
-    async def _admit(self, job: QueuedJob, tasks: asyncio.TaskGroup) -> None:
-        if job.phase == "PAUSING":  # The process that ran it ended first.
-            with contextlib.suppress(FailedPrecondition):  # Its user was faster.
-                await self._store.command(job.name, "settle", now=self._clock())
-            return
-        obstacle = self._obstacle(job)
-        if obstacle is None:
-            task = tasks.create_task(self._run(job.name))
-            self._running[job.name] = task
-            task.add_done_callback(lambda _: self._ended(job.name))
-        elif obstacle != job.state_reason:
-            await self._store.explain(job.name, obstacle, now=self._clock())
+    async def _settle(self, pausing: Sequence[QueuedJob]) -> None:
+        for job in pausing:
+            if job.name not in self._running:  # The process that ran it ended first.
+                with contextlib.suppress(FailedPrecondition):  # Its user was faster.
+                    await self._store.command(job.name, "settle", now=self._clock())
 
-    def _obstacle(self, job: QueuedJob) -> str | None:
-        """What the job waits for; None: nothing."""
-        if len(self._running) >= self._max_running:
-            return f"waits for its turn: {self._max_running} jobs run already"
-        if not self._fleet.trainers(job.base_model):
-            return f"waits for a trainer of {job.base_model!r}"
-        if not self._fleet.samplers(job.base_model):
-            return f"waits for a sampler of {job.base_model!r}"
-        if self._retry_at.get(job.name, 0.0) > asyncio.get_running_loop().time():
-            return job.state_reason
-        return None
+    def _start(self, name: str, tasks: asyncio.TaskGroup) -> None:
+        task = tasks.create_task(self._run(name))
+        self._running[name] = task
+        task.add_done_callback(lambda _: self._ended(name))
 
     def _ended(self, name: str) -> None:
         del self._running[name]
+        self._progress.pop(name, None)
         self._store.changes.wake(QUEUE)
 
     async def _run(self, name: str) -> None:
@@ -171,26 +194,28 @@ class Runner:
             )
         except StoreUnavailable:
             raise
-        except (CapacityExhausted, Unavailable) as error:
+        except (CapacityExhausted, QuotaExceeded, Unavailable) as error:
             await self._store.explain(name, f"waits: {error}", now=self._clock())
             self._retry_later(name)
             return False
         await self._store.command(name, "start", now=self._clock())
+        self._admission.started(name, self._clock())
         return True
 
     async def _play_to_the_end(self, name: str) -> None:
         state = "RUNNING"
         while state == "RUNNING":
             stored = await self._store.load(name)
-            context = Context(stored, _adapter(stored), lambda: name in self._pausing)
+            context = Context(stored, self._groups, _adapter(stored), lambda: name in self._pausing)
             recorder = StoreRecorder(
-                self._store, name, self._clock, partial(self._note_pausing, name)
+                self._store, self._groups, name, self._clock, partial(self._note_pausing, name)
             )
+            self._progress[name] = Progress(self._clock(), context.step, stored.spec.stop.max_steps)
             with log_fields(adapter=context.adapter):
                 log.info("runs from step %d", context.step)
                 outcome = await self._play(context, recorder)
                 log.info("%s: %s", outcome.kind, outcome.reason)
-            command: Command = "finish" if outcome.kind == "finished" else "settle"
+            command = _COMMANDS[outcome.kind]
             job = await self._store.command(name, command, now=self._clock(), reason=outcome.reason)
             # Still RUNNING: it was resumed before it had paused.
             state = job.state
@@ -198,6 +223,7 @@ class Runner:
     def _note_pausing(self, name: str, pausing: bool) -> None:  # noqa: FBT001 - what a store says
         """Known with the event that ends a step: a pause asked for in the step is never missed."""
         (self._pausing.add if pausing else self._pausing.discard)(name)
+        self._told.add(name)
 
     async def _fail(self, name: str, reason: str) -> None:
         # Refused where the job has ended, or was paused before it began: then that stands.
@@ -206,50 +232,6 @@ class Runner:
 
     def _retry_later(self, name: str) -> None:
         self._retry_at[name] = asyncio.get_running_loop().time() + _RETRY_S
-
-
-@dataclass(frozen=True)
-class Context:
-    """A ports.JobContext."""
-
-    _stored: StoredJob
-    adapter: str
-    pause_requested: Callable[[], bool]
-
-    @property
-    def name(self) -> str:
-        """Resource name of the job."""
-        return self._stored.job.name
-
-    @property
-    def spec(self) -> JobSpec:
-        """With all tasks."""
-        return self._stored.spec
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps recorded as finished."""
-        return self._stored.job.step
-
-    @property
-    def last_evaluation_step(self) -> int | None:
-        """Step of the newest evaluation recorded."""
-        evaluation = self._stored.job.last_evaluation
-        return None if evaluation is None else evaluation.step
-
-
-@dataclass(frozen=True)
-class StoreRecorder:
-    """A ports.Recorder."""
-
-    _store: JobStore
-    _job: str
-    _clock: Callable[[], float]
-    _note_pausing: Callable[[bool], None]
-
-    async def record(self, happening: Happening) -> None:
-        """Store the next event of the job, and take note of whether it is to pause."""
-        self._note_pausing(await self._store.record(self._job, happening, now=self._clock()))
 
 
 def _adapter(stored: StoredJob) -> str:

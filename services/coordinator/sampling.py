@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING
 from rollmesh import types
 from rollmesh.errors import InvalidRequest, MeshError
 from services.coordinator.attempts import Asked, Attempts
-from services.coordinator.drawing import Drawing, check_spans
+from services.coordinator.drawing import Drawing, check_spans, is_constrained
 from services.coordinator.endurance import Endurance, Interactive, OfJob
 from services.coordinator.loading import Loading
-from services.coordinator.placement import Placement, Refused
+from services.coordinator.placement import Placement, Preempted, Refused
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
-    from services.coordinator.fleet.static import Sampler, StaticFleet
+    from rollmesh.job import Priority
+    from services.coordinator.endurance import Endurance
+    from services.coordinator.fleet.membership import Fleet, Sampler
     from services.coordinator.newest import Newest
     from services.coordinator.ports import Lost
     from services.coordinator.scheduler import Scheduler
@@ -39,21 +41,24 @@ class FleetSampling:
         locate: the same version, at the trainer that has its adapter by now: a request that waits
             for long may outlive the one it was given.
         new_seed: for requests without one, so that every sampler of a request draws with the same.
+        clock: Unix seconds.
     """
 
     def __init__(
         self,
-        fleet: StaticFleet,
+        fleet: Fleet,
         scheduler: Scheduler,
         *,
         locate: Callable[[types.AdapterSource], types.AdapterSource],
         new_seed: Callable[[], int],
+        clock: Callable[[], float],
     ) -> None:
         self._fleet = fleet
         self._scheduler = scheduler
         self._locate = locate
         self._new_seed = new_seed
-        self._placement = Placement(fleet, scheduler)
+        self._placement = Placement(fleet, scheduler, clock=clock)
+        self.dispatch = self._placement.dispatch
         self._attempts = Attempts(self._placement, locate)
         loading = Loading(fleet, self._placement)
         self.load = loading.load
@@ -76,16 +81,18 @@ class FleetSampling:
         params: types.SamplingParams,
         *,
         newest: Newest | None = None,
+        priority: Priority = "normal",
     ) -> AsyncGenerator[types.CompletionChunk]:
         """Chunks as they come; where a sampler is lost, another one goes on.
 
         Raises:
             Overloaded: the project's queue is full, or samplers' are again and again.
+            QuotaExceeded: a quota of the project is used up.
             Unavailable: no sampler of the base model serves, or samplers were lost a few times in a
                 row before a token came, or did not have the version.
             InvalidRequest: `newest` with a constraint, which cannot be continued.
         """
-        asked = Asked(project, base_model, source, newest)
+        asked = Asked(project, base_model, source, newest, priority=priority)
         drawing = self._drawing(asked, prompt_token_ids, num_completions, params)
         async with contextlib.aclosing(self._drawn(asked, drawing, Interactive())) as chunks:
             async for chunk in chunks:
@@ -103,8 +110,11 @@ class FleetSampling:
         lost: Lost,
         newest: Newest | None = None,
         job: str = "",
+        priority: Priority = "normal",
     ) -> list[types.Completion]:
-        """Whole completions, by index. Waits while the fleet heals, and while the queue is full.
+        """Whole completions, by index.
+
+        Waits while the fleet heals, while the queue is full, and while a quota is used up.
 
         `lost` hears why, each time that it is a sampler which this waits for.
 
@@ -112,7 +122,7 @@ class FleetSampling:
             SourceUnavailable: for RETRY_FOR_S no sampler could have the version.
             InvalidRequest: as `stream`.
         """
-        asked = Asked(project, base_model, source, newest, job)
+        asked = Asked(project, base_model, source, newest, job, priority)
         drawing = self._drawing(asked, prompt_token_ids, num_completions, params)
         chunks: list[list[types.CompletionChunk]] = [[] for _ in range(num_completions)]
         async with contextlib.aclosing(self._drawn(asked, drawing, OfJob(lost))) as drawn:
@@ -126,12 +136,19 @@ class FleetSampling:
         base_model: str,
         source: types.AdapterSource | None,
         token_ids: Sequence[int],
+        *,
+        job: str = "",
+        lost: Lost | None = None,
+        priority: Priority = "normal",
     ) -> types.Logprobs:
-        """Log-probability of each token given those before it. Errors as `stream`."""
-        endurance = Interactive()
+        """Log-probability of each token given those before it. Errors as `stream`.
+
+        With `lost` it waits as `sample` does.
+        """
+        endurance: Endurance = OfJob(lost) if lost else Interactive()
         resumed = False
         while True:
-            await endurance.served(self._fleet.unserved(base_model))
+            await endurance.served(self._fleet.unserved(base_model, job=job))
             request = self._placement.request(
                 project,
                 base_model,
@@ -139,12 +156,16 @@ class FleetSampling:
                 token_ids,
                 num_completions=1,
                 max_tokens=0,
+                job=job,
+                priority=priority,
+                # It is one pass over the tokens, of which nothing could be kept.
+                preemptible=False,
                 resumed=resumed,
             )
             try:
-                async with self._placement.sampler_for(request, endurance) as sampler:
+                async with self._placement.place_for(request, endurance) as place:
                     resumed = True
-                    return await self._logprobs(sampler, source, token_ids, project)
+                    return await self._logprobs(place.sampler, source, token_ids, project)
             except Refused as refused:
                 endurance.refused(refused.error)
             except MeshError as error:
@@ -157,8 +178,7 @@ class FleetSampling:
         num_completions: int,
         params: types.SamplingParams,
     ) -> Drawing:
-        constrained = params.json_schema is not None or params.regex is not None
-        if asked.newest and constrained:
+        if asked.newest and is_constrained(params):
             raise InvalidRequest(
                 "continue_on_newest: a completion with a json_schema or regex cannot be continued",
                 field="continue_on_newest",
@@ -189,7 +209,11 @@ class FleetSampling:
                     num_completions=len(unfinished),
                     max_tokens=drawing.params.max_tokens,
                     job=asked.job,
+                    priority=asked.priority,
+                    # An engine begins these anew: what was drawn would be drawn again.
+                    preemptible=not is_constrained(drawing.params),
                     resumed=bool(drawing.address),
+                    anew=not drawing.has_begun(part),
                     avoid=avoid,
                 )
                 avoid = ""
@@ -200,6 +224,8 @@ class FleetSampling:
                         async for chunk in chunks:
                             endurance.progressed()
                             yield chunk
+                except Preempted:
+                    continue
                 except Refused as refused:
                     endurance.refused(refused.error)
                 except MeshError as error:

@@ -22,16 +22,20 @@ def training_tasks(spec: JobSpec) -> list[Task]:
     return _tasks(spec.dataset, seed=spec.seed, field="dataset")
 
 
-def evaluation_tasks(spec: JobSpec) -> list[Task]:
-    """What the job is evaluated on, at most evaluation.max_tasks; none without evaluation.
+def evaluation_tasks(spec: JobSpec) -> dict[str, list[Task]]:
+    """What the job is evaluated on, by set, "" being evaluation.dataset.
 
     Raises:
         InvalidRequest: as training_tasks.
     """
     if spec.evaluation is None:
-        return []
+        return {}
     tasks = _tasks(spec.evaluation.dataset, seed=spec.seed, field="evaluation.dataset")
-    return tasks[: spec.evaluation.max_tasks]
+    sets = {"": tasks[: spec.evaluation.max_tasks]}
+    for index, one in enumerate(spec.evaluation.sets):
+        tasks = _tasks(one.dataset, seed=spec.seed, field=f"evaluation.sets.{index}.dataset")
+        sets[one.name] = tasks[: one.max_tasks]
+    return sets
 
 
 def _tasks(dataset: DatasetSpec, *, seed: int, field: str) -> list[Task]:

@@ -50,6 +50,8 @@ class ModelTokenizer:
         self._tokenizer = tokenizer
         self._template = template
         self._named = named
+        added = tokenizer.get_added_tokens_decoder().items()
+        self._special = {token_id for token_id, token in added if token.special}
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """A chat with its generation prompt, by the model's chat template.
@@ -57,16 +59,26 @@ class ModelTokenizer:
         Raises:
             InvalidRequest: the model has no chat template, or it refuses these messages.
         """
+        # The template has put the special tokens where they belong.
+        return self._ids(self._rendered(messages, add_generation_prompt=True))
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _rendered(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool
+    ) -> str:
         if self._template is None:
             raise InvalidRequest(
                 "the base model has no chat template; use prompt.text", field="prompt.messages"
             )
         try:
-            text = self._template.render(
+            return self._template.render(
                 messages=list(messages),
                 tools=None,
                 documents=None,
-                add_generation_prompt=True,
+                add_generation_prompt=add_generation_prompt,
                 **self._named,
             )
         except TemplateError as error:
@@ -74,8 +86,48 @@ class ModelTokenizer:
                 f"the base model's chat template refuses the messages: {error}",
                 field="prompt.messages",
             ) from error
-        # The template has put the special tokens where they belong.
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def answer(self, messages: Sequence[Mapping[str, str]], text: str) -> list[int]:
+        """An assistant's turn that says `text` after `render(messages)`, up to its end token.
+
+        It is what the chat template writes after its generation prompt, with what it puts before
+        the text; where it writes such a turn in another way than it asks for one, the text alone.
+        It ends with the first special token behind the text (what follows, as a line break, nobody
+        would generate), or where there is none with the end of sequence.
+
+        Raises:
+            InvalidRequest: as `render` and `ending`.
+        """
+        asked = self._rendered(messages, add_generation_prompt=True)
+        turn = {"role": "assistant", "content": text}
+        answered = self._rendered([*messages, turn], add_generation_prompt=False)
+        head, found, behind = answered.rpartition(text.strip())
+        if found and head.startswith(asked):
+            text = head.removeprefix(asked) + found
+        for token in self._ids(behind) if found else ():
+            if token in self._special:
+                return [*self._ids(text), token]
+        return self.ending(text)
+
+    def ending(self, text: str) -> list[int]:
+        """What goes on after another text and ends there: without start, with end of sequence.
+
+        Raises:
+            InvalidRequest: the tokenizer's files name no end of sequence.
+        """
+        end = self._tokenizer.token_to_id(self._named.get("eos_token", ""))
+        if end is None:
+            raise InvalidRequest(
+                "the base model's tokenizer_config.json names no eos_token for a completion to end "
+                "with",
+                field="sft",
+            )
+        return [*self._ids(text), end]
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's id."""
+        ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         return ids
 
     def encode(self, text: str) -> list[int]:

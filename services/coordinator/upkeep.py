@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from services.coordinator.delivery import Delivery
-    from services.coordinator.fleet.static import StaticFleet, Trainer
+    from services.coordinator.fleet.membership import Fleet, Trainer
     from services.coordinator.ownership import Ownership
     from services.coordinator.recovery import Recovery
     from services.coordinator.snapshots import Snapshots
@@ -39,7 +39,7 @@ class Upkeep:
         self,
         store: AdapterStore,
         ops: OpStore,
-        fleet: StaticFleet,
+        fleet: Fleet,
         ownership: Ownership,
         recovery: Recovery,
         delivery: Delivery,
@@ -90,6 +90,9 @@ class Upkeep:
         for name, stored in adapters.items():
             if self._is_amiss(stored, tails):
                 self._begin(tasks, (name, ""), partial(self._mend, name))
+            elif stored.counts and not stored.ready and not self._turns.is_busy(name):
+                # Whoever made it was cancelled, or could not write down how it ended.
+                self._begin(tasks, (name, ""), partial(self._give_up, name))
         for trainer in self._fleet.all_trainers():
             for name in self._astray(trainer, adapters):
                 self._begin(tasks, (name, trainer.address), partial(self._drop, name, trainer))
@@ -131,6 +134,9 @@ class Upkeep:
 
     async def _mend(self, name: str) -> None:
         await self._turns.take(name, lambda: self._mend_in_turn(name))
+
+    async def _give_up(self, name: str) -> None:
+        await self._turns.take(name, lambda: self._store.not_being_made(name))
 
     async def _mend_in_turn(self, name: str) -> None:
         stored = await self._store.get(name)
@@ -183,7 +189,8 @@ class Upkeep:
     async def _expire(self) -> None:
         while True:
             try:
-                await self._ops.expire(before=self._clock() - self._result_retention_s)
+                while await self._ops.expire(before=self._clock() - self._result_retention_s):
+                    pass
             except StoreUnavailable as error:
                 log.warning("old results are not let go of: %s", error)
             await asyncio.sleep(EXPIRE_EVERY_S)

@@ -14,6 +14,7 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -80,9 +81,15 @@ class Mesh:
 
 @contextlib.asynccontextmanager
 async def mesh(
-    config: LocalConfig, state_dir: Path, say: Callable[[str], None] = print
+    config: LocalConfig,
+    state_dir: Path,
+    say: Callable[[str], None] = print,
+    *,
+    modules: Mapping[str, str] = MappingProxyType({}),
 ) -> AsyncIterator[Mesh]:
     """A mesh whose members are all SERVING; it ends with the block. `say` hears what happens.
+
+    `modules`: by service what to run in place of services.NAME.
 
     In `state_dir`: config/, logs/, blobs/, coordinator.sqlite, and endpoints.json while it runs.
 
@@ -99,7 +106,8 @@ async def mesh(
         async with processes() as started, asyncio.TaskGroup() as tasks:
             members = {
                 name: Member(
-                    addresses[name], _supervised(name, configs[name], state_dir, started, say)
+                    addresses[name],
+                    _supervised(name, configs[name], state_dir, started, say, modules),
                 )
                 for name in configs
             }
@@ -121,9 +129,11 @@ def _supervised(
     state_dir: Path,
     started: Processes,
     say: Callable[[str], None],
+    modules: Mapping[str, str],
 ) -> Supervised:
     """The service with its configuration written down, not started yet."""
     service = name.partition("-")[0]
+    module = modules.get(service, f"services.{service}")
     path, log = state_dir / "config" / f"{name}.yaml", state_dir / "logs" / f"{name}.log"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
     log.write_bytes(b"")  # the log is that of this mesh, not of the one before
@@ -131,7 +141,7 @@ def _supervised(
     return Supervised(
         Program(
             name=name,
-            command=(sys.executable, "-m", f"services.{service}", "--config", str(path)),
+            command=(sys.executable, "-m", module, "--config", str(path)),
             log=log,
             stop_s=config.drain_s + STOP_MARGIN_S,
             environment={"PYTHONPATH": python_path},

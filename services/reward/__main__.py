@@ -5,9 +5,13 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 from rollmesh.config import from_command_line, run
 from services.reward.config import RewardConfig
+
+if TYPE_CHECKING:
+    from services.reward.registry import Registry
 
 log = logging.getLogger("services.reward")
 
@@ -17,8 +21,8 @@ def main() -> None:
     run(serve(from_command_line(RewardConfig, "services.reward")))
 
 
-async def serve(config: RewardConfig) -> None:
-    """Serve until the process is told to end."""
+async def serve(config: RewardConfig, registry: type[Registry] | None = None) -> None:
+    """Serve until the process is told to end; `registry` None: the plain one."""
     from rollmesh.api.reward.v1 import reward_service_pb2 as pb
     from rollmesh.api.reward.v1.reward_service_pb2_grpc import (
         add_RewardServiceServicer_to_server,
@@ -26,16 +30,17 @@ async def serve(config: RewardConfig) -> None:
     from rollmesh.rpc.server import serving, terminated
     from rollmesh.telemetry import log_fields, telemetry
     from services.reward.functions import FUNCTIONS
-    from services.reward.registry import Registry
+    from services.reward.registry import Registry as PlainRegistry
     from services.reward.servicer import RewardServicer
     from services.reward.workers import Workers
 
+    made = registry or PlainRegistry
     with telemetry("reward", config.telemetry):
         async with (
             Workers(config.num_workers, config.item_timeout_s) as workers,
             serving(
                 lambda server: add_RewardServiceServicer_to_server(
-                    RewardServicer(Registry(FUNCTIONS, workers, max_batches=config.max_batches)),
+                    RewardServicer(made(FUNCTIONS, workers, max_batches=config.max_batches)),
                     server,
                 ),
                 services=[pb.DESCRIPTOR.services_by_name["RewardService"].full_name],

@@ -111,6 +111,11 @@ async def serve(config: SamplerConfig, backend: Backend) -> None:
         async with asyncio.TaskGroup() as tasks:
             life = tasks.create_task(live(sampler, running))
             await terminated()
+            ends_at = asyncio.get_running_loop().time() + config.drain_s
+            await running.not_ready()
+            # It goes on to answer, so that the coordinator learns why and gives it nothing more.
+            await sampler.drained(config.drain_s)
+            await running.stop(max(ends_at - asyncio.get_running_loop().time(), 0.0))
             life.cancel()
 
 

@@ -42,6 +42,7 @@ class Request:
 
     Attributes:
         adapter: number of the LoadedAdapter; None: the base model.
+        policy: which it is a version of.
         shared_tokens, each_tokens: as Need.
         num_completions: that have not ended yet.
         place: in the order of arrival.
@@ -54,6 +55,7 @@ class Request:
     shared_tokens: int = 0
     each_tokens: int = 0
     num_completions: int = 0
+    policy: str = ""
     place: int = 0
     num_passed: int = 0
     running: bool = False
@@ -74,7 +76,8 @@ class Memory:
     Args:
         overcommit: so many times the memory may be reserved.
         max_completions: a request begins only while fewer run: what waits in the engine's own queue
-            could not be put in order here any more.
+            could not be put in order here any more. One is let in beside them whose adapter runs
+            none: for a few tokens of a new version nobody waits until others' completions end.
     """
 
     def __init__(self, *, overcommit: float, max_completions: int) -> None:
@@ -88,12 +91,14 @@ class Memory:
         """The memory is so large; 0: not bounded."""
         self._kv_tokens = kv_tokens or math.inf
 
-    def fits(self, request: Request) -> bool:
-        """It may begin now. With nothing else running, everyone may."""
-        return (
-            self.reserved_tokens + self._share(request) <= self._overcommit * self._kv_tokens
-            and self._num_completions < self._max_completions
-        )
+    def fits(self, request: Request, *, first: bool) -> bool:
+        """It may begin now; `first`: as the only one of its adapter.
+
+        With nothing else running, everyone may.
+        """
+        if self._num_completions >= self._max_completions and not first:
+            return False
+        return self.reserved_tokens + self._share(request) <= self._overcommit * self._kv_tokens
 
     def take(self, request: Request) -> None:
         """Reserve all that it may come to need."""

@@ -80,6 +80,7 @@ class SamplerConfig(Config):
     """CPU threads for the model, bound to no core. Absent: vLLM binds one thread to each physical
     core but one, which is best when the machine is its own."""
     drain_s: NonNegativeFloat = 30.0
-    """Seconds that requests under way get to finish when the service is told to end."""
+    """Seconds that requests under way get to finish when the service is told to end. Meanwhile it
+    is NOT_SERVING and says in GetSampler that it drains, and the coordinator asks others."""
     telemetry: TelemetryConfig = TelemetryConfig()
     """Traces, metrics and logs."""

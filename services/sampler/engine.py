@@ -72,6 +72,8 @@ class Sampler:
         self._started: Model | None = None
         self._policies = Policies(adapters, slots, max_queued=max_queued, clock=clock)
         self._num_running = 0
+        self._draining = False
+        self._ended = asyncio.Event()
 
     async def start(self) -> None:
         """Return once the engine draws: what its first batch makes slow is paid for here."""
@@ -118,7 +120,20 @@ class Sampler:
             resident=tuple(source for source, adapter in here if self._slots.resident(adapter)),
             kv_tokens=model.kv_tokens,
             reserved_kv_tokens=self._slots.reserved_tokens,
+            draining=self._draining,
         )
+
+    async def drained(self, within_s: float) -> None:
+        """Say that no more should come, and return once nothing runs or waits here.
+
+        Or `within_s` seconds have passed. What comes all the same is served.
+        """
+        self._draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while self._num_running:
+                    self._ended.clear()
+                    await self._ended.wait()
 
     async def load_adapter(self, source: AdapterSource) -> LoadTimes:
         """Return once a version is live; errors as `Policies.load`."""
@@ -225,3 +240,4 @@ class Sampler:
                     yield begun
         finally:
             self._num_running -= need.num_completions
+            self._ended.set()

@@ -91,7 +91,11 @@ class Slots:
             DigestMismatch: what the engine loaded is not what it should be.
             Unavailable: the engine is dead.
         """
-        request = Request(adapter.number if adapter else None, *need)
+        request = (
+            Request(adapter.number, *need, policy=adapter.policy)
+            if adapter
+            else Request(None, *need)
+        )
         try:
             await self._begun(request, adapter)
             yield Running(self, request)
@@ -107,7 +111,7 @@ class Slots:
         if self.proven(adapter):
             return 0.0
         begun_at = _now()
-        request = Request(adapter.number)
+        request = Request(adapter.number, policy=adapter.policy)
         try:
             await self._begun(request, adapter)
         finally:
@@ -173,8 +177,10 @@ class Slots:
             if swap.into is not None:
                 self._inside.add(swap.into)
             if swap.out is not None:
-                await self._unload(swap.out)
-            if swap.into is not None:
+                unloading = self._tasks.create_task(self._unload(swap.out))
+            if swap.into is None:
+                await unloading
+            else:
                 # In the trace of who asked for it last, if anybody has since it was loaded last.
                 caller = self._callers.pop(swap.into, None)
                 await self._tasks.create_task(self._load(swap.into), context=caller)

@@ -2,59 +2,34 @@
 
 A request begins when its adapter is in a slot and the memory has room, and holds nothing of either
 before: who waits for memory keeps no slot, who waits for a slot keeps no memory, and so there is no
-deadlock. Memory goes to the oldest of those whose adapter is in a slot, and past one that is too
-large for what is free to smaller ones, for a while; slots go round.
+deadlock. Of those whose adapter is in a slot the next is one of whichever adapter runs least, and
+of these the oldest; past one that is too large for what is free go smaller ones, for a while.
+Slots go round.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from collections import Counter, OrderedDict
+from typing import TYPE_CHECKING
 
 from services.sampler.quantum import Quantum
+from services.sampler.turn_slot import Slot, Swap
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from services.sampler.admission import Memory, Request
 
 MAX_LINGER_S = 0.05
 """Longest that an idle slot waits for more requests of its adapter while others wait for a slot."""
+PATIENCE = 1 / 4
+"""Of a turn, that an adapter waits for a slot which comes free by itself before a turn ends for it:
+versions that come one after the other, each for a few tokens, need no more."""
 MAX_PASSED = 64
 """So many requests pass an older one that waits for memory; then all wait until it has begun."""
 _MAX_LOOKED_AT = 32
 """So many of those that wait are looked at for one that fits: it is done at every change."""
-
-
-class Swap(NamedTuple):
-    """Work to do in the engine: unload one adapter, then load another (None: do not)."""
-
-    out: int | None
-    into: int | None
-
-
-@dataclass
-class _Slot:
-    """An adapter in a slot, or on its way into it."""
-
-    since: float
-    loading: bool = True
-    closing: bool = False
-    """No request begins; when those that run have ended, the slot is another adapter's."""
-    forgotten: bool = False
-    users: int = 0
-    completions: int = 0
-    """That run."""
-    served: bool = False
-    """A request has begun in this turn."""
-    idle_since: float = 0.0
-    closed_at: float = 0.0
-    closed_with: int = 0
-    """Completions that ran when it was closed, …"""
-    ran_on_s: float = 0.0
-    """… and for how long after that, those that have ended, in all."""
 
 
 class Turns:
@@ -71,9 +46,12 @@ class Turns:
         self._num_slots = 0
         self._num_arrived = 0
         self._lines: dict[int | None, OrderedDict[Request, None]] = {}
-        self._slots: dict[int, _Slot] = {}
-        # Adapters whose requests can't begin before they get a slot or another turn, in order.
-        self._order: dict[int, None] = {}
+        self._slots: dict[int, Slot] = {}
+        # Completions that run, by adapter.
+        self._running: Counter[int | None] = Counter()
+        # Adapters whose requests can't begin before they get a slot or another turn, in order; and
+        # since when `swap` has known of them.
+        self._order: dict[int, float | None] = {}
 
     def open(self, num_slots: int) -> None:
         """The engine has so many slots."""
@@ -97,7 +75,7 @@ class Turns:
         if request.adapter is not None:
             slot = self._slots.get(request.adapter)
             if slot is None or slot.closing:
-                self._order.setdefault(request.adapter)
+                self._order.setdefault(request.adapter, None)
 
     def begin(self) -> list[Request]:
         """The requests that begin now."""
@@ -106,11 +84,11 @@ class Turns:
             self._unline(request)
             self._memory.take(request)
             request.running = True
+            self._running[request.adapter] += request.num_completions
             begun.append(request)
             if request.adapter is not None:
                 slot = self._slots[request.adapter]
                 slot.users += 1
-                slot.completions += request.num_completions
                 slot.served = True
         return begun
 
@@ -142,6 +120,8 @@ class Turns:
             if slot.forgotten and not slot.loading:
                 del self._slots[adapter]
                 return Swap(adapter, None)
+        for adapter, since in self._order.items():
+            self._order[adapter] = now if since is None else since
         self._settle(now)
         into = next(self._outside(), None)
         out = None
@@ -154,7 +134,7 @@ class Turns:
             out = min(idle, key=idle.__getitem__)
             del self._slots[out]
         del self._order[into]
-        self._slots[into] = _Slot(since=now)
+        self._slots[into] = Slot(since=now, policy=self._policy_of(into))
         return Swap(out, into)
 
     def loaded(self, adapter: int, now: float) -> list[Request]:
@@ -180,56 +160,64 @@ class Turns:
 
     def next_at(self, now: float) -> float | None:
         """When `swap` may have work though nothing else happens; None: never."""
-        if next(self._outside(), None) is None:
+        patient_until = [self._patient_until(adapter) for adapter in self._outside()]
+        if not patient_until:
             return None
-        return min(
-            (
-                at
-                for adapter, slot in self._slots.items()
-                for at in [
-                    self._idle_until(slot) if self._is_idle(adapter) else self._over_at(slot)
-                ]
-                if at > now
-            ),
-            default=None,
-        )
+        times = [
+            self._idle_until(slot) if self._is_idle(adapter) else self._over_at(slot)
+            for adapter, slot in self._slots.items()
+        ]
+        return min((at for at in (*times, *patient_until) if at > now), default=None)
 
     def _settle(self, now: float) -> None:
-        """Close slots whose turn is over if others wait for them; open them if not."""
-        wanted = len(self._order) - sum(1 for adapter in self._slots if adapter in self._order)
-        closing = [adapter for adapter, slot in self._slots.items() if slot.closing]
-        if not wanted:
-            for adapter in closing:
-                slot = self._slots[adapter]
+        """Close slots whose turn is over if others wait for them; open them if not.
+
+        One more version of a policy that has a slot waits for that policy's slots alone: however
+        many versions there are of one, the others' batch stays as it is.
+        """
+        taken = {slot.policy for slot in self._slots.values()}
+        waiting = (each for each in self._outside() if self._patient_until(each) <= now)
+        patient = Counter(self._policy_of(adapter) for adapter in waiting)
+        more = {policy: number for policy, number in patient.items() if policy in taken}
+        wanted = patient.total() - sum(more.values())
+        for adapter, slot in self._slots.items():
+            if slot.closing and not wanted and slot.policy not in more:
                 slot.closing = slot.served = False
                 slot.since = now
                 self._order.pop(adapter, None)
-            return
-        coming = sum(1 for adapter in self._slots if self._is_idle(adapter)) + len(closing)
-        wanted -= self._num_slots - len(self._slots) + coming
+        for policy, number in more.items():
+            own = {each: slot for each, slot in self._slots.items() if slot.policy == policy}
+            self._close(own, number, now)
+        if wanted:
+            self._close(self._slots, wanted - (self._num_slots - len(self._slots)), now)
+
+    def _close(self, slots: Mapping[int, Slot], wanted: int, now: float) -> None:
+        """Have `wanted` of the slots come free, those whose turn has been over longest first."""
+        coming = sum(1 for adapter, slot in slots.items() if slot.closing or self._is_idle(adapter))
         over = [
             (slot.since, adapter)
-            for adapter, slot in self._slots.items()
+            for adapter, slot in slots.items()
             if self._is_open(adapter) and slot.served and self._over_at(slot) <= now
             if not self._is_idle(adapter)
         ]
-        for _, adapter in sorted(over)[: max(0, wanted)]:
+        for _, adapter in sorted(over)[: max(0, wanted - coming)]:
             slot = self._slots[adapter]
             slot.closing, slot.closed_at = True, now
-            slot.closed_with, slot.ran_on_s = slot.completions, 0.0
+            slot.closed_with, slot.ran_on_s = self._running[adapter], 0.0
             if adapter in self._lines:
-                self._order[adapter] = None
+                self._order[adapter] = now
 
     def _next(self) -> Request | None:
-        """The oldest that may begin now."""
+        """The one that begins next, if one may now."""
         lines = [
             self._lines[adapter]
             for adapter in (None, *self._slots)
             if adapter in self._lines and (adapter is None or self._is_open(adapter))
         ]
+        running = self._running
         passed: list[Request] = []
-        for request in heapq.merge(*lines, key=lambda request: request.place):
-            if self._memory.fits(request):
+        for request in heapq.merge(*lines, key=lambda each: (running[each.adapter], each.place)):
+            if self._memory.fits(request, first=not running[request.adapter]):
                 for older in passed:
                     older.num_passed += 1
                 return request
@@ -258,20 +246,33 @@ class Turns:
             return not slot.users
         return self._is_idle(adapter) and self._idle_until(slot) <= now
 
-    def _over_at(self, slot: _Slot) -> float:
+    def _policy_of(self, outside: int) -> str:
+        return next(iter(self._lines[outside])).policy
+
+    def _patient_until(self, adapter: int) -> float:
+        since = self._order[adapter]
+        assert since is not None  # noqa: S101 - `swap` sets it before it asks
+        return since + PATIENCE * self._quantum.turn_s(self._num_slots)
+
+    def _over_at(self, slot: Slot) -> float:
         return slot.since + self._quantum.turn_s(self._num_slots)
 
-    def _idle_until(self, slot: _Slot) -> float:
+    def _idle_until(self, slot: Slot) -> float:
         """More of its requests may come at once, as of those who ask again when they are answered.
 
-        To wait for them for as long as a load takes costs at most twice what knowing would.
+        To wait for them for as long as a load takes costs at most twice what knowing would. Where
+        another version of its policy waits, they are of that.
         """
+        if any(self._policy_of(outside) == slot.policy for outside in self._outside()):
+            return slot.idle_since
         return min(self._over_at(slot), slot.idle_since + min(self._quantum.load_s, MAX_LINGER_S))
 
     def _note_ended(self, request: Request, num_completions: int, now: float) -> None:
+        self._running[request.adapter] -= num_completions
+        if not self._running[request.adapter]:
+            del self._running[request.adapter]
         if request.adapter is not None:
             slot = self._slots[request.adapter]
-            slot.completions -= num_completions
             if slot.closing:
                 slot.ran_on_s += num_completions * (now - slot.closed_at)
 

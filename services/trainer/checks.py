@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rollmesh.errors import InvalidRequest
-from services.trainer.losses import CLIP_RANGES, clip_range
+from rollmesh.types import CLIP_RANGES
+from services.trainer.losses import clip_range
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

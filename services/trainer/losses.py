@@ -16,23 +16,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from rollmesh.types import CLIP_RANGES
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from rollmesh.types import Datum, FloatArray, LossConfig, LossName
+    from rollmesh.types import Datum, FloatArray, LossConfig
 
     Flags = NDArray[np.bool_]
 
-CLIP_RANGES: Mapping[LossName, tuple[float, float]] = {
-    "ppo": (0.8, 1.2),
-    "cispo": (0.0, 4.0),
-    "gspo": (0.9997, 1.0004),
-}
-"""Bounds of the ratio where a LossConfig has none: of PPO 1 ± ε with ε = 0.2 (arXiv 1707.06347),
-of GSPO 1 − 3e-4 and 1 + 4e-4 (arXiv 2507.18071, section 5.1)."""
 DEFAULT_BETA = 0.05
 # Values of a block of softmax: what `entropies` needs at a time, besides the logits.
 _MAX_BLOCK_VALUES = 2**22

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import os
 import signal
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from rollmesh.client import SamplerClient
 from rollmesh.rpc.channel import channel
 from services.coordinator.fleet.static import StaticFleet
 from services.coordinator.sampling import FleetSampling
-from services.coordinator.scheduler import Scheduler
+from services.coordinator.scheduler import Projects, Scheduler
 from services.local.mesh import _reserved_port
 from services.local.processes import processes
 from services.local.sentinel import members
@@ -134,9 +135,15 @@ async def oracles(folder: Path, *, samplers: tuple[str, ...] = SAMPLERS) -> Asyn
         fleet = StaticFleet(trainers={}, samplers=ports, rewards={})
         sampling = FleetSampling(
             fleet,
-            Scheduler(max_running_completions=64, max_queued_requests=4096),
+            Scheduler(
+                max_running_completions=64,
+                max_queued_requests=4096,
+                projects=Projects(),
+                prompt_token_price=0.25,
+            ),
             locate=lambda source: source,
             new_seed=itertools.count(1).__next__,
+            clock=time.time,
         )
         polling = asyncio.create_task(fleet.run())
         try:

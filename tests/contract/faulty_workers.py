@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from services.sampler.backends import vllm_ways
 from services.sampler.backends.vllm_cpu import CpuWorker
 
 PATH = f"{__name__}.FaultyWorker"
@@ -30,6 +31,39 @@ class FaultyWorker(CpuWorker):
     def _replace(self, part: Any, name: str, broken: Any) -> None:
         self._mended.append((part, name, getattr(part, name)))
         setattr(part, name, broken)
+
+    def forget_ways(self) -> None:
+        """The next adapter is loaded by vLLM, as the first one of its kind is."""
+        self._slots._copies._ways.clear()
+
+    def knows_ways(self) -> bool:
+        """It would be copied."""
+        return bool(self._slots._copies._ways)
+
+    def _copies_are_never_written(self, _: Any) -> None:
+        self._replace(self._slots._copies._stacks, "write", lambda *_: None)
+
+    def _one_layer_is_left_out_of_copies(self, manager: Any) -> None:
+        stacks = self._slots._copies._stacks
+        left_out = next(name for name in manager.modules if name.endswith("1.mlp.down_proj"))
+        held = manager.modules[left_out].lora_b_stacked[0]
+
+        def write(slot: int, flat: Any) -> None:
+            before = held[slot].clone()
+            type(stacks).write(stacks, slot, flat)
+            held[slot] = before
+
+        self._replace(stacks, "write", write)
+
+    def _copies_are_of_another_adapter(self, _: Any) -> None:
+        stacks = self._slots._copies._stacks
+        self._replace(
+            stacks, "write", lambda slot, _: type(stacks).write(stacks, slot, stacks.read(0))
+        )
+
+    def _copies_are_not_scaled(self, _: Any) -> None:
+        self.forget_ways()
+        self._replace(vllm_ways, "scaling_of", lambda *_: 1.0)
 
     def _weights_are_never_written(self, manager: Any) -> None:
         for module in manager.modules.values():

@@ -51,6 +51,7 @@ from rollmesh.job import (
     EvaluationCompleted,
     Job,
     JobEvent,
+    QueueStatus,
     StateChanged,
     StepCompleted,
     Warned,
@@ -106,6 +107,8 @@ class FakeCoordinator(
         self.checkpoints = {}
         self.forked = []
         self.fleet = types.Fleet()
+        self.schedule = types.Schedule()
+        self.explained = []
         self.weights = WEIGHTS
         self.digest = safetensors_digest(WEIGHTS)
         self.watched_after = []
@@ -261,6 +264,10 @@ class FakeCoordinator(
 
     async def GetFleet(self, request, context):
         return convert.fleet_to_pb(self.fleet)
+
+    async def ExplainSchedule(self, request, context):
+        self.explained.append((request.project, request.subject))
+        return convert.schedule_to_pb(self.schedule)
 
     async def CreateAdapter(self, request, context):
         raise NotImplementedError
@@ -470,6 +477,65 @@ async def test_the_fleet_is_shown_with_what_is_wrong(coordinator, rollmesh):
     assert "serving: drifts" in " ".join(shown.split())
 
 
+async def test_the_schedule_is_explained_of_a_project_a_job_or_a_request(coordinator, rollmesh):
+    coordinator.schedule = types.Schedule(
+        waiting=(
+            types.Waiting(
+                "projects/q/jobs/sums", "MAX_RUNNING_JOBS", "2 jobs\nrun", "the end of one", 3, 5.0
+            ),
+        ),
+        num_waiting=7,
+        decisions=(types.Decision(6.0, "projects/q/requests/4", "ASSIGNED", "its turn", "s:1"),),
+        shares=(types.Share("arith", 2.0, 12345.0, 3, 8, 0.25),),
+        quotas=(
+            types.Quota("adapters", 3, None),
+            types.Quota("tokens_per_day", 1234567, 2000000),
+        ),
+    )
+    shown = " ".join((await rollmesh("fleet", "explain", "--project", "q")).stdout.split())
+    for text in (
+        "MAX_RUNNING_JOBS",
+        "2 jobs run",
+        "1 of 7 that wait",
+        "projects/q/requests/4",
+        "25.0%",
+        "12,345",
+        "no bound",
+        "2,000,000",
+    ):
+        assert text in shown
+    told = (await rollmesh("fleet", "explain", "sums", "--project", "q", "--json")).json
+    assert told["waiting"][0]["rule"] == "MAX_RUNNING_JOBS"
+    assert told["quotas"][0] == {"name": "adapters", "used": 3, "allowed": None}
+    await rollmesh("fleet", "explain", "projects/r/requests/4")
+    assert coordinator.explained == [
+        ("projects/q", ""),
+        ("projects/q", "projects/q/jobs/sums"),
+        ("projects/r", "projects/r/requests/4"),
+    ]
+
+
+async def test_nothing_that_waits_is_said_in_so_many_words(coordinator, rollmesh):
+    assert (await rollmesh("fleet", "explain")).stdout == "nothing waits\n"
+
+
+async def test_a_job_that_waits_is_shown_with_its_place_and_when_it_may_begin(
+    coordinator, rollmesh, job_file
+):
+    await rollmesh("job", "create", str(job_file), "--id", "sums")
+    name = "projects/default/jobs/sums"
+    queue = QueueStatus(
+        position=3, rule="MAX_RUNNING_JOBS", reason="2 jobs run", eta_low_s=90.0, eta_high_s=9000.0
+    )
+    coordinator.jobs[name] = coordinator.jobs[name].model_copy(update={"queue": queue})
+    shown = " ".join((await rollmesh("job", "get", "sums")).stdout.split())
+    assert "place 3, in 90s to 2h: MAX_RUNNING_JOBS, 2 jobs run" in shown
+    assert (await rollmesh("job", "list", "--json")).json["jobs"][0]["queue"]["eta_low_s"] == 90.0
+    listed = (await rollmesh("job", "list")).stdout
+    assert "90s" in listed
+    assert "2h" in listed
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
@@ -528,6 +594,16 @@ async def test_a_misspelt_key_of_a_job_file_is_named_with_the_nearest_one(rollme
     ended = await rollmesh("job", "create", str(path))
     assert ended.status == 2
     assert "stop.max_stepz: unknown key; did you mean 'max_steps'?" in ended.stderr
+
+
+async def test_an_option_before_a_subcommand_that_would_not_see_it_is_refused(
+    coordinator, rollmesh
+):
+    for option in (("--address", "127.0.0.1:1"), ("--json",)):
+        refused = await rollmesh("fleet", *option, "explain")
+        assert refused.status == 2
+        shown = " ".join(refused.stderr.replace("│", " ").split())
+        assert f"rollmesh fleet explain {option[0]}" in shown
 
 
 @pytest.mark.parametrize("arguments", [("job", "get"), ("job", "dance"), ("fleet", "--colour")])

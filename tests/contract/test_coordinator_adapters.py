@@ -256,7 +256,7 @@ class TestTraining:
     async def test_an_ended_job_trains_no_more(self, tmp_path, fakes):
         trained = asyncio.Event()
 
-        def play(training, _sampling):
+        def play(training, *_):
             async def stubborn(context, _recorder):
                 try:
                     await asyncio.Event().wait()

@@ -25,7 +25,7 @@ from rollmesh.errors import (
 from rollmesh.job import StateChanged, StepCompleted, Warned
 from rollmesh.rpc.channel import channel
 from rollmesh.rpc.status import mesh_errors
-from services.coordinator.loop import Outcome
+from services.coordinator.border import Outcome
 from services.coordinator.play import playing
 from tests.fakes.coordinator import PROJECT, Fakes, running_coordinator, spec_of
 from tests.fakes.mesh import FakeTokenizer
@@ -183,6 +183,27 @@ class TestCreating:
                 "count",
                 id="a generator without what it needs",
             ),
+            pytest.param(
+                {"sft": {"completion": "{nope}"}},
+                InvalidRequest,
+                "sft.completion",
+                "answer, question",
+                id="a completion of a field that no task has",
+            ),
+            pytest.param(
+                {"sft": {"completion": "{answer}" * 100}},
+                InvalidRequest,
+                "sft.completion",
+                "65 together",
+                id="a completion that the trainer cannot read",
+            ),
+            pytest.param(
+                {"distillation": {"teacher_base_model": "nope"}},
+                NotFound,
+                "distillation.teacher_base_model",
+                "nobody serves 'nope'",
+                id="a teacher that nobody serves",
+            ),
         ],
     )
     async def test_a_spec_that_cannot_work_is_refused_with_its_key(
@@ -284,8 +305,8 @@ class TestRunning:
         async with running_coordinator(tmp_path, fakes, max_running_jobs=2) as mesh:
             for job in ("a", "b", "c", "d"):
                 await mesh.client.jobs.create(PROJECT, spec_of(), job)
-            await mesh.until_reason("c", "its turn: 2 jobs run")
-            await mesh.until_reason("d", "its turn: 2 jobs run")
+            await mesh.until_reason("c", "2 jobs run, which is the most")
+            await mesh.until_reason("d", "2 jobs run, which is the most")
             await fakes.script.until_started("a", "b")
             fakes.script.step("b", 3)
             await fakes.script.until_started("a", "b", "c")
@@ -297,7 +318,7 @@ class TestRunning:
         getattr(fakes, missing).away = True
         async with running_coordinator(tmp_path, fakes) as mesh:
             await mesh.client.jobs.create(PROJECT, spec_of(), "j")
-            await mesh.until_reason("j", f"waits for a {missing} of 'arith'")
+            await mesh.until_reason("j", f"no {missing} of 'arith' serves")
             getattr(fakes, missing).away = False
             await mesh.until("j", "RUNNING")
             assert (await mesh.client.jobs.get(name("j"))).state_reason == ""
@@ -310,7 +331,7 @@ class TestRunning:
             tmp_path, fakes, max_running_jobs=1, base_models=models
         ) as mesh:
             await mesh.client.jobs.create(PROJECT, spec_of(base_model="big"), "first")
-            await mesh.until_reason("first", "waits for a trainer of 'big'")
+            await mesh.until_reason("first", "no trainer of 'big' serves")
             await mesh.client.jobs.create(PROJECT, spec_of(), "second")
             await mesh.until("second", "RUNNING")
 
@@ -320,6 +341,9 @@ class TestRunning:
         await mesh.until("a", "RUNNING")
         await mesh.client.jobs.create(PROJECT, spec_of(), "b")
         await mesh.until_reason("b", "every trainer of 'arith' is full")
+        decisions = (await mesh.client.fleet.explain(PROJECT)).decisions
+        started = [decision.subject for decision in decisions if decision.action == "STARTED"]
+        assert started == [name("a")], "an attempt is no start"
         fakes.script.step("a", 3)
         await mesh.until("a", "SUCCEEDED")
         await mesh.client.adapters.delete(f"{PROJECT}/adapters/a")
@@ -334,8 +358,8 @@ class TestRunning:
         async with running_coordinator(
             tmp_path,
             fakes,
-            play=lambda training, sampling: playing(
-                training, sampling, fakes.reward, lambda _model: FakeTokenizer()
+            play=lambda training, sampling, checkpoints: playing(
+                training, sampling, fakes.reward, checkpoints, lambda _model: FakeTokenizer()
             ),
         ) as mesh:
             await mesh.client.jobs.create(PROJECT, spec, "j")
@@ -412,8 +436,8 @@ class TestCancelling:
         async with running_coordinator(
             tmp_path,
             fakes,
-            play=lambda training, sampling: playing(
-                training, sampling, fakes.reward, lambda _model: FakeTokenizer()
+            play=lambda training, sampling, checkpoints: playing(
+                training, sampling, fakes.reward, checkpoints, lambda _model: FakeTokenizer()
             ),
         ) as mesh:
             await mesh.client.jobs.create(PROJECT, spec_of(), "j")
@@ -556,10 +580,53 @@ class TestRestart:
             fakes.script.step("j", 3)
             await second.until("j", "SUCCEEDED")
 
+    async def test_a_queue_that_was_read_before_a_pause_does_not_take_it_back(
+        self, tmp_path, fakes, monkeypatch
+    ):
+        go, recorded, taken_in, on = (asyncio.Event() for _ in range(4))
+
+        def play(*_):
+            async def steps(context, recorder):
+                await go.wait()
+                await recorder.record(
+                    StepCompleted(step=1, policy_version=1, metrics={}, phases={})
+                )
+                recorded.set()
+                await taken_in.wait()
+                was_told = context.pause_requested()
+                on.set()
+                return Outcome("paused" if was_told else "finished", "the only step")
+
+            return steps
+
+        async with running_coordinator(tmp_path, fakes, play=play) as mesh:
+            await mesh.client.jobs.create(PROJECT, spec_of(), "j")
+            await mesh.until("j", "RUNNING")
+            read, late = asyncio.Event(), asyncio.Event()
+            queue = mesh.store.jobs.queue
+
+            async def slow():
+                if read.is_set():
+                    taken_in.set()
+                    await on.wait()
+                    return await queue()
+                found = await queue()
+                read.set()
+                await late.wait()
+                return found
+
+            monkeypatch.setattr(mesh.store.jobs, "queue", slow)
+            await read.wait()
+            await mesh.client.jobs.pause(name("j"))
+            go.set()
+            await recorded.wait()
+            late.set()
+            await mesh.until("j", "PAUSED")
+
     async def test_a_job_does_not_notice_that_its_trainer_was_restarted(self, tmp_path, fakes):
         stepped, go = asyncio.Event(), asyncio.Event()
 
-        def play(training, _sampling):
+        def play(training, *_):
             async def trains(context, recorder):
                 for step in range(3):
                     adapter, job = context.adapter, context.name
@@ -592,7 +659,7 @@ class TestRestart:
             await first.until("j", "RUNNING")
         fakes.trainer.away = True
         async with running_coordinator(tmp_path, fakes) as second:
-            await second.until_reason("j", "waits for a trainer")
+            await second.until_reason("j", "no trainer of")
             fakes.trainer.away = False
             fakes.script.step("j", 3)
             await second.until("j", "SUCCEEDED")

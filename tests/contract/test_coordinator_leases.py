@@ -7,8 +7,9 @@ import pytest
 from rollmesh import types
 from rollmesh.errors import AlreadyExists, InvalidRequest, NotFound, Overloaded
 from services.coordinator import retention
-from tests.fakes.coordinator import PROJECT, Fakes, eventually, running_coordinator
-from tests.fakes.mesh import BASE_MODEL, digest_of
+from services.coordinator.play import playing
+from tests.fakes.coordinator import PROJECT, Fakes, eventually, running_coordinator, spec_of
+from tests.fakes.mesh import BASE_MODEL, FakeTokenizer, digest_of
 from tests.fakes.training import ADAM, DATUM, LOSS
 
 A = f"{PROJECT}/adapters/a"
@@ -159,6 +160,44 @@ async def test_a_project_that_has_too_many_leases_is_told_so_until_one_ends(clie
     await client.sampling.renew_lease(leases[0].name)
     await client.sampling.delete_lease(leases[0].name)
     await client.sampling.create_lease(PROJECT, POLICY)
+
+
+async def test_the_teacher_of_a_job_is_kept_while_it_runs_whatever_else_the_project_holds(
+    tmp_path, fakes
+):
+    async with running_coordinator(
+        tmp_path,
+        fakes,
+        max_leases=1,
+        play=lambda *ports: playing(
+            ports[0], ports[1], fakes.reward, *ports[2:], lambda _: FakeTokenizer()
+        ),
+        **AT_ONCE,
+    ) as mesh:
+        await mesh.until_served()
+        client, other = mesh.client, f"{PROJECT}/adapters/other"
+        for adapter in (A, other):
+            await client.adapters.create(adapter, BASE_MODEL, LORA)
+            await client.adapters.publish(adapter)
+        await client.sampling.create_lease(PROJECT, types.PolicyRef(adapter=other))
+        spec = spec_of(
+            distillation={"teacher_adapter": A},
+            reward=None,
+            algorithm={"group_size": 2, "groups_per_step": 1},
+            stop={"max_steps": 100_000},
+        )
+        job = await client.jobs.create(PROJECT, spec, "j")
+        refused = spec.model_copy(update={"base_model": "none"})
+        with pytest.raises(NotFound, match="none"):
+            await client.jobs.create(PROJECT, refused, "k")
+        await mesh.until_step("j", 1)
+        for _ in range(2):
+            await publish_next(client)
+        await until_let_go(client, version(1))
+        await client.sampling.compute_logprobs(PROJECT, version(0), [1, 2])
+        assert "kl_teacher" in (await client.jobs.get(job.name)).metrics
+        await client.jobs.cancel(job.name)
+        await until_let_go(client, version(0))
 
 
 @pytest.mark.parametrize(

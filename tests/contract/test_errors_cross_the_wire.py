@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 
 import grpc
 import pytest
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
@@ -32,6 +32,7 @@ from rollmesh.errors import (
     MeshError,
     NotFound,
     Overloaded,
+    QuotaExceeded,
     Unavailable,
     Unimplemented,
 )
@@ -141,7 +142,7 @@ async def test_when_to_try_again_arrives_as_the_one_who_raised_it_said(jobs, ope
 def details(error: grpc.aio.AioRpcError) -> dict[str, object]:
     found = {}
     for detail in rpc_status.from_call(error).details:
-        for kind in (ErrorInfo, RetryInfo, BadRequest):
+        for kind in (ErrorInfo, RetryInfo, BadRequest, QuotaFailure):
             message = kind()
             if detail.Unpack(message):
                 found[kind.__name__] = message
@@ -161,6 +162,22 @@ async def test_the_status_on_the_wire_is_for_clients_in_any_language(jobs, opene
     if error.retry_after_s:
         assert found["RetryInfo"].retry_delay.ToNanoseconds() == error.retry_after_s * 1e9
     assert ("BadRequest" in found) is (error.status == "INVALID_ARGUMENT")
+    assert ("QuotaFailure" in found) is (reason == "QUOTA_EXCEEDED")
+
+
+async def test_a_quota_that_is_used_up_names_whose_it_is_and_its_numbers(jobs, opened):
+    context = {"project": "p", "quota": "adapters", "value": "3", "allowed": "3"}
+    jobs.failure = QuotaExceeded("project 'p' has 3 adapters, which is the most", **context)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await JobServiceStub(opened).GetJob(pb.GetJobRequest())
+    found = details(caught.value)
+    (violation,) = found["QuotaFailure"].violations
+    assert violation.subject == "projects/p"
+    assert violation.description == "project 'p' has 3 adapters, which is the most"
+    assert found["RetryInfo"].retry_delay.ToNanoseconds() == 1e9
+    with pytest.raises(QuotaExceeded) as raised:
+        await unary(opened)
+    assert raised.value.context == context
 
 
 @pytest.mark.parametrize("letter", ["x", "ü", "✓", "🙂"])
@@ -266,6 +283,22 @@ async def test_a_server_is_serving_only_while_it_says_so(jobs, service):
         assert await health(opened, service) == "SERVING"
         await running.not_ready()
         assert await health(opened, service) == "NOT_SERVING"
+
+
+async def test_a_server_that_is_paused_does_not_serve_and_one_that_is_resumed_if_it_is_ready(jobs):
+    async with serve(jobs) as running, channel(f"127.0.0.1:{running.port}") as opened:
+        seen = []
+        for step in (
+            running.pause(paused=True),
+            running.ready(),
+            running.pause(paused=False),
+            running.pause(paused=True),
+            running.not_ready(),
+            running.pause(paused=False),
+        ):
+            await step
+            seen.append(await health(opened, SERVICE))
+        assert seen == ["NOT_SERVING"] * 2 + ["SERVING"] + ["NOT_SERVING"] * 3
 
 
 async def test_reflection_lists_the_services_and_has_their_files(opened):

@@ -101,7 +101,13 @@ async def test_on_sigterm_the_running_requests_finish_and_nothing_is_left(world,
         chunks = SamplerClient(opened).sample(None, PROMPT, 2, params, project="p")
         first = await anext(chunks)
         assert await health(sampler.address) == "SERVING"
+        assert not (await SamplerClient(opened).get_sampler()).draining
         sampler.process.terminate()
+        # It says so while it works on: the coordinator asks others, and does not give this one up.
+        async with asyncio.timeout(30):
+            while not (await SamplerClient(opened).get_sampler()).draining:
+                await asyncio.sleep(0.01)
+        assert await health(sampler.address) == "NOT_SERVING"
         received = [first, *[chunk async for chunk in chunks]]
         assert sum(len(chunk.token_ids) for chunk in received) == 400
         assert await sampler.process.wait() == 0

@@ -42,6 +42,7 @@ from services.coordinator.store import (
     QUEUE,
     JournaledOp,
     LetGo,
+    NewJob,
     Request,
     StoreUnavailable,
     check_url,
@@ -102,12 +103,15 @@ async def create(
     store, job="j", *, adapter=None, request_id=None, spec=None, now=1.0, max_pending=9, project="p"
 ):
     spec = spec or spec_of()
-    return await store.jobs.create(
+    new = await NewJob.of(
         f"projects/{project}/jobs/{job}",
         project,
         spec,
         adapter=f"projects/{project}/adapters/{adapter or job}",
         lora=LORA,
+    )
+    return await store.jobs.create(
+        new,
         request=Request.of(project, request_id or job, "CreateJob", job, spec.model_dump()),
         max_pending=max_pending,
         now=now,
@@ -419,6 +423,12 @@ class TestJobs:
             ("e", "PENDING"),
         ]
 
+    async def test_the_queue_tells_for_which_jobs_something_is_drawn(self, store):
+        shown = spec_of(sft={"completion": "{answer}"}, evaluation=None)
+        await create(store, "a", spec=shown)
+        await create(store, "b")
+        assert [job.needs_sampler for job in await store.jobs.queue()] == [False, True]
+
     async def test_whoever_waits_for_a_job_is_woken_by_its_events_alone(self, store):
         await create(store)
         await create(store, "k")
@@ -704,8 +714,9 @@ async def test_a_database_that_cannot_be_written_says_so_and_nothing_is_changed(
 
 
 async def test_a_database_that_is_away_is_unavailable():
+    database = Database("postgresql://u@127.0.0.1:1/x")
     with pytest.raises(StoreUnavailable, match="does not answer"):
-        async with open_store("postgresql://u@127.0.0.1:1/x", request_retention_s=RETENTION_S):
+        async with database.read():
             pass
 
 
@@ -911,6 +922,40 @@ class TestVersions:
         await store.leases.delete("projects/p/leases/m", now=1e6)  # gone is fine
         assert await self.let_go(store, 1e9, now=1e6 + 9.9) == []
         assert await self.let_go(store, 1e9, now=1e6 + 10) == [1]
+
+    async def teach(self, store, *, version=None, job="j", **settings):
+        distillation = {"teacher_adapter": A, "teacher_version": version}
+        spec = spec_of(distillation=distillation, adapter={"id": job})
+        return await create(store, job, spec=spec, **settings)
+
+    async def test_a_jobs_teacher_is_held_from_its_creation_until_it_has_ended(
+        self, store, adapter
+    ):
+        await self.publish(store, 2)
+        for job in ("j", "k"):
+            await self.teach(store, job=job)
+        # The newest then, though neither has begun.
+        known = {"base_model": "arith", "policy_version": 1, "digest": "d1"}
+        assert (await store.jobs.load(J)).memory == {"teacher": known}
+        await self.publish(store, 2, first=2)
+        await store.jobs.command("projects/p/jobs/k", "cancel", now=1e9)
+        await store.jobs.command(J, "start", now=1e9)
+        await store.jobs.command(J, "pause", now=1e9)
+        await store.jobs.command(J, "settle", now=1e9)
+        assert await store.leases.expire(now=1e12) == 0
+        assert await self.let_go(store, 1e12, now=1e12) == [0, 2]
+        await store.jobs.command(J, "cancel", now=1e12)
+        assert await self.let_go(store, 1e12, now=1e12) == [1]
+
+    async def test_a_job_that_is_not_stored_holds_nothing(self, store, adapter):
+        await self.publish(store, 2)
+        with pytest.raises(Overloaded, match="max_pending_jobs"):
+            await self.teach(store, version=0, max_pending=0)
+        assert await self.let_go(store, 1e9) == [0]
+        with pytest.raises(NotFound, match="version 0 of"):
+            await self.teach(store, version=0)
+        with pytest.raises(NotFound, match=J):
+            await store.jobs.get(J)
 
     @pytest.mark.usefixtures("adapter")
     async def test_a_lease_without_a_version_is_on_the_newest(self, store):

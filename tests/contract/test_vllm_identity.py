@@ -68,6 +68,12 @@ class Engine:
     async def mend(self) -> None:
         await self.backend._alive().collective_rpc("mend")
 
+    async def forget_ways(self) -> None:
+        await self.backend._alive().collective_rpc("forget_ways")
+
+    async def knows_ways(self) -> bool:
+        return (await self.backend._alive().collective_rpc("knows_ways"))[0]
+
     @contextlib.asynccontextmanager
     async def loaded(self, *adapters):
         """They are live while the block runs."""
@@ -146,6 +152,16 @@ async def test_versions_that_are_loaded_are_sampled(engine, world):
         assert await asyncio.gather(*mixed) == greedy
 
 
+async def test_what_is_copied_samples_as_what_vllm_loaded(engine, world):
+    await engine.forget_ways()
+    for number, version in ((5, 1), (6, 2), (7, 1)):
+        async with engine.loaded(engine.adapter(number, version)):
+            assert await engine.knows_ways()
+            assert await engine.sample(engine.adapter(number, version)) == world.greedy(
+                version, PROMPT, 8
+            )
+
+
 async def test_slots_are_used_again(engine, world):
     """Many more loads than slots, of all versions."""
     for number in range(10, 18):
@@ -176,22 +192,40 @@ async def test_an_adapter_loaded_again_under_its_number_does_not_keep_the_old_we
 
 
 @pytest.mark.parametrize(
-    "bug",
+    ("bug", "copied"),
     [
-        "weights_are_never_written",
-        "one_layer_is_left_out",
-        "the_scaling_is_forgotten",
-        "another_adapter_is_activated",
+        ("weights_are_never_written", False),
+        ("one_layer_is_left_out", False),
+        ("the_scaling_is_forgotten", False),
+        ("another_adapter_is_activated", False),
+        ("copies_are_never_written", True),
+        ("one_layer_is_left_out_of_copies", True),
+        ("copies_are_of_another_adapter", True),
     ],
 )
-async def test_an_adapter_that_did_not_get_into_its_slot_is_never_live(engine, world, bug):
+async def test_an_adapter_that_did_not_get_into_its_slot_is_never_live(engine, world, bug, copied):
+    await engine.forget_ways()
+    if copied:
+        async with engine.loaded(engine.adapter(59, 4)):
+            assert await engine.knows_ways()
     async with engine.loaded(engine.adapter(60, 0)):
+        async with engine.loaded(engine.adapter(58, 1)):
+            """The slot has something else, whatever it had before."""
         await engine.break_(bug)
         with pytest.raises(DigestMismatch, match="does not hold"):
             await engine.backend.load(engine.adapter(61, 4))
         await engine.mend()
         async with engine.loaded(engine.adapter(62, 2)):
             assert await engine.sample(engine.adapter(62, 2)) == world.greedy(2, PROMPT, 8)
+
+
+async def test_a_way_that_forgets_the_scaling_is_never_used(engine, world):
+    await engine.break_("copies_are_not_scaled")
+    for number in (63, 64):
+        async with engine.loaded(engine.adapter(number, 4)):
+            assert not await engine.knows_ways()
+            assert await engine.sample(engine.adapter(number, 4)) == world.greedy(4, PROMPT, 8)
+    await engine.mend()
 
 
 async def test_an_adapter_of_what_the_model_does_not_have_is_refused(engine, world, tmp_path):

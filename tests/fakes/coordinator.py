@@ -11,17 +11,23 @@ from typing import TYPE_CHECKING, Any
 from rollmesh.client import Client
 from rollmesh.job import JobSpec, StateChanged, StepCompleted
 from services.coordinator.assembly import coordinator
+from services.coordinator.border import Outcome
 from services.coordinator.config import CoordinatorConfig
-from services.coordinator.loop import Outcome
 from services.coordinator.store import open_store
-from tests.fakes.mesh import BASE_MODEL, FakeReward, FakeSampler, FakeTrainer
+from tests.fakes.mesh import BASE_MODEL, FakeReward, FakeSampler, FakeTokenizer, FakeTrainer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
     from rollmesh.job import JobState
-    from services.coordinator.ports import JobContext, Recorder, Sampling, Training
+    from services.coordinator.ports import (
+        Checkpointing,
+        JobContext,
+        Recorder,
+        Sampling,
+        Training,
+    )
     from services.coordinator.runner import Play
     from services.coordinator.store import Store
 
@@ -179,7 +185,7 @@ async def running_coordinator(
     folder: Path,
     fakes: Fakes,
     *,
-    play: Callable[[Training, Sampling], Play] | None = None,
+    play: Callable[[Training, Sampling, Checkpointing], Play] | None = None,
     **settings: Any,
 ) -> AsyncIterator[Coordinator]:
     """A coordinator with its store in `folder`, which a second one may be started on."""
@@ -202,7 +208,8 @@ async def running_coordinator(
             trainers=fakes.trainers,
             samplers=fakes.samplers,
             reward=fakes.reward,
-            play=play or (lambda _training, _sampling: fakes.script),
+            load_tokenizer=lambda _: FakeTokenizer(),
+            play=play or (lambda *_: fakes.script),
         ) as server,
         Client(f"127.0.0.1:{server.port}") as client,
     ):

@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from services.coordinator.store import check_url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,6 +47,16 @@ def postgresql_server() -> Iterator[str]:
             yield f"postgresql://postgres@127.0.0.1:{port}"
         finally:
             _run(*control, "-m", "immediate", "stop")
+
+
+async def emptied(server: str, name: str) -> str:
+    """The URL of a new database of that name on `server`."""
+    engine = create_async_engine(check_url(f"{server}/postgres"), isolation_level="AUTOCOMMIT")
+    async with engine.connect() as connection:
+        await connection.execute(text(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
+        await connection.execute(text(f"CREATE DATABASE {name}"))
+    await engine.dispose()
+    return f"{server}/{name}"
 
 
 def _run(*command: str) -> None:

@@ -61,6 +61,8 @@ class FakeEngine:
         self.dies = asyncio.Event()
         self.stopped = False
         self._busy = asyncio.Lock()
+        # Loads and unloads, in the order in which they were begun.
+        self._changing = asyncio.Lock()
         self._stepping = None
 
     async def start(self):
@@ -78,8 +80,8 @@ class FakeEngine:
 
     async def load(self, adapter):
         assert adapter.number not in self.slots
-        assert len(self.slots) < self.model.max_loras, "no slot is free"
-        async with self._busy:
+        async with self._changing, self._busy:
+            assert len(self.slots) < self.model.max_loras, "no slot is free"
             await asyncio.sleep(self.load_s)
             await self.go.wait()
             self.loads.append(adapter.number)
@@ -89,8 +91,9 @@ class FakeEngine:
 
     async def unload(self, adapter):
         assert all(sequence.number != adapter.number for sequence in self.sequences), "it is used"
-        await asyncio.sleep(self.unload_s)
-        self.slots.remove(adapter.number)
+        async with self._changing:
+            await asyncio.sleep(self.unload_s)
+            self.slots.remove(adapter.number)
 
     async def sample(self, adapter, prompt_token_ids, completions, draw, *, project):
         self.asked.append((adapter, tuple(prompt_token_ids), tuple(completions), draw, project))

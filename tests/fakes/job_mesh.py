@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,12 +21,17 @@ from rollmesh import types
 from rollmesh.errors import (
     AlreadyExists,
     FailedPrecondition,
+    InvalidRequest,
+    NotFound,
     SequenceGap,
 )
 from rollmesh.job import EvaluationCompleted, JobSpec, StepCompleted, Warned
-from services.coordinator import loop
+from services.coordinator import border, loop
 from services.coordinator.datasets import Task
+from services.coordinator.evaluation import is_better
+from services.coordinator.groups import group_from_bytes
 
+TEACHER = "projects/p/adapters/teacher"
 JOB, ADAPTER = "projects/p/jobs/j", "projects/p/adapters/j"
 TASKS = [Task(id=f"t{n}", fields={"question": f"q{n}", "answer": str(n)}) for n in range(7)]
 HELD_OUT = [Task(id=f"h{n}", fields={"question": f"h{n}", "answer": str(n)}) for n in range(5)]
@@ -59,6 +65,9 @@ class Context:
     name: str = JOB
     adapter: str = ADAPTER
     pause_after: int | None = None
+    hold_step: int | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
+    kept: dict[int, bytes] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -70,7 +79,19 @@ class Context:
 
     @property
     def evaluated_at(self) -> list[int]:
-        return [event.step for event in self.events if isinstance(event, EvaluationCompleted)]
+        return [event.step for event in self.evaluations if not event.set]
+
+    @property
+    def evaluations(self) -> list[EvaluationCompleted]:
+        return [event for event in self.events if isinstance(event, EvaluationCompleted)]
+
+    @property
+    def best_evaluation(self) -> EvaluationCompleted | None:
+        best = None
+        for event in self.evaluations:
+            if not event.set and is_better(event, best, self.spec.stop.min_improvement):
+                best = event
+        return best
 
     @property
     def steps(self) -> list[StepCompleted]:
@@ -79,6 +100,9 @@ class Context:
     @property
     def warnings(self) -> list[str]:
         return [event.reason for event in self.events if isinstance(event, Warned)]
+
+    async def kept_groups(self) -> dict[int, bytes]:
+        return dict(self.kept)
 
     def pause_requested(self) -> bool:
         return self.pause_after is not None and self.step >= self.pause_after
@@ -96,6 +120,16 @@ class Letters:
     def decode(self, token_ids):
         return "".join(chr(token) if token < FIRST_TOKEN else f"<{token}>" for token in token_ids)
 
+    def answer(self, messages, text):
+        return self.encode(f"{text}$")
+
+    def ending(self, text):
+        return self.encode(f"{text}.")
+
+    @property
+    def vocabulary(self):
+        return {}
+
 
 FIRST_TOKEN = 1000
 POLICY_LOGPROB = -0.5
@@ -105,6 +139,16 @@ POLICY_LOGPROB = -0.5
 def logprob(temperature):
     """Another at each temperature, as it is in a model."""
     return POLICY_LOGPROB / (temperature or 1.0)
+
+
+@dataclass
+class Teacher:
+    """The adapter that judges, and the digests of its versions."""
+
+    logprob: Any = lambda token: -0.25
+    max_length: int = 10**9
+    versions: dict[int, str] = field(default_factory=lambda: {7: "taught"})
+    judged: list[tuple[str, Any]] = field(default_factory=list)
 
 
 class JobMesh:
@@ -126,6 +170,7 @@ class JobMesh:
         self.samplers = ["s1", "s2"]
         self.drift: dict[str, float] = {}
         self.quarantined: dict[str, str] = {}
+        self.in_quarantine: set[str] = set()
         self.num_ended = 0
         self.forwarded: list[tuple[int, int]] = []
         self.params: list[types.SamplingParams] = []
@@ -143,14 +188,22 @@ class JobMesh:
         self.under_way: list[str] = []
         self.overlapped = False
         self.same_rewards = False
+        self.tasks = TASKS
+        self.equal_share = 0.0
+        self.seed_of: dict[int, int] = {}
+        self.finished: set[int] = set()
         self.sampler_losses = 0.0
         self.spans = lambda source, num_tokens: None
         self.length = lambda: self.rng.randint(1, 4)
         self.evaluation_rewards: dict[int, float] = {}
+        self.evaluation_sets: dict[str, list[Task]] = {}
+        self.teacher = Teacher()
+        self.checkpoints: dict[str, int] = {}
+        self.checkpoint_requests: set[str] = set()
         self.last_event_at = 0.0
         self._next_token = FIRST_TOKEN
 
-    async def run(self, tokenizer=None) -> loop.Outcome:
+    async def run(self, tokenizer=None) -> border.Outcome:
         return await loop.run(
             self.context,
             training=self,
@@ -158,8 +211,9 @@ class JobMesh:
             reward=self,
             tokenizer=tokenizer or Letters(),
             recorder=self,
-            tasks=TASKS,
-            evaluation_tasks=HELD_OUT,
+            tasks=self.tasks,
+            evaluation_tasks={"": HELD_OUT, **self.evaluation_sets},
+            checkpoints=self,
         )
 
     @contextlib.asynccontextmanager
@@ -214,15 +268,17 @@ class JobMesh:
         ratios = [
             np.exp(of_policy - datum.sampling_logprobs)[datum.weights > 0]
             for of_policy, datum in zip(logprobs, data, strict=True)
+            if datum.sampling_logprobs is not None
         ]
         metrics = {
             "loss": 1.0,
             "kl_sampler": 0.0,
             "num_tokens": 1.0,
-            "ratio_max": float(np.concatenate(ratios).max()),
             "queued_s": 0.25,
             "run_s": 1.0,
         }
+        if ratios:
+            metrics["ratio_max"] = float(np.concatenate(ratios).max())
         if loss_config.kl_coefficient is not None:
             metrics["kl_base"] = 0.1
         return types.ForwardBackwardResult(tuple(logprobs), metrics)
@@ -248,7 +304,7 @@ class JobMesh:
         return types.OptimStepResult(self.version, metrics)
 
     def _once(self, sequence, body, op):
-        if sequence == self.next_sequence - 1:
+        if sequence in self.answers:
             stored, answer = self.answers[sequence]
             if stored != body:
                 raise AlreadyExists(f"sequence {sequence} had another body")
@@ -268,6 +324,11 @@ class JobMesh:
             return types.PublishedVersion(self.version, self.published[self.version])
 
     async def resolve(self, policy):
+        if policy.adapter == TEACHER:
+            if policy.policy_version not in self.teacher.versions:
+                raise NotFound(f"there is no version {policy.policy_version}")
+            digest = self.teacher.versions[policy.policy_version]
+            return "tiny", types.AdapterSource(TEACHER, policy.policy_version, digest, "trainer")
         digest = self.published[policy.policy_version]
         return "tiny", types.AdapterSource(policy.adapter, policy.policy_version, digest, "trainer")
 
@@ -288,11 +349,13 @@ class JobMesh:
 
     def quarantine(self, job, sampler, reason):
         assert job == JOB
-        assert sampler not in self.quarantined
+        assert sampler not in self.in_quarantine
+        self.in_quarantine.add(sampler)
         self.quarantined[sampler] = reason
 
     def end_quarantines(self, job):
         assert job == JOB
+        self.in_quarantine.clear()
         self.num_ended += 1
 
     async def sample(
@@ -307,8 +370,12 @@ class JobMesh:
         lost,
         newest=None,
         job,
+        priority,
     ):
         assert (project, base_model, job) == ("p", "tiny", JOB)
+        assert priority == self.context.spec.priority
+        if not self.quarantined:
+            assert params.seed not in self.finished, "a finished group was sampled again"
         prompt = Letters().decode(prompt_token_ids)
         with self._using(source):
             async with self._call("sample"):
@@ -349,7 +416,7 @@ class JobMesh:
 
     async def _sampler(self, lost):
         for _ in range(5000):
-            if serving := [name for name in self.samplers if name not in self.quarantined]:
+            if serving := [name for name in self.samplers if name not in self.in_quarantine]:
                 return self.routing.choice(serving)
             await lost("no sampler serves")
             await asyncio.sleep(self.latency_s)
@@ -373,6 +440,7 @@ class JobMesh:
                 self.sampled_from[token] = source.policy_version
                 self.sampled_by[token] = sampler
                 self.prompt_of[token] = prompt
+                self.seed_of[token] = params.seed
         kind = params.temperature if params.logprobs_kind == "sampled" else 1.0
         drifted = float(logprob(kind) if params.temperature else 0.0) + self.drift.get(sampler, 0.0)
         return types.CompletionChunk(
@@ -388,24 +456,83 @@ class JobMesh:
         async with self._call("score"):
             if any(item.prompt.startswith("h") for item in items):
                 return [self.evaluation_rewards.get(self.version, 0.5) for _ in items]
-            if self.same_rewards:
+            if self.same_rewards or self._is_equal(items):
                 return [1.0 for _ in items]
             return [float(index) for index, _ in enumerate(items)]
+
+    def _is_equal(self, items):
+        """Of `equal_share` of all groups, the same ones in every life."""
+        first = int(items[0].completion.split(">")[0].removeprefix("<"))
+        seed = self.seed_of.get(first)  # None: it is an evaluation's
+        return seed is not None and random.Random(seed).random() < self.equal_share
 
     async def list_functions(self):
         return []
 
+    # A teacher
+
+    async def compute_logprobs(
+        self, project, base_model, source, token_ids, *, job="", lost=None, priority="normal"
+    ):
+        assert (project, job, priority) == ("p", JOB, self.context.spec.priority)
+        async with self._call("compute_logprobs"):
+            if self.rng.random() < self.sampler_losses:
+                await lost("connection refused")
+            self.teacher.judged.append((base_model, source))
+            if len(token_ids) > self.teacher.max_length:
+                raise InvalidRequest("too long", field="token_ids")
+            logprobs = (float("nan"), *(self.teacher.logprob(t) for t in token_ids[1:]))
+            return types.Logprobs(logprobs, types.PolicySpan(len(logprobs), 0, "", "s1"))
+
+    # Checkpoints
+
+    async def create_checkpoint(self, name, *, ttl_s, request_id):
+        async with self._call("create_checkpoint"):
+            if request_id not in self.checkpoint_requests:
+                assert name not in self.checkpoints
+                self.checkpoint_requests.add(request_id)
+                self.checkpoints[name] = self.version
+
+    async def delete_checkpoint(self, name, *, request_id):
+        async with self._call("delete_checkpoint"):
+            if request_id not in self.checkpoint_requests:
+                if name not in self.checkpoints:
+                    raise NotFound(f"there is no {name}")
+                self.checkpoint_requests.add(request_id)
+                del self.checkpoints[name]
+
     # The store
 
-    async def record(self, happening):
+    async def record(self, happening, *, memory=None):
         assert "record" not in self.under_way, "two events at once"
-        self.under_way.append("record")
-        try:
-            await asyncio.sleep(self.rng.expovariate(1.0) * self.latency_s * 0.1)
+        async with self._transaction("record"):
             self.context.events.append(happening)
-            self.last_event_at = asyncio.get_running_loop().time()
+            if memory is not None:
+                self.context.memory = json.loads(json.dumps(memory))
+            if isinstance(happening, StepCompleted):
+                trained = happening.step * self.context.spec.algorithm.groups_per_step
+                self.context.kept = {n: b for n, b in self.context.kept.items() if n >= trained}
+        self.last_event_at = asyncio.get_running_loop().time()
+
+    async def keep(self, number, group):
+        async with self._transaction("keep"):
+            first = group_from_bytes(group).drawn.completions[0].token_ids[0]
+            # What is trained is let go of with its event: nobody may bring it back.
+            assert number >= self.context.step * self.context.spec.algorithm.groups_per_step
+            self.context.kept[number] = group
+            if first >= FIRST_TOKEN:
+                self.finished.add(self.seed_of[first])
+
+    @contextlib.asynccontextmanager
+    async def _transaction(self, name):
+        """Whoever dies in it may have had it committed, or not."""
+        self.under_way.append(name)
+        try:
+            await asyncio.sleep(self.rng.expovariate(1.0) * self.latency_s * 0.05)
+            yield
+            await asyncio.sleep(self.rng.expovariate(1.0) * self.latency_s * 0.05)
         finally:
-            self.under_way.remove("record")
+            self.under_way.remove(name)
 
     @property
     def staleness(self) -> list[int]:

@@ -453,3 +453,13 @@ class FakeTokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(chr(97 + token) for token in token_ids)
+
+    def answer(self, messages: Sequence[Mapping[str, str]], text: str) -> list[int]:
+        return self.ending(text)
+
+    def ending(self, text: str) -> list[int]:
+        return [*self.encode(text), 0]
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        return {chr(97 + token): token for token in range(20)}

@@ -36,6 +36,7 @@ class FakeSampler:
         self.num_starts = 1
         self.alive = True
         self.stalled = False
+        self.draining = False
         self.loaded: set[tuple[str, int]] = set()
         self.resident: set[tuple[str, int]] = set()
         self.max_loras = 0
@@ -117,6 +118,7 @@ class FakeSampler:
             num_queued=self.num_queued,
             max_loras=self.max_loras,
             resident=_sources(self.resident),
+            draining=self.draining,
         )
 
     async def load_adapter(self, source):

@@ -128,6 +128,7 @@ async def running_core(
         publications=publications,
         blobs=blobs,
         durability=settings,
+        max_adapters=lambda project: None,
         clock=time.time,
     )
     core.fleet = fleet

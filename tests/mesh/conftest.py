@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from services.local.mesh import Mesh
 
 ROOT = Path(__file__).resolve().parents[2]
+WEIGHTS = {"one": 1, "two": 2, "four": 4}
+"""Of projects that share the sampler; of all others it is 1."""
 
 
 class Collector(
@@ -79,12 +81,15 @@ def collector() -> Iterator[tuple[Collector, str]]:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def mesh(collector, tmp_path_factory) -> AsyncIterator[Mesh]:
-    """The mesh of examples/local.yaml, with telemetry sent to `collector`."""
+    """The mesh of examples/local.yaml, with telemetry sent to `collector`, and a few weights."""
     values = yaml.safe_load((ROOT / "examples" / "local.yaml").read_text())
     telemetry = {"otlp_endpoint": collector[1], "metrics_interval_s": 1.0}
     sections = [values["coordinator"], values["reward"], *values["trainers"], *values["samplers"]]
     for section in sections:
         section["telemetry"] = telemetry
+    values["coordinator"]["projects"] = [
+        {"id": project, "weight": weight} for project, weight in WEIGHTS.items()
+    ]
     config = LocalConfig.parse(values, source="examples/local.yaml")
     async with running_mesh(config, tmp_path_factory.mktemp("mesh")) as running:
         yield running
@@ -96,7 +101,7 @@ async def client(mesh) -> AsyncIterator[Client]:
         yield connected
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def job_spec() -> Callable[..., JobSpec]:
     """The job of examples/jobs/arithmetic.yaml with other values: `algorithm={"group_size": 4}`."""
     values = yaml.safe_load((ROOT / "examples" / "jobs" / "arithmetic.yaml").read_text())

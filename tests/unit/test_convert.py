@@ -512,12 +512,21 @@ def test_a_spec_that_is_wrong_is_refused_by_its_key(change, field):
     assert caught.value.context["field"].startswith(field)
 
 
-@pytest.mark.parametrize("field", ["base_model", "dataset", "prompt", "reward", "stop"])
+@pytest.mark.parametrize("field", ["base_model", "dataset", "prompt", "stop"])
 def test_a_spec_without_what_it_needs_is_refused(field):
     message = convert.spec_to_pb(job.JobSpec.parse(MINIMAL, source="test"))
     message.ClearField(field)
     with pytest.raises(InvalidRequest, match=f"{field}: required, but absent"):
         convert.spec_from_pb(message)
+
+
+def test_a_spec_without_a_reward_needs_something_else_to_learn_from():
+    message = convert.spec_to_pb(job.JobSpec.parse(MINIMAL, source="test"))
+    message.ClearField("reward")
+    with pytest.raises(InvalidRequest, match="reward is needed, but with sft or distillation"):
+        convert.spec_from_pb(message)
+    message.sft.completion = "{answer}"
+    assert convert.spec_from_pb(message).reward is None
 
 
 EVALUATION = job.EvaluationCompleted(step=0, reward_mean=0.25, num_tasks=100, duration_s=1.5)

@@ -12,20 +12,21 @@ from rollmesh.errors import FailedPrecondition
 from rollmesh.job import FINAL_STATES, JobState
 from services.coordinator.lifecycle import Command, move, state_of
 
-PHASES = [*get_args(JobState), "PAUSING"]
+PHASES = [*get_args(JobState), "PAUSING", "HELD"]
 COMMANDS = list(get_args(Command))
 STAYS, REFUSED = "stays", "refused"
 
 # Columns: what each command does to a job in the phase of the row.
 LIFE = """
-             start    settle   finish     fail     pause    resume   cancel
-PENDING      RUNNING  refused  refused    FAILED   PAUSED   stays    CANCELLED
-RUNNING      RUNNING  stays    SUCCEEDED  FAILED   PAUSING  stays    CANCELLED
-PAUSING      stays    PAUSED   SUCCEEDED  FAILED   stays    RUNNING  CANCELLED
-PAUSED       refused  refused  refused    refused  stays    PENDING  CANCELLED
-SUCCEEDED    refused  refused  refused    refused  refused  refused  refused
-FAILED       refused  refused  refused    refused  refused  refused  refused
-CANCELLED    refused  refused  refused    refused  refused  refused  stays
+           start    settle   hold     release  finish     fail     pause    resume   cancel
+PENDING    RUNNING  refused  refused  refused  refused    FAILED   PAUSED   stays    CANCELLED
+RUNNING    RUNNING  stays    HELD     refused  SUCCEEDED  FAILED   PAUSING  stays    CANCELLED
+PAUSING    stays    PAUSED   PAUSED   refused  SUCCEEDED  FAILED   stays    RUNNING  CANCELLED
+PAUSED     refused  refused  refused  refused  refused    refused  stays    PENDING  CANCELLED
+HELD       refused  refused  refused  PENDING  refused    refused  PAUSED   stays    CANCELLED
+SUCCEEDED  refused  refused  refused  refused  refused    refused  refused  refused  refused
+FAILED     refused  refused  refused  refused  refused    refused  refused  refused  refused
+CANCELLED  refused  refused  refused  refused  refused    refused  refused  refused  stays
 """
 HEADER, *ROWS = [line.split() for line in LIFE.strip().splitlines()]
 CASES = [
@@ -66,6 +67,8 @@ def test_no_job_leaves_a_final_state_or_begins_without_its_turn(commands):
         after = phase if moved is None else moved.to
         if phase in FINAL_STATES:
             assert after == phase
-        if after == "RUNNING" and phase in {"PENDING", "PAUSED"}:
+        if after == "RUNNING" and phase in {"PENDING", "PAUSED", "HELD"}:
             assert command == "start"
+        if phase == "HELD" and after == "PENDING":
+            assert command == "release"
         phase = after

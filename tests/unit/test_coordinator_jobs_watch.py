@@ -39,7 +39,16 @@ class Memory:
 
 def watching(store):
     jobs = Jobs(
-        store, None, None, base_models=None, max_pending=1, clock=lambda: 0.0, new_id=lambda: "j"
+        store,
+        None,
+        None,
+        base_models=None,
+        checks=None,
+        projects=None,
+        queue=None,
+        max_pending=1,
+        clock=lambda: 0.0,
+        new_id=lambda: "j",
     )
     return jobs.watch(J, 0)
 

@@ -125,7 +125,7 @@ def test_a_member_that_hangs_is_out_and_does_not_hold_up_the_others():
     async def scenario():
         await until(fleet, lambda: bool(fleet.trainers("tiny")))
         trainer.hangs = True
-        await asyncio.sleep(POLL_TIMEOUT_S["trainer"] + 2 * POLL_INTERVAL_S)
+        await asyncio.sleep(POLL_TIMEOUT_S + 2 * POLL_INTERVAL_S)
         assert fleet.trainers("tiny") == []
         assert "no answer" in fleet.snapshot(0).members[0].problem
         assert fleet.samplers("tiny")
@@ -150,6 +150,40 @@ def test_a_sampler_that_is_lost_is_out_within_two_seconds_although_nobody_sample
         sampler.revive()
         await asyncio.sleep(2)
         assert fleet.samplers("tiny")
+
+    in_running_fleet(fleet, scenario)
+
+
+@pytest.mark.parametrize("phase_s", [0.0, 0.1, 0.2, 0.3, 0.4])
+def test_a_trainer_that_stalls_is_out_within_two_seconds_too(phase_s):
+    trainer = FakeTrainer()
+    fleet = fleet_of(trainer)
+
+    async def scenario():
+        await asyncio.sleep(10 + phase_s)
+        assert fleet.trainers("tiny")
+        trainer.hangs = True
+        await asyncio.sleep(2)
+        assert not fleet.trainers("tiny")
+
+    in_running_fleet(fleet, scenario)
+
+
+def test_a_sampler_that_drains_is_given_no_more_work_and_is_not_lost():
+    sampler = FakeSampler()
+    fleet = fleet_of(sampler=sampler)
+
+    async def scenario():
+        await until(fleet, lambda: bool(fleet.samplers("tiny")))
+        (member,) = fleet.samplers("tiny")
+        sampler.draining = True
+        await until(fleet, lambda: not fleet.samplers("tiny"))
+        assert member.serving
+        assert (fleet.snapshot(0).members[1].serving, problem(fleet)) == (True, "draining")
+        assert "no sampler" in fleet.unserved("tiny")
+        sampler.die()
+        await asyncio.sleep(1)
+        assert (member.serving, problem(fleet)) == (False, "connection refused")
 
     in_running_fleet(fleet, scenario)
 

@@ -58,7 +58,8 @@ def test_every_message_of_a_job_spec_is_compared():
     assert compared == {
         *("JobSpec", "AdapterSpec", "DatasetSpec", "Task", "GeneratorSpec", "PromptSpec"),
         *("ChatMessage", "RewardSpec", "AlgorithmSpec", "LearningRateSpec", "SamplingSpec"),
-        *("StopSpec", "EvaluationSpec"),
+        *("StopSpec", "EvaluationSpec", "EvaluationSetSpec", "DistillationSpec", "SftSpec"),
+        *("CurriculumSpec",),
     }
 
 
@@ -117,12 +118,41 @@ NAN, INFINITY = float("nan"), float("inf")
         ({"algorithm": {"groups_per_step": 4096, "group_size": 17}},
          "algorithm", "groups_per_step * group_size is 69,632; at most 65,536"),
         ({"algorithm": {"max_staleness": 10**9}}, "algorithm", "max_staleness"),
+        ({"sft": {"completion": "a"}, "algorithm": {"groups_per_step": 4096, "max_staleness": 16}},
+         "algorithm", "(max_staleness + 1) * groups_per_step is 69,632; at most 65,536"),
         ({"algorithm": {"max_staleness": -1}}, "algorithm.max_staleness", "equal to 0"),
         ({"algorithm": {"kl_coefficient": -0.1}}, "algorithm.kl_coefficient", "equal to 0"),
         ({"algorithm": {"kl_coefficient": NAN}}, "algorithm.kl_coefficient", "finite"),
         ({"algorithm": {"beta2": 1}}, "algorithm.beta2", "less than 1"),
         ({"algorithm": {"epsilon": 0}}, "algorithm.epsilon", "greater than 0"),
-        ({"algorithm": {"advantage": "ppo"}}, "algorithm.advantage", "'grpo', 'dr_grpo' or 'rloo'"),
+        ({"algorithm": {"advantage": "ppo"}}, "algorithm.advantage", "'rloo' or 'reinforce'"),
+        ({"algorithm": {"loss": "dpo"}}, "algorithm.loss", "'ppo', 'cispo' or 'gspo'"),
+        ({"algorithm": {"clip_low_threshold": 0.8}}, "algorithm.clip_low_threshold",
+         "with the losses ppo, cispo, gspo, not with importance_sampling"),
+        ({"algorithm": {"clip_high_threshold": 1.3}}, "algorithm.clip_high_threshold",
+         "not with importance_sampling"),
+        ({"algorithm": {"loss": "ppo", "clip_low_threshold": 1.1, "clip_high_threshold": 1}},
+         "algorithm.clip_high_threshold", "1 is below clip_low_threshold, which is 1.1"),
+        ({"algorithm": {"loss": "ppo", "clip_low_threshold": 1.3}},
+         "algorithm.clip_high_threshold", "1.2 is below clip_low_threshold, which is 1.3"),
+        ({"algorithm": {"loss": "gspo", "clip_high_threshold": 0.5}},
+         "algorithm.clip_high_threshold", "0.5 is below clip_low_threshold, which is 0.9997"),
+        ({"algorithm": {"loss": "cispo", "max_importance_ratio": 5}},
+         "algorithm.max_importance_ratio", "not with cispo"),
+        ({"algorithm": {"loss": "ppo", "max_importance_ratio": 1.1}},
+         "algorithm.max_importance_ratio", "1.1 is below the ratio's upper bound, which is 1.2"),
+        ({"algorithm": {"max_group_replacements": 101}}, "algorithm.max_group_replacements", "100"),
+        ({"sft": {"completion": ""}}, "sft.completion", "at least 1 character"),
+        ({"sft": {"completion": "a"}, "algorithm": {"loss": "ppo"}},
+         "", "sft trains by cross-entropy, on nothing sampled: without algorithm.loss"),
+        ({"sft": {"completion": "a"}, "sampling": {"max_logprob_gap": 1}},
+         "", "without sampling.max_logprob_gap"),
+        ({"distillation": {"coefficient": 0}}, "distillation.coefficient", "greater than 0"),
+        ({"distillation": {"teacher_version": 1}}, "distillation", "needs teacher_adapter"),
+        ({"distillation": {}, "sampling": {"logprobs_kind": "sampled", "temperature": 0.5}},
+         "", "logprobs_kind must be 'policy'"),
+        ({"curriculum": {}}, "curriculum", "at least one of min_reward and max_reward"),
+        ({"curriculum": {"max_reward": 1, "revisit": 0}}, "curriculum.revisit", "greater than 0"),
         ({"sampling": {"temperature": 0}}, "sampling.temperature", "greater than 0"),
         ({"sampling": {"temperature": 2.1}}, "sampling.temperature", "less than or equal to 2"),
         ({"sampling": {"top_p": 1.1}}, "sampling.top_p", "less than or equal to 1"),
@@ -148,7 +178,7 @@ def test_a_wrong_value_is_refused_by_its_key(changes, field, says):
     with pytest.raises(InvalidRequest) as caught:
         parse(**changes)
     assert caught.value.context["field"] == field
-    assert f"{field}: " in str(caught.value)
+    assert f"{field}: " in str(caught.value) or not field
     assert says in str(caught.value)
 
 
@@ -213,6 +243,18 @@ def test_only_a_job_with_staleness_may_continue_on_the_newest():
     with pytest.raises(InvalidRequest, match=r"needs algorithm\.max_staleness"):
         parse(sampling=moving, algorithm={"max_staleness": 0})
     assert parse(sampling=moving, algorithm={"max_staleness": 1}).sampling.continue_on_newest
+
+
+def test_of_a_task_that_is_shown_there_is_one_rollout_whatever_the_group_size_says():
+    most = {"groups_per_step": 4096, "max_staleness": 15}
+    assert parse(sft={"completion": "a"}, algorithm=most).algorithm.groups_per_step == 4096
+
+
+def test_a_job_that_only_shows_tasks_needs_no_sampler():
+    shown = {"sft": {"completion": "a"}}
+    assert not parse(**shown).needs_sampler
+    assert parse(**shown, evaluation={"dataset": {"tasks": TASKS}}).needs_sampler
+    assert parse().needs_sampler
 
 
 def test_a_stop_by_evaluation_needs_an_evaluation():

@@ -317,6 +317,17 @@ def test_groups_with_equal_rewards_are_counted_and_the_step_is_taken():
     assert all(not datum.advantages.any() for data in mesh.data for datum in data)
 
 
+def test_groups_with_equal_rewards_are_replaced_so_often_and_then_trained_as_they_are():
+    mesh = JobMesh(Context(spec(algorithm={"max_group_replacements": 2})), seed=9)
+    mesh.tasks = TASKS[:1]
+    mesh.same_rewards = True
+    simulate(mesh.run())
+    assert {step.metrics["groups_replaced"] for step in mesh.context.steps} == {3 * 2.0}
+    assert {step.metrics["groups_with_equal_rewards"] for step in mesh.context.steps} == {3.0}
+    # Also of the only task there is: to draw the same again would help nobody.
+    assert len(mesh.seeds) == len(set(mesh.seeds)) == 6 * 3 * 3
+
+
 def test_a_step_tells_all_metrics_and_phases():
     context = Context(spec(algorithm={"kl_coefficient": 0.1, "learning_rate": {"peak": 0.5}}))
     mesh = JobMesh(context, seed=10)

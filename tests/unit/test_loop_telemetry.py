@@ -50,9 +50,11 @@ def test_everything_that_a_step_does_is_in_its_trace(spans):
 def test_every_step_is_measured(recorded):
     simulate(JobMesh(Context(spec())).run())
     metrics = recorded()
-    for name in ("rollmesh.job.reward", "rollmesh.job.staleness", "rollmesh.job.logprob_gap"):
-        (point,) = metrics[name].data.data_points
+    for name in ("reward", "loss", "kl", "staleness", "tokens_per_s", "logprob_gap"):
+        (point,) = metrics[f"rollmesh.job.{name}"].data.data_points
         assert point.count == 6
+        # One series, however many jobs there are.
+        assert not point.attributes
     phases = {
         point.attributes["phase"]: point.count
         for point in metrics["rollmesh.job.phase"].data.data_points
@@ -60,3 +62,19 @@ def test_every_step_is_measured(recorded):
     at_each_step = ("sample", "reward", "wait", "forward_backward", "optim_step", "step")
     # The fresh adapter goes live as well, before the first step.
     assert phases == {**dict.fromkeys(at_each_step, 6), "publish": 7, "load": 7}
+
+
+def test_what_a_job_measured_is_on_the_span_of_its_step(spans):
+    context = Context(spec())
+    simulate(JobMesh(context).run())
+    by_step = {
+        span.attributes["rollmesh.step"]: span.attributes
+        for span in spans()
+        if span.name == "job.step"
+    }
+    for completed in context.steps:
+        attributes = by_step[completed.step]
+        assert attributes["rollmesh.job"] == context.name
+        assert completed.metrics
+        for name, value in completed.metrics.items():
+            assert attributes[f"rollmesh.metric.{name}"] == value

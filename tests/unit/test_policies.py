@@ -10,8 +10,12 @@ from rollmesh.errors import InvalidRequest
 from rollmesh.types import AdapterSource, CompletionChunk, PolicyRef, PolicySpan, SamplingParams
 from services.coordinator.newest import Publications
 from services.coordinator.policies import Policies
+from services.coordinator.scheduler import ProjectPolicy, Projects
 
 ADAPTER = "projects/p/adapters/a"
+PROJECTS = Projects(
+    by_id={"fast": ProjectPolicy(max_priority=1), "slow": ProjectPolicy(max_priority=-1)}
+)
 
 
 class Endless:
@@ -19,14 +23,19 @@ class Endless:
 
     left = False
     newest = None
+    priority = ""
 
     async def resolve(self, policy):
         if policy.adapter:
             return "tiny", AdapterSource(policy.adapter, policy.policy_version or 7, "d")
         return policy.base_model, None
 
-    async def stream(self, *asked, newest):
+    async def compute_logprobs(self, *asked, priority="normal"):
+        self.priority = priority
+
+    async def stream(self, *asked, newest, priority):
         self.newest = newest
+        self.priority = priority
         try:
             while True:
                 yield CompletionChunk(0, (1,), (-1.0,), (PolicySpan(1, -1, ""),), None)
@@ -46,10 +55,10 @@ def publications():
 
 @pytest.fixture
 def begin(mesh, publications):
-    policies = Policies(mesh, mesh, publications)
+    policies = Policies(mesh, mesh, publications, PROJECTS)
 
-    def begin(policy, **options):
-        return policies.sample("projects/p", policy, [1], 1, SamplingParams(), **options)
+    def begin(policy, project="p", **options):
+        return policies.sample(f"projects/{project}", policy, [1], 1, SamplingParams(), **options)
 
     return begin
 
@@ -130,3 +139,46 @@ async def test_who_names_a_version_cannot_continue_on_newest(begin, version):
     assert caught.value.context["field"] == "policy.policy_version"
     async with contextlib.aclosing(begin(policy)) as chunks:
         await anext(chunks)
+
+
+@pytest.mark.parametrize(
+    ("project", "asked", "given"),
+    [
+        ("p", "", "normal"),
+        ("p", "normal", "normal"),
+        ("p", "low", "low"),
+        ("fast", "high", "high"),
+        ("fast", "", "normal"),
+        ("slow", "low", "low"),
+        pytest.param("slow", "normal", "low", id="what clients say who say nothing"),
+    ],
+)
+async def test_a_call_has_the_class_that_it_asks_for(mesh, begin, project, asked, given):
+    chunks = begin(PolicyRef(base_model="tiny"), project, priority=asked)
+    async with contextlib.aclosing(chunks):
+        await anext(chunks)
+    assert mesh.priority == given
+
+
+@pytest.mark.parametrize(
+    ("project", "asked", "allowed"),
+    [
+        ("p", "high", "low, normal"),
+        ("slow", "high", "low"),
+        ("fast", "HIGH", "low, normal, high"),
+        ("fast", "urgent", "low, normal, high"),
+    ],
+)
+async def test_a_class_that_there_is_not_or_not_for_the_project_is_refused(
+    begin, project, asked, allowed
+):
+    with pytest.raises(InvalidRequest) as caught:
+        await anext(begin(PolicyRef(base_model="tiny"), project, priority=asked))
+    assert caught.value.context == {"field": "priority", "value": asked, "allowed": allowed}
+
+
+@pytest.mark.parametrize(("project", "given"), [("p", "normal"), ("slow", "low")])
+async def test_logprobs_have_the_class_of_who_says_nothing(mesh, publications, project, given):
+    policies = Policies(mesh, mesh, publications, PROJECTS)
+    await policies.compute_logprobs(f"projects/{project}", PolicyRef(base_model="tiny"), [1, 2])
+    assert mesh.priority == given

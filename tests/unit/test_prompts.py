@@ -7,8 +7,14 @@ import pytest
 from rollmesh.errors import InvalidRequest
 from rollmesh.job import PromptSpec
 from services.coordinator.datasets import Task
-from services.coordinator.prompts import check_templates, fill, prompt_token_ids
-from tests.fakes.job_mesh import Letters, spec
+from services.coordinator.prompts import (
+    check_completions,
+    check_templates,
+    completion_token_ids,
+    fill,
+    prompt_token_ids,
+)
+from tests.fakes.job_mesh import TASKS, Letters, spec
 
 TASK = Task(id="t", fields={"question": "1+1", "a.b": "x", "braces": "{question}"})
 
@@ -78,3 +84,31 @@ def test_every_task_is_checked_before_the_job_runs(field):
     with pytest.raises(InvalidRequest, match=r"task 't' has no field 'hint'"):
         check_templates(spec(**changed), tasks)
     check_templates(spec(**changed), tasks[:1])
+
+
+def test_a_completion_to_learn_ends_as_its_prompt_demands():
+    chat = spec(sft={"completion": "{question}!"}, prompt={"messages": [
+        {"role": "user", "content": "{question}"}]})  # fmt: skip
+    plain = spec(sft={"completion": "{question}!"})
+    assert Letters().decode(completion_token_ids(chat, TASK, Letters())) == "1+1!$"
+    assert Letters().decode(completion_token_ids(plain, TASK, Letters())) == "1+1!."
+
+
+def test_completions_are_checked_before_the_job_runs():
+    tasks = [Task(id="a", fields={"question": "q", "hint": "h", "answer": "1"}), TASK]
+    learns = spec(sft={"completion": "{hint}"})
+    with pytest.raises(InvalidRequest, match=r"task 't' has no field 'hint'") as caught:
+        check_completions(learns, tasks)
+    assert caught.value.context["field"] == "sft.completion"
+    check_completions(learns, tasks[:1])
+    check_completions(spec(), tasks)
+
+
+def test_an_empty_completion_names_its_task():
+    task = Task(id="empty", fields={"question": "q", "answer": " "})
+    with pytest.raises(InvalidRequest, match="'empty'"):
+        check_completions(spec(sft={"completion": "{answer}"}), [TASKS[0], task])
+
+
+def test_without_a_reward_there_is_no_reference_to_check():
+    check_templates(spec(reward=None, distillation={}), [TASK])

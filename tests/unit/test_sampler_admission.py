@@ -9,7 +9,8 @@ import pytest
 
 from rollmesh.errors import Overloaded
 from services.sampler.admission import Memory, Queue, Request
-from services.sampler.turns import MAX_PASSED, Turns
+from services.sampler.turn_slot import Swap
+from services.sampler.turns import MAX_PASSED, PATIENCE, Turns
 
 
 def request(shared=0, each=0, num=1, adapter=None):
@@ -240,3 +241,82 @@ def test_one_project_has_at_most_half_of_the_places_and_the_refusal_names_it():
     assert all_of_them.value.context == {"resource": "pulls", "project": "q", "limit": "5"}
     assert queue.num_queued == 0
     assert not queue._queued, "nothing is kept of a project that was here"
+
+
+def in_slots(turns, *adapters, policy=str):
+    """Adapters that are in slots, with nothing to do; their policies are `policy` of them."""
+    turns.open(len(adapters))
+    for adapter in adapters:
+        one = Request(adapter, num_completions=0, policy=policy(adapter))
+        turns.arrive(one)
+        assert turns.swap(0.0).into == adapter
+        turns.loaded(adapter, 0.0)
+
+
+def test_the_next_to_begin_is_of_the_adapter_that_runs_least():
+    _, turns = opened(0, max_completions=6)
+    in_slots(turns, 1, 2)
+    many = [request(num=2, adapter=1) for _ in range(5)]
+    assert begun(turns, *many) == many[:3]
+    few = [request(num=2, adapter=2) for _ in range(2)]
+    turns.end(many[0], 1.0)
+    assert begun(turns, *few) == few[:1]
+    turns.end(many[1], 2.0)
+    assert turns.begin() == [many[3]], "of two adapters that run 2 each, the oldest"
+    turns.end(few[0], 3.0)
+    assert turns.begin() == [few[1]]
+
+
+def test_beside_a_full_batch_begins_one_of_an_adapter_that_runs_none():
+    _, turns = opened(0, max_completions=2)
+    in_slots(turns, 1, 2)
+    full = request(num=2, adapter=1)
+    first, second, base = request(adapter=2), request(adapter=2), request()
+    assert begun(turns, full, request(adapter=1), first, second, base) == [full, first, base]
+    turns.end(first, 1.0)
+    assert turns.begin() == [second]
+
+
+def one_waits_outside(policy):
+    """Turns of 1.0 s, over in both slots, while adapter 3 has begun to wait for one of them."""
+    _, turns = opened(0)
+    in_slots(turns, 1, 2)
+    assert len(begun(turns, request(adapter=1), request(adapter=2))) == 2
+    turns.arrive(Request(3, num_completions=1, policy=policy))
+    assert turns.swap(10.0) is None
+    assert turns.next_at(10.0) == 10.0 + PATIENCE
+    return turns
+
+
+def still_begin(turns, *, now):
+    """Of which of the adapters in slots requests begin."""
+    assert turns.swap(now) is None
+    return {each.adapter for each in begun(turns, request(adapter=1), request(adapter=2))}
+
+
+def test_a_turn_ends_only_for_one_that_has_waited_for_a_part_of_it():
+    turns = one_waits_outside("3")
+    assert still_begin(turns, now=9.99 + PATIENCE) == {1, 2}
+    assert still_begin(turns, now=10.0 + PATIENCE) == {2}
+
+
+def test_one_more_version_of_a_policy_ends_no_turn_of_another_policy():
+    turns = one_waits_outside("2")
+    assert still_begin(turns, now=10.0 + PATIENCE) == {1}
+    turns = one_waits_outside("2")
+    for number in range(4, 10):
+        turns.arrive(Request(number, num_completions=1, policy="2"))
+    assert still_begin(turns, now=10.0 + PATIENCE) == {1}
+    assert still_begin(turns, now=99.0) == {1}
+
+
+@pytest.mark.parametrize(("policy", "waits"), [("2", False), ("3", True)])
+def test_an_idle_slot_waits_for_more_unless_another_version_of_its_policy_does(policy, waits):
+    _, turns = opened(0)
+    in_slots(turns, 1, 2)
+    turns._quantum.note_load(1.0)
+    used = request(adapter=2)
+    assert used in begun(turns, request(adapter=1), used)
+    turns.end(used, 0.5)
+    turns.arrive(Request(3, num_completions=1, policy=policy))
+    assert turns.swap(0.5) == (None if waits else Swap(2, 3))

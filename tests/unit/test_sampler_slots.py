@@ -267,6 +267,24 @@ async def test_an_adapter_forgotten_while_it_waits_for_another_to_leave_is_not_l
         assert engine.slots == {3}
 
 
+@in_virtual_time
+async def test_a_load_is_asked_for_while_the_adapter_before_it_still_leaves():
+    asked = []
+
+    class Noting(FakeEngine):
+        async def load(self, adapter):
+            asked.append(("load", adapter.number, set(self.slots)))
+            await super().load(adapter)
+
+    engine = Noting(max_loras=1, unload_s=1.0, load_s=1.0)
+    async with open_slots(engine) as slots:
+        users = Users(slots, engine)
+        await users.use("a", A, 1)
+        await users.use("b", B, 1)
+        assert asked == [("load", 1, set()), ("load", 2, {1})]
+        assert engine.slots == {2}
+
+
 async def _chaos(seed):
     """Random requests, cancels and failures; the engine itself asserts that it is used well."""
     draw = random.Random(seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import replace
 
 import pytest
 
@@ -17,8 +18,10 @@ from rollmesh.errors import (
 )
 from rollmesh.types import SamplingParams
 from services.coordinator.endurance import ATTEMPTS
+from services.coordinator.placement import LEAVES_WITHIN_S
 from services.coordinator.retry import RETRY_FOR_S
-from tests.fakes.fleet import SOURCE, SamplingWorld
+from services.coordinator.scheduler import ProjectPolicy
+from tests.fakes.fleet import PARAMS, SOURCE, SamplingWorld, until
 from tests.fakes.samplers import FakeSampler, drawn
 from tests.fakes.virtual_time import simulate
 
@@ -205,6 +208,88 @@ def test_a_full_queue_refuses_an_interactive_caller_and_makes_a_job_wait():
                 await anext(world.stream())
             jobs.append(tasks.create_task(world.sample(1)))
             assert [len(await job) for job in jobs] == [1, 1, 1]
+
+    simulate(scenario())
+
+
+def test_a_jobs_requests_wait_in_line_for_a_full_queue_and_leave_it_when_cancelled():
+    async def scenario():
+        world = SamplingWorld(FakeSampler(), bound=1, queue=2)
+        most = 0
+        ended = []
+
+        async def draw_one(number, priority):
+            await world.sample(1, job=JOB, priority=priority)
+            ended.append(number)
+
+        async with world.running() as tasks:
+            drawing = []
+            for number in range(10):
+                priority = "normal" if number < 8 else "high"
+                drawing.append(tasks.create_task(draw_one(number, priority)))
+                await asyncio.sleep(0)
+            drawing[5].cancel()
+            # Places in the queue come free without an end too.
+            drawing[1].cancel()
+            while len(ended) < 8:
+                most = max(most, world.scheduler.num_queued)
+                await asyncio.sleep(0.05)
+        assert most == 2 + 1  # the preempted one is never refused
+        assert [number for number in ended if number < 8] == [0, 2, 3, 4, 6, 7]
+        assert max(ended.index(8), ended.index(9)) < ended.index(4)
+        assert world.losses == []
+
+    simulate(scenario())
+
+
+def test_a_caller_that_reads_no_more_loses_its_place_to_a_higher_class_and_goes_on_later():
+    async def scenario():
+        sampler = FakeSampler()
+        world = SamplingWorld(sampler, bound=1, q=ProjectPolicy(max_priority=1))
+        async with world.running():
+            low = world.stream(1, priority="low")
+            chunks = [await anext(low)]
+            async with asyncio.timeout(LEAVES_WITHIN_S + 10):
+                await world.collected(1, project="q", priority="high")
+            assert sampler.running == 0
+            chunks += [chunk async for chunk in low]
+        assert sum((chunk.token_ids for chunk in chunks), ()) == drawn(7, 0)
+
+    simulate(scenario())
+
+
+def test_a_caller_that_leaves_after_its_place_was_taken_away_leaves_nothing_behind():
+    async def scenario():
+        world = SamplingWorld(FakeSampler(), bound=1, q=ProjectPolicy(max_priority=1))
+        async with world.running():
+            low = world.stream(1, priority="low")
+            await anext(low)
+            async with asyncio.timeout(LEAVES_WITHIN_S + 10):
+                await world.collected(1, project="q", priority="high")
+            await low.aclose()
+
+    simulate(scenario())
+
+
+def test_a_request_that_leaves_the_queue_lets_those_go_that_waited_behind_it():
+    async def scenario():
+        tokens = ProjectPolicy(max_tokens_in_flight=100)
+        world = SamplingWorld(FakeSampler(), bound=8, p=tokens)
+        long, short = replace(PARAMS, max_tokens=60), replace(PARAMS, max_tokens=30)
+        async with world.running():
+            first = asyncio.create_task(world.sample(1, long, job=JOB))
+            await asyncio.sleep(0)
+            blocker = asyncio.create_task(world.sample(1, long, job=JOB))
+            await asyncio.sleep(0)
+            behind = asyncio.create_task(world.sample(1, short, job=JOB))
+            await asyncio.sleep(0.01)
+            assert world.scheduler.num_queued == 2
+            blocker.cancel()
+            await asyncio.sleep(0.01)
+            assert world.scheduler.num_queued == 0
+            assert not first.done()
+            await first
+            await behind
 
     simulate(scenario())
 
@@ -408,5 +493,41 @@ def test_the_measured_queue_falls_back_when_requests_leave_it(recorded, leaves):
                 second.cancel()
             await asyncio.wait([first, second])
             assert queued() == [0]
+
+    simulate(scenario())
+
+
+def test_a_sampler_that_drains_ends_what_it_has_and_gets_nothing_more():
+    async def scenario():
+        first, second = FakeSampler(), FakeSampler()
+        second.alive = False
+        world = SamplingWorld(first, second)
+        async with world.running() as tasks:
+            running = tasks.create_task(world.sample(1))
+            await asyncio.sleep(1.5)
+            first.draining = True
+            second.revive()
+            await until(world.fleet, lambda: world.serving == ["s1"])
+            other = tasks.create_task(world.sample(1))
+            await asyncio.sleep(0.5)
+            assert (first.running, second.running) == (1, 1)
+            await asyncio.gather(running, other)
+            assert (first.begun, second.begun, first.aborted) == (1, 1, 0)
+
+    simulate(scenario())
+
+
+def test_a_job_waits_while_its_only_sampler_drains():
+    async def scenario():
+        sampler = FakeSampler()
+        world = SamplingWorld(sampler)
+        async with world.running() as tasks:
+            sampler.draining = True
+            await until(world.fleet, lambda: not world.serving)
+            waiting = tasks.create_task(world.sample(1))
+            await asyncio.sleep(100)
+            assert (sampler.begun, len(world.losses)) == (0, 1)
+            sampler.draining = False
+            await waiting
 
     simulate(scenario())

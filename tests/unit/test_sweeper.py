@@ -12,7 +12,7 @@ from rollmesh.blobs import Blobs
 from rollmesh.errors import FailedPrecondition, NotFound, Unavailable
 from rollmesh.job import JobSpec
 from services.coordinator import sweeper
-from services.coordinator.store import JournaledOp, Origin, Request, open_store
+from services.coordinator.store import JournaledOp, NewJob, Origin, Request, open_store
 from services.coordinator.store.tables import adapters
 from services.coordinator.sweeper import GRACE_S, Sweeper
 
@@ -368,11 +368,7 @@ class TestIdleAdapters:
         )
         job = f"{P}/jobs/j"
         await world.store.jobs.create(
-            job,
-            "p",
-            spec,
-            adapter=f"{P}/adapters/a",
-            lora=LORA,
+            await NewJob.of(job, "p", spec, adapter=f"{P}/adapters/a", lora=LORA),
             request=Request.of("p", "j", "CreateJob", job),
             max_pending=9,
             now=world.now,

@@ -195,3 +195,25 @@ def test_slots_of_a_kind_that_cannot_be_read_back_are_refused_only_where_they_ar
         check_slot(modules, packed, 1, factors)
     modules, factors = loaded(names=("q_proj",))
     check_slot(modules, packed, 1, factors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_of_several_scalings_and_types_are_each_what_they_are_alone(dtype):
+    tensors = file_of(*OUT)
+    name = f"{PREFIX}k_proj.lora_B.weight"
+    tensors[name] = tensors[name].half()
+    changes = config(alpha_pattern={"q_proj": 2, "v_proj": 5})
+    factors = expected_factors(tensors, changes, dtype, parse)
+    for module, alpha in {"q_proj": 2, "k_proj": 7, "v_proj": 5, "o_proj": 7}.items():
+        a, b = (tensors[f"{PREFIX}{module}.lora_{factor}.weight"] for factor in "AB")
+        assert torch.equal(factors[module].a, a.to(dtype))
+        assert torch.equal(factors[module].b, b.to(dtype) * (alpha / RANK))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3.4e38])
+def test_the_tensor_that_is_not_finite_is_named_among_others(value):
+    tensors = file_of(*OUT)
+    spoilt = f"{PREFIX}v_proj.lora_B.weight"
+    tensors[spoilt][1, 2] = value  # the last one is finite before it is rounded
+    with pytest.raises(UnusableError, match=f"{spoilt} has values"):
+        expected_factors(tensors, config(), torch.bfloat16, parse)

@@ -7,7 +7,7 @@ from torch import nn
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from services.sampler.backends.vllm_lora import MAX_ROWS, SlotwiseLora, blocks_of
+from services.sampler.backends.vllm_lora import MAX_ROWS, SlotwiseLora, _ranks, blocks_of
 
 SLOTS = 5
 MAX_RANK = 32
@@ -167,6 +167,28 @@ def test_slots_and_ranks_of_one_batch_are_not_those_of_the_next():
         torch.testing.assert_close(got.double(), layers.expected(y, x, slots), rtol=1e-6, atol=2e-5)
 
 
+@pytest.mark.parametrize("other_write", [False, True])
+def test_the_rank_of_a_slot_that_was_overwritten_counts_from_the_next_batch_on(other_write):
+    layers = Layers((Q, K), ranks=[4, 8, 8, 8, 8])
+    x, y = tokens(6, (Q, K))
+    wrapper = SlotwiseLora(4096, 256, "cpu", max_loras=SLOTS)
+    run(wrapper, layers, y, x, [0, 1] * 3)
+    if other_write:  # unannounced
+        for a, b in zip(layers.a, layers.b, strict=True):
+            a[1, 0, :20] = torch.randn(20, INPUT)
+            b[1, 0, :, :20] = torch.randn(b.shape[2], 20)
+    for a, b in zip(layers.a, layers.b, strict=True):
+        torch._foreach_copy_([a[0]], [torch.randn(1, MAX_RANK, INPUT)])
+        torch._foreach_copy_([b[0]], [torch.randn(1, b.shape[2], MAX_RANK)])
+    wrapper.wrote(layers.a, 0, MAX_RANK)
+    known = next(iter(wrapper._known.values()))
+    assert (known.versions == [a._version for a in layers.a]) is not other_write
+    got = run(wrapper, layers, y, x, [0, 1] * 3)
+    expected = layers.expected(y, x, [0, 1] * 3)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-4)
+    assert known.ranks.tolist() == ([MAX_RANK, 8, 8, 8, 8] if not other_write else [4, *[8] * 4])
+
+
 def test_a_layer_that_no_adapter_of_the_batch_adapts_stays_as_it_is():
     layers = Layers((Q,), ranks=[0, 0, 8, 0, 0])
     x, y = tokens(20, (Q,))
@@ -222,3 +244,27 @@ def test_blocks_hold_every_adapted_token_once_and_waste_at_most_one_block_for_ea
 
 def test_no_tokens_make_no_blocks():
     assert blocks_of(torch.empty(0, dtype=torch.long)) is None
+
+
+@pytest.mark.parametrize(
+    ("counts", "most_rows"),
+    [
+        ((43, 43, 42), 129),
+        ((43, 43, 42, 1), 172),  # one more token, not the rows of one more adapter's batch
+        ((128, 1), 160),
+        ((300, 2), 400),
+    ],
+)
+def test_a_few_tokens_of_one_more_adapter_cost_few_rows(counts, most_rows):
+    slots = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    blocks = blocks_of(slots[torch.randperm(len(slots))])
+    assert len(blocks.slots) * blocks.num_rows <= most_rows
+
+
+def test_a_rank_is_that_of_the_last_row_in_use_of_any_packed_layer():
+    for dtype in (torch.float32, torch.bfloat16):
+        first, second = (torch.zeros(3, 1, 8, 6, dtype=dtype) for _ in range(2))
+        first[1, 0, 2, 5] = 1e-30
+        second[1, 0, 4, 0] = -1.0
+        second[2, 0, 7, 3] = 1.0
+        assert _ranks((first, second)).tolist() == [0, 5, 8]

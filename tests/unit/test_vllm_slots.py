@@ -11,9 +11,13 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm.lora.lora_model import LoRAModel
+
 from rollmesh.digest import safetensors_digest
 from services.sampler.backends import vllm_slots
+from services.sampler.backends.vllm_copies import Stacks
 from services.sampler.backends.vllm_identity import MismatchError, UnusableError
+from services.sampler.backends.vllm_lora import SlotwiseLora
 from services.sampler.backends.vllm_provenance import IdentityError
 from services.sampler.backends.vllm_slots import VerifiedSlots
 
@@ -43,14 +47,18 @@ class Layer:
 class Manager:
     """vLLM's, for one layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernels) -> None:
         self.modules = {NAME: Layer()}
         self.packed_modules: dict[str, list[str]] = {}
         self.lora_index_to_id: list[int | None] = [None] * SLOTS
         self.model = SimpleNamespace()
-        self.known: dict = {}
-        self.wrapper = SimpleNamespace(token_lora_indices=torch.tensor([0, -1, 1]))
+        self.known = self._registered_adapters = {}
+        self._active_adapters: dict[int, None] = {}
+        self.wrapper = kernels
         self.punica_wrapper_mapping = {"model": self.wrapper}
+
+    def list_adapters(self) -> dict:
+        return self.known
 
     def add_adapter(self, adapter) -> bool:
         for factors in adapter.loras.values():
@@ -76,18 +84,36 @@ class Manager:
 
 @pytest.fixture
 def manager():
-    return Manager()
+    """Of a GPU."""
+    return Manager(SimpleNamespace(token_lora_indices=torch.tensor([0, -1, 1])))
 
 
 @pytest.fixture
-def slots(manager):
-    from vllm.lora.lora_model import LoRAModel  # noqa: PLC0415
+def copying():
+    """Of a CPU, where what is loaded once shows how the next ones are copied."""
+    return Manager(SlotwiseLora(16, 4, "cpu", max_loras=SLOTS))
 
+
+def slots_of(manager) -> VerifiedSlots:
     config = SimpleNamespace(lora_dtype=torch.float32, max_lora_rank=MAX_RANK)
     worker = SimpleNamespace(
         _adapter_manager=manager, lora_config=config, vocab_size=50, _lora_model_cls=LoRAModel
     )
     return VerifiedSlots(worker)
+
+
+@pytest.fixture
+def slots(manager):
+    return slots_of(manager)
+
+
+@pytest.fixture
+def copying_slots(copying, written):
+    """A file like those of `written` has been here."""
+    slots = slots_of(copying)
+    slots.load(1, *written(1))
+    slots.unload(1)
+    return slots
 
 
 @pytest.fixture
@@ -271,3 +297,95 @@ def test_slots_of_tokens_are_the_kernels(slots, manager):
     manager._last_mapping = SimpleNamespace(index_mapping=(3, 0, 5, 5))
     manager.wrapper.token_lora_indices = torch.empty(4, device="meta")
     assert slots.used_by_tokens().tolist() == [1, -1, 0, 0]
+
+
+def never(*_):
+    raise AssertionError
+
+
+def holds(manager, slot, folder) -> bool:
+    tensors = safetensors.torch.load((folder / "adapter_model.safetensors").read_bytes())
+    layer = manager.modules[NAME]
+    a, b = (tensors[f"base_model.model.{NAME}.lora_{half}.weight"] for half in "AB")
+    scaled = b * (3 / RANK)
+    return (
+        layer.lora_a_stacked[0][slot, 0, :RANK].equal(a)
+        and layer.lora_b_stacked[0][slot, 0, :, :RANK].equal(scaled)
+        and not layer.lora_a_stacked[0][slot, 0, RANK:].any()
+        and not layer.lora_b_stacked[0][slot, 0, :, RANK:].any()
+    )
+
+
+def test_the_next_file_of_a_kind_is_copied_and_read_back(copying, copying_slots, written):
+    copying.activate_adapter = never
+    for number in (7, 8):
+        folder, digest, config = written(number)
+        changes = copying_slots.changes
+        copying_slots.load(number, folder, digest, config)
+        assert copying_slots.changes > changes
+        slot = copying_slots.slot_of(number, digest)
+        assert copying.lora_index_to_id[slot] == number
+        assert holds(copying, slot, folder)
+    assert set(copying.known) == set(copying._active_adapters) == {7, 8}
+
+
+def test_a_file_of_another_kind_is_loaded_by_vllm(copying, copying_slots, written):
+    folder, digest, config = written(7)
+    copying.activate_adapter = never
+    with pytest.raises(UnusableError):
+        copying_slots.load(7, folder, digest, config.replace("3", "5"))
+    with pytest.raises(UnusableError):
+        copying_slots.load(7, *written(7, rank=RANK + 1))
+    copying_slots.load(7, *written(7))
+
+
+@pytest.mark.parametrize("write", ["set_lora", "reset_lora"])
+def test_whatever_writes_to_a_copied_slot_ends_what_is_known_of_it(
+    copying, copying_slots, written, write
+):
+    copying_slots.load(7, *written(7))
+    factors = (torch.ones(RANK, WIDTH), torch.ones(WIDTH, RANK)) if write == "set_lora" else ()
+    getattr(copying.modules[NAME], write)(0, *factors)
+    with pytest.raises(IdentityError):
+        copying_slots.slot_of(7, written(7)[1])
+
+
+def test_a_copy_into_a_slot_ends_what_was_known_of_it(copying, copying_slots, written):
+    copying_slots.load(7, *written(7))
+    copying.lora_index_to_id = [None, 7]  # it moves
+    copying_slots.load(8, *written(8))
+    copying.lora_index_to_id = [7, 8]
+    with pytest.raises(IdentityError):
+        copying_slots.slot_of(7, written(7)[1])
+
+
+def test_a_copy_that_did_not_arrive_is_not_known_and_its_slot_is_free(
+    monkeypatch, copying, copying_slots, written
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(Stacks, "write", lambda *_: None)
+        with pytest.raises(MismatchError, match="does not hold"):
+            copying_slots.load(7, *written(7))
+    assert copying.lora_index_to_id == [None, None]
+    assert not copying.known
+    copying_slots.load(8, *written(8))
+    assert holds(copying, 0, written(8)[0])
+
+
+def test_a_known_kind_excuses_nothing(copying, copying_slots, written):
+    folder, digest, config = written(7)
+    with pytest.raises(MismatchError, match=digest):
+        copying_slots.load(7, folder, "0" * 64, config)
+
+    def diverge(tensors):
+        tensors[f"base_model.model.{NAME}.lora_B.weight"][0, 0] = float("nan")
+
+    with pytest.raises(UnusableError, match=r"lora_B.weight has values that are not finite"):
+        copying_slots.load(7, *written(7, spoil=diverge))
+    for number in (7, 8):
+        copying_slots.load(number, *written(number))
+    with pytest.raises(UnusableError, match="taken"):
+        copying_slots.load(9, *written(9))
+    with pytest.raises(MismatchError):  # it has the number of one that is there
+        copying_slots.load(8, *written(9))
+    assert copying.lora_index_to_id == [7, None]

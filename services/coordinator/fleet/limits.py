@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from rollmesh.errors import MeshError
-    from services.coordinator.fleet.static import StaticFleet
+    from services.coordinator.fleet.membership import Fleet
 
 TICK_S = 0.25
 
@@ -45,7 +45,7 @@ async def in_ticks(limit_s: float) -> AsyncIterator[None]:
 class Limits:
     """Limits that run only while something about a fleet is amiss."""
 
-    def __init__(self, fleet: StaticFleet) -> None:
+    def __init__(self, fleet: Fleet) -> None:
         self._limits: dict[asyncio.Timeout, Callable[[], float | None]] = {}
         fleet.on_change(self._look)
 

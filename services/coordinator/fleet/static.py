@@ -10,51 +10,28 @@ import asyncio
 import contextlib
 import logging
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 from rollmesh import types
 from rollmesh.errors import MeshError
 from services.coordinator.fleet.limits import in_ticks
+from services.coordinator.fleet.membership import FleetMember, Info, Port
 from services.coordinator.fleet.refusals import Refusals
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Callable, Mapping
 
+    from services.coordinator.fleet.membership import Reward, Sampler, Trainer
     from services.coordinator.ports import RewardPort, SamplerPort, TrainerPort
 
 log = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 0.5
-POLL_TIMEOUT_S: dict[types.MemberRole, float] = {"sampler": 1.25, "trainer": 5.0, "reward": 5.0}
-"""A member that does not answer a poll within this time is out, so that a sampler which stalls is
-known to within two seconds. A sampler answers while its engine works; a trainer may be held up by
-a pass that it is in the middle of."""
-
-Port = TypeVar("Port")
-Info = TypeVar("Info")
-
-
-@dataclass(slots=True, eq=False)
-class FleetMember(Generic[Port, Info]):
-    """One process of the mesh. `info` is what its last good poll said."""
-
-    role: types.MemberRole
-    address: str
-    port: Port
-    poll: Callable[[], Awaitable[Info]]
-    serving: bool = False
-    problem: str = "not heard of yet"
-    info: Info | None = None
-    update_time: float = 0.0
-    # When its last good poll came, by the event loop's clock; None: it has not come yet.
-    heard: float | None = None
-    suspected: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-Trainer = FleetMember["TrainerPort", types.TrainerInfo]
-Sampler = FleetMember["SamplerPort", types.SamplerInfo]
-Reward = FleetMember["RewardPort", "list[types.RewardFunctionInfo]"]
+DRAINING = "draining"
+"""What GetFleet says of a member that finishes what it has and is given nothing more."""
+POLL_TIMEOUT_S = 1.25
+"""A member that does not answer a poll within this time is out, so that one which stalls is known
+to within two seconds. All of them compute beside what answers."""
 
 
 class StaticFleet:
@@ -114,12 +91,12 @@ class StaticFleet:
         return list(self._trainers)
 
     def samplers(self, base_model: str, *, job: str = "") -> list[Sampler]:
-        """The samplers of `base_model` that serve, by address; those that `job` may ask."""
+        """The samplers of `base_model` that take work, by address; those that `job` may ask."""
         return [
             member
             for member in self._samplers
             if member.serving and member.info and member.info.base_model == base_model
-            if job not in self.refused_by(member)
+            if not member.info.draining and job not in self.refused_by(member)
         ]
 
     def refused_by(self, sampler: Sampler) -> frozenset[str]:
@@ -149,6 +126,7 @@ class StaticFleet:
                         member,
                         base_model=member.info.base_model if member.info else "",
                         num_adapters=member.info.num_adapters if member.info else 0,
+                        draining=bool(member.info and member.info.draining),
                     )
                     for member in self._trainers
                 ),
@@ -159,6 +137,7 @@ class StaticFleet:
                         num_adapters=len(member.info.loaded) if member.info else 0,
                         num_running=member.info.num_running if member.info else 0,
                         backend=member.info.backend if member.info else "",
+                        draining=bool(member.info and member.info.draining),
                         held_against=self._held_against(member),
                     )
                     for member in self._samplers
@@ -205,10 +184,10 @@ class StaticFleet:
         while True:
             member.suspected.clear()
             try:
-                async with in_ticks(POLL_TIMEOUT_S[member.role]):
+                async with in_ticks(POLL_TIMEOUT_S):
                     info = await member.poll()
             except TimeoutError:
-                self._down(member, f"no answer within {POLL_TIMEOUT_S[member.role]:g} s")
+                self._down(member, f"no answer within {POLL_TIMEOUT_S:g} s")
             except MeshError as error:
                 self._down(member, str(error))
             else:
@@ -263,14 +242,16 @@ def _told(
     num_adapters: int = 0,
     num_running: int = 0,
     backend: str = "",
+    draining: bool = False,
     held_against: str = "",
 ) -> types.Member:
+    problem = DRAINING if draining else held_against
     return types.Member(
         role=member.role,
         address=member.address,
         serving=member.serving,
         base_model=base_model,
-        problem=held_against if member.serving else member.problem,
+        problem=problem if member.serving else member.problem,
         num_adapters=num_adapters,
         num_running=num_running,
         update_time=member.update_time,

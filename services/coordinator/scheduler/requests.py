@@ -19,7 +19,9 @@ class Request:
     `max_tokens`: of each completion; None: as many as the sampler allows. `prefixes`: how long, and
     a key of it, for some prefixes of its prompt, the shortest first; equal keys share keys and
     values. `resumed`: it has been given a place before, and goes before all that its project has
-    waiting. `avoid`: where it was lost last. `job`: for which it is; empty: for nobody's.
+    waiting in its class. `anew`: and none of its completions has begun. `avoid`: where it was lost
+    last. `job`: name of the one that it is for; empty: it is interactive. `priority`: its class,
+    see PRIORITIES. `preemptible`: it can go on elsewhere with what it has drawn.
     """
 
     id: int
@@ -31,8 +33,21 @@ class Request:
     max_tokens: int | None = None
     prefixes: tuple[tuple[int, int], ...] = ()
     resumed: bool = False
+    anew: bool = False
     avoid: str = ""
     job: str = ""
+    priority: int = 0
+    preemptible: bool = True
+
+    @property
+    def subject(self) -> str:
+        """What it is told by."""
+        return request_name(self.project, self.id)
+
+
+def request_name(project: str, number: int) -> str:
+    """What a request of `project` is told by: it lives as long as it waits and has no resource."""
+    return f"projects/{project}/requests/{number}"
 
 
 @dataclass(frozen=True, slots=True)

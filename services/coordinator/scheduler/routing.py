@@ -59,7 +59,10 @@ class Prefixes:
 
     def shared(self, request: Request) -> int:
         """Tokens of the longest prefix of `request` that is remembered."""
-        return max((length for length, key in request.prefixes if key in self._keys), default=0)
+        for length, key in reversed(request.prefixes):
+            if key in self._keys:
+                return length
+        return 0
 
     def remember(self, request: Request) -> None:
         """`request` is computed there now."""
@@ -80,23 +83,34 @@ class Line:
     policies: Counter[Policy] = field(default_factory=Counter)
 
 
-def cost(request: Request, sampler: SamplerState, line: Line, prefixes: Prefixes) -> float:
-    """Tokens drawn on `sampler` before it would begin to draw for `request`."""
+def cost_of_line(sampler: SamplerState, line: Line) -> int:
+    """Tokens drawn on `sampler` before what comes now has its turn."""
+    return line.num_tokens + QUEUED_TOKENS * sampler.num_queued
+
+
+def cost_of_place(request: Request, sampler: SamplerState, line: Line, prefixes: Prefixes) -> float:
+    """Tokens drawn there meanwhile, until `request` has its policy and its prompt."""
+    saved = prefixes.shared(request) / PROMPT_TOKENS_PER_DRAWN if request.prefixes else 0
     lost = LOST_TOKENS if sampler.address == request.avoid else 0
-    saved = prefixes.shared(request) / PROMPT_TOKENS_PER_DRAWN
-    queued = QUEUED_TOKENS * sampler.num_queued
-    return line.num_tokens + queued + _cost_of_policy(request, sampler, line) + lost - saved
+    return _cost_of_policy(request, sampler, line) + lost - saved
+
+
+def most_saved(request: Request) -> float:
+    """What a sampler may save that computed its prompt before."""
+    return request.prefixes[-1][0] / PROMPT_TOKENS_PER_DRAWN if request.prefixes else 0
 
 
 def _cost_of_policy(request: Request, sampler: SamplerState, line: Line) -> int:
+    policy = request.policy
     # What runs there has a slot or is about to get it, whatever was heard of the sampler last.
-    if request.policy is None or request.policy in line.policies:
+    if policy is None or policy in line.policies or policy in sampler.resident:
         return 0
-    if request.policy in sampler.resident:
-        return 0
-    taken = {*sampler.resident, *line.policies}
-    slot = SWITCH_TOKENS if 0 < sampler.max_loras <= len(taken) else LOAD_TOKENS
-    return slot if request.policy in sampler.loaded else slot + PULL_TOKENS
+    slot = LOAD_TOKENS
+    # The union is only made where it may matter.
+    if 0 < sampler.max_loras <= len(sampler.resident) + len(line.policies):
+        taken = {*sampler.resident, *line.policies}
+        slot = SWITCH_TOKENS if sampler.max_loras <= len(taken) else LOAD_TOKENS
+    return slot if policy in sampler.loaded else slot + PULL_TOKENS
 
 
 def outstanding_tokens(

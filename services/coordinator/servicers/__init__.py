@@ -10,6 +10,7 @@ from rollmesh.api.coordinator.v1 import (
     fleet_service_pb2,
     job_service_pb2,
     sampling_service_pb2,
+    sweep_service_pb2,
     training_service_pb2,
 )
 from rollmesh.api.coordinator.v1.adapter_service_pb2_grpc import (
@@ -23,6 +24,7 @@ from rollmesh.api.coordinator.v1.job_service_pb2_grpc import add_JobServiceServi
 from rollmesh.api.coordinator.v1.sampling_service_pb2_grpc import (
     add_SamplingServiceServicer_to_server,
 )
+from rollmesh.api.coordinator.v1.sweep_service_pb2_grpc import add_SweepServiceServicer_to_server
 from rollmesh.api.coordinator.v1.training_service_pb2_grpc import (
     add_TrainingServiceServicer_to_server,
 )
@@ -31,6 +33,7 @@ from services.coordinator.servicers.checkpoints import CheckpointServicer
 from services.coordinator.servicers.fleet import FleetServicer
 from services.coordinator.servicers.jobs import JobServicer
 from services.coordinator.servicers.sampling import SamplingServicer
+from services.coordinator.servicers.sweeps import SweepServicer
 from services.coordinator.servicers.training import TrainingServicer
 
 if TYPE_CHECKING:
@@ -41,9 +44,13 @@ if TYPE_CHECKING:
     from rollmesh import types
     from services.coordinator.adapters import Adapters
     from services.coordinator.checkpoints import Checkpoints
+    from services.coordinator.explaining import Explaining
     from services.coordinator.jobs import Jobs
     from services.coordinator.leases import Leases
     from services.coordinator.policies import Policies
+    from services.coordinator.sweeps import Sweeps
+
+    Register = Callable[[grpc.aio.Server], None]
 
 SERVICES = tuple(
     service.full_name
@@ -53,29 +60,33 @@ SERVICES = tuple(
         fleet_service_pb2,
         job_service_pb2,
         sampling_service_pb2,
+        sweep_service_pb2,
         training_service_pb2,
     )
     for service in module.DESCRIPTOR.services_by_name.values()
 )
-"""Full names of all six."""
+"""Full names of all."""
 
 
 def register(
     jobs: Jobs,
+    sweeps: Sweeps,
     adapters: Adapters,
     checkpoints: Checkpoints,
     policies: Policies,
     leases: Leases,
     snapshot: Callable[[], types.Fleet],
-) -> Callable[[grpc.aio.Server], None]:
-    """What adds the six services over these cores to a server."""
+    explaining: Explaining,
+) -> Register:
+    """What adds the services over these cores to a server."""
 
     def add(server: grpc.aio.Server) -> None:
         add_JobServiceServicer_to_server(JobServicer(jobs), server)
+        add_SweepServiceServicer_to_server(SweepServicer(sweeps), server)
         add_AdapterServiceServicer_to_server(AdapterServicer(adapters, checkpoints), server)
         add_CheckpointServiceServicer_to_server(CheckpointServicer(checkpoints), server)
         add_TrainingServiceServicer_to_server(TrainingServicer(adapters, checkpoints), server)
         add_SamplingServiceServicer_to_server(SamplingServicer(policies, leases), server)
-        add_FleetServiceServicer_to_server(FleetServicer(snapshot), server)
+        add_FleetServiceServicer_to_server(FleetServicer(snapshot, explaining), server)
 
     return add

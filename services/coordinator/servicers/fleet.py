@@ -1,4 +1,4 @@
-"""FleetService over the fleet."""
+"""FleetService over the fleet and what explains its schedule."""
 
 # ruff: noqa: N802, ARG002 - gRPC names the methods and says what they take
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from rollmesh import types
     from rollmesh.api.coordinator.v1 import fleet_service_pb2 as pb
+    from services.coordinator.explaining import Explaining
 
     Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -23,9 +24,18 @@ if TYPE_CHECKING:
 class FleetServicer(FleetServiceServicer):
     """FleetService."""
 
-    def __init__(self, snapshot: Callable[[], types.Fleet]) -> None:
+    def __init__(self, snapshot: Callable[[], types.Fleet], explaining: Explaining) -> None:
         self._snapshot = snapshot
+        self._explaining = explaining
 
     async def GetFleet(self, request: pb.GetFleetRequest, context: Context) -> pb.GetFleetResponse:
         """What runs."""
         return convert.fleet_to_pb(self._snapshot())
+
+    async def ExplainSchedule(
+        self, request: pb.ExplainScheduleRequest, context: Context
+    ) -> pb.ExplainScheduleResponse:
+        """Why what waits does so."""
+        return convert.schedule_to_pb(
+            await self._explaining.explain(request.project, request.subject)
+        )

@@ -40,6 +40,7 @@ class SamplingServicer(SamplingServiceServicer):
             request.num_completions,
             convert.params_from_pb(request.params),
             continue_on_newest=request.continue_on_newest,
+            priority=request.priority,
         )
         async with contextlib.aclosing(chunks):
             async for chunk in chunks:

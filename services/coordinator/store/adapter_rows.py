@@ -7,18 +7,23 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import bindparam, insert, select, update
+from sqlalchemy import bindparam, func, insert, select, update
 
 from rollmesh import types
-from rollmesh.errors import AlreadyExists, FailedPrecondition, NotFound
+from rollmesh.errors import AlreadyExists, FailedPrecondition, NotFound, QuotaExceeded
 from rollmesh.job import FINAL_STATES
 from rollmesh.names import parse_adapter
 from services.coordinator.store import requests
+from services.coordinator.store.database import serialize
 from services.coordinator.store.tables import adapters, jobs, leases, versions
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Row
     from sqlalchemy.ext.asyncio import AsyncConnection
+
+
+_ROOM_AFTER_S = 10.0
+"""When to ask again where a project has all its adapters: somebody has to delete one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,7 @@ class StoredAdapter:
     Attributes:
         trainer: address of its owner, under `epoch`; "": none yet.
         ready: whether it exists; else its name is reserved.
+        counts: for the quota of its project: it exists, or is being made.
         snapshot: what recovery begins with; None: with `origin`, or (None) a fresh adapter.
         num_versions: how many its trainer has to keep.
         problem: why it cannot be recovered; "": it can.
@@ -45,6 +51,7 @@ class StoredAdapter:
     adapter: types.Adapter
     trainer: str
     ready: bool
+    counts: bool
     owned: bool
     epoch: int
     snapshot: types.Snapshot | None
@@ -65,11 +72,19 @@ async def reserve(
     num_versions: int = 1,
     idle_ttl_s: float | None = None,
     origin: Origin | None = None,
+    max_adapters: int | None = None,
 ) -> None:
     """Take the name of an adapter, for `job` or ("") an interactive client.
 
     A name whose adapter never came to be is free again once the job that wanted it has ended. What
     an interactive client left half made is for interactive clients alone: it may still be at it.
+
+    A job's first reservation is of the name alone; one that it has already is so that the adapter
+    is made, and like an interactive client's takes one of `max_adapters` of the project.
+
+    Raises:
+        AlreadyExists: the name is taken.
+        QuotaExceeded: the project has `max_adapters`, those that are being made included.
     """
     found = await connection.execute(SELECT.where(adapters.c.name == name))
     row = found.one_or_none()
@@ -82,12 +97,16 @@ async def reserve(
         "idle_ttl_s": idle_ttl_s,
         "origin": None if origin is None else json.dumps(dataclasses.asdict(origin)),
         "use_time": now,
+        "counts": not job,
     }
+    project, _ = parse_adapter(name)
     if row is None:
+        if not job:
+            await _check_room(connection, project, max_adapters)
         await connection.execute(
             insert(adapters).values(
                 name=name,
-                project=parse_adapter(name)[0],
+                project=project,
                 trainer="",
                 ready=False,
                 policy_version=0,
@@ -102,14 +121,51 @@ async def reserve(
     stored = stored_of(row)
     if job and stored.adapter.job == job:
         # Reserved with the job, which did not say more than its name.
+        await claim(connection, row, max_adapters)
         await connection.execute(
             update(adapters).where(adapters.c.name == name).values(num_versions=num_versions)
         )
         return
     if stored.ready or stored.owned or (job and not stored.adapter.job):
         raise taken(name)
+    if not job:
+        await claim(connection, row, max_adapters)
     await requests.forget(connection, name)
     await connection.execute(update(adapters).where(adapters.c.name == name).values(**values))
+
+
+async def claim(connection: AsyncConnection, row: Row[Any], max_adapters: int | None) -> None:
+    """A reserved adapter is made now, and counts from now on. QuotaExceeded: as `reserve`."""
+    if not row.counts:
+        await _check_room(connection, row.project, max_adapters)
+        counted = update(adapters).where(adapters.c.name == row.name)
+        await connection.execute(counted.values(counts=True))
+
+
+async def _check_room(connection: AsyncConnection, project: str, max_adapters: int | None) -> None:
+    if max_adapters is None:
+        return
+    # Else two who come at the same time would both find the last place.
+    await serialize(connection, f"adapters of {project}")
+    num_adapters = await count(connection, project)
+    if num_adapters >= max_adapters:
+        error = QuotaExceeded(
+            f"project {project!r} has {num_adapters} adapters, and its quota is {max_adapters}: "
+            "another one can be made once one of them is deleted",
+            project=project,
+            quota="adapters",
+            value=num_adapters,
+            allowed=max_adapters,
+        )
+        error.retry_after_s = _ROOM_AFTER_S
+        raise error
+
+
+async def count(connection: AsyncConnection, project: str) -> int:
+    """Adapters of a project that are there or are being made."""
+    counted = select(func.count()).where(adapters.c.project == project, adapters.c.counts)
+    number: int = (await connection.execute(counted)).scalar_one()
+    return number
 
 
 def check_free(stored: StoredAdapter) -> None:
@@ -207,6 +263,7 @@ def stored_of(row: Row[Any]) -> StoredAdapter:
         ),
         trainer=row.trainer,
         ready=row.ready,
+        counts=row.counts,
         owned=row.phase is not None and row.phase not in FINAL_STATES,
         epoch=row.epoch,
         snapshot=None if row.snapshot is None else types.Snapshot(**json.loads(row.snapshot)),

@@ -15,7 +15,7 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, func, select, update
 
 from rollmesh.errors import FailedPrecondition, Fenced
 from rollmesh.names import adapter_name
@@ -25,6 +25,8 @@ from services.coordinator.store.adapter_rows import (
     Origin,
     StoredAdapter,
     check_free,
+    claim,
+    count,
     is_open,
     lora_to_json,
     reserve,
@@ -61,18 +63,22 @@ class AdapterStore:
         num_versions: int = 1,
         idle_ttl_s: float | None = None,
         origin: Origin | None = None,
+        max_adapters: int | None = None,
     ) -> StoredAdapter:
         """The row of a new adapter, or that which `request` or `job` made before.
 
         Raises:
             AlreadyExists: the name or the request_id is taken.
+            QuotaExceeded: the project has `max_adapters`.
         """
 
         async def work(connection: AsyncConnection) -> StoredAdapter:
             if request is not None:
                 made = await requests.find(connection, request)
                 if made is not None:
-                    return stored_of(await row_of(connection, made))
+                    row = await row_of(connection, made, lock=True)
+                    await claim(connection, row, max_adapters)
+                    return stored_of(row)
             await reserve(
                 connection,
                 name,
@@ -83,6 +89,7 @@ class AdapterStore:
                 num_versions=num_versions,
                 idle_ttl_s=idle_ttl_s,
                 origin=origin,
+                max_adapters=max_adapters,
             )
             if request is not None:
                 await requests.remember(
@@ -132,6 +139,7 @@ class AdapterStore:
                 .where(adapters.c.name == name)
                 .values(
                     ready=True,
+                    counts=True,
                     lora=lora_to_json(made.lora),
                     policy_version=made.policy_version,
                     next_sequence=made.next_sequence,
@@ -149,13 +157,43 @@ class AdapterStore:
             row = await row_of(connection, name, lock=True)
             if row.job is not None:
                 await connection.execute(
-                    update(adapters).where(adapters.c.name == name).values(trainer="")
+                    update(adapters).where(adapters.c.name == name).values(trainer="", counts=False)
                 )
                 return
             await requests.forget(connection, name)
             await connection.execute(delete(adapters).where(adapters.c.name == name))
 
         await self._database.transact(work)
+
+    async def not_being_made(self, name: str) -> None:
+        """What was left half made counts for no quota any more; nothing to do where it is made."""
+
+        async def work(connection: AsyncConnection) -> None:
+            unmade = update(adapters).where(adapters.c.name == name, adapters.c.ready.is_(False))
+            await connection.execute(unmade.values(counts=False))
+
+        await self._database.transact(work)
+
+    async def none_is_being_made(self) -> None:
+        """What a coordinator that ended left half made counts for no quota any more."""
+
+        async def work(connection: AsyncConnection) -> None:
+            unmade = update(adapters).where(adapters.c.ready.is_(False), adapters.c.counts)
+            await connection.execute(unmade.values(counts=False))
+
+        await self._database.transact(work)
+
+    async def count(self, project: str) -> int:
+        """Adapters of a project that are there or are being made."""
+        async with self._database.read() as connection:
+            return await count(connection, project)
+
+    async def counts(self) -> dict[str, int]:
+        """`count` of every project that has any."""
+        query = select(adapters.c.project, func.count()).where(adapters.c.counts)
+        async with self._database.read() as connection:
+            rows = await connection.execute(query.group_by(adapters.c.project))
+            return {row.project: row[1] for row in rows}
 
     async def get(self, name: str) -> StoredAdapter:
         """One adapter, ready or not. NotFound: no such adapter."""

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import aiosqlite
-from sqlalchemy import event, make_url
-from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError
+from sqlalchemy import event, func, make_url, select
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from rollmesh.errors import InvalidRequest, Unavailable
+from rollmesh.errors import InvalidRequest, NotLeader, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
@@ -30,10 +30,27 @@ Result = TypeVar("Result")
 
 _DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg"}
 _BUSY_TIMEOUT_MS = 10_000
+_NOTICE = {
+    "connect_timeout": 5,
+    "tcp_user_timeout": 5_000,
+    "keepalives_idle": 5,
+    "keepalives_interval": 1,
+}
+"""Without these a server that lost its power is noticed after minutes, or never."""
+_EPOCH = "SELECT epoch FROM leadership"
+_EPOCH_LOCKED = f"{_EPOCH} FOR KEY SHARE"
 
 
 class StoreUnavailable(Unavailable):
     """The database is away, locked for too long, or full: nothing was changed."""
+
+    is_locked = False
+
+
+class Deposed(StoreUnavailable):
+    """Another coordinator leads by now: nothing was changed."""
+
+    reason = NotLeader.reason
 
 
 def check_url(text: str) -> URL:
@@ -57,23 +74,33 @@ def check_url(text: str) -> URL:
 
 
 class Database:
-    """Transactions on the database at `url`."""
+    """Transactions on the database at `url`.
 
-    def __init__(self, url: str) -> None:
+    A server ends a transaction whose user says nothing for `silence_s`: what it has locked holds up
+    others, and its user may be gone without a word.
+    """
+
+    def __init__(self, url: str, *, silence_s: float = 5.0) -> None:
         checked = check_url(url)
-        is_server = checked.get_backend_name() != "sqlite"
+        self.is_server = is_server = checked.get_backend_name() != "sqlite"
         # A file does not go away between two transactions, as a server may.
         settings: dict[str, Any] = {"pool_pre_ping": is_server}
-        if not is_server:
+        if is_server:
+            silence = f"-c idle_in_transaction_session_timeout={round(silence_s * 1000)}"
+            settings["connect_args"] = {"options": silence, **_NOTICE}
+        else:
             settings["async_creator"] = partial(_connect_to_sqlite, checked.database or "")
         self._engine = create_async_engine(checked, **settings)
         self._reader = self._engine.execution_options(read_only=True)
         self._turn: contextlib.AbstractAsyncContextManager[object] = contextlib.nullcontext()
+        self._line: contextlib.AbstractAsyncContextManager[object] = contextlib.nullcontext()
+        # Under what epoch this process leads, and whom to tell that it does not. None: all write.
+        self._fence: tuple[int, Callable[[], None]] | None = None
         if not is_server:
             Path(checked.database or "").parent.mkdir(parents=True, exist_ok=True)
             # It lets in one writer at a time and has the others sleep and try again. Here they
-            # queue up instead.
-            self._turn = asyncio.Lock()
+            # queue up instead, and the first in the line waits for its turn.
+            self._turn, self._line = asyncio.Lock(), asyncio.Lock()
             event.listen(self._engine.sync_engine, "connect", _prepare_sqlite)
             event.listen(self._engine.sync_engine, "begin", _begin_sqlite)
 
@@ -84,7 +111,13 @@ class Database:
             async with self._reader.connect() as connection:
                 yield connection
 
-    async def transact(self, work: Callable[[AsyncConnection], Awaitable[Result]]) -> Result:
+    def lead(self, epoch: int, deposed: Callable[[], None]) -> None:
+        """Write from now on only while `leadership` says this epoch; `deposed` hears that not."""
+        self._fence = epoch, deposed
+
+    async def transact(
+        self, work: Callable[[AsyncConnection], Awaitable[Result]], *, urgent: bool = False
+    ) -> Result:
         """What `work` answers, once all that it wrote is durable; if it raises, nothing is.
 
         Whoever is cancelled meanwhile is so when it has ended: a driver that is left alone in the
@@ -92,22 +125,51 @@ class Database:
 
         It runs once more where another writer took the same key between its look and its insert:
         the second look sees that.
+
+        What is `urgent` waits for no more than the transaction under way: a lease must not end
+        because many others have something to write.
+
+        Raises:
+            Deposed: see `lead`.
         """
         with _errors():
-            async with self._turn:
+            async with contextlib.nullcontext() if urgent else self._line, self._turn:
                 return await _to_its_end(self._transact(work))
 
     async def _transact(self, work: Callable[[AsyncConnection], Awaitable[Result]]) -> Result:
         try:
-            async with self._engine.begin() as connection:
-                return await work(connection)
+            return await self._fenced(work)
         except IntegrityError:
-            async with self._engine.begin() as connection:
-                return await work(connection)
+            return await self._fenced(work)
+
+    async def _fenced(self, work: Callable[[AsyncConnection], Awaitable[Result]]) -> Result:
+        async with self._engine.begin() as connection:
+            if self._fence is not None:
+                await self._check(connection, *self._fence)
+            return await work(connection)
+
+    async def _check(
+        self, connection: AsyncConnection, epoch: int, deposed: Callable[[], None]
+    ) -> None:
+        # Whoever takes over waits for the end of this transaction, and those that come later see
+        # the new epoch. A mere renewal, which changes no key, waits for nobody.
+        query = _EPOCH_LOCKED if self.is_server else _EPOCH
+        found = await connection.exec_driver_sql(query)
+        if found.scalar_one_or_none() != epoch:
+            deposed()
+            raise Deposed("another coordinator leads by now")
 
     async def close(self) -> None:
         """Close every connection."""
         await self._engine.dispose()
+
+
+async def serialize(connection: AsyncConnection, key: str) -> None:
+    """Until the transaction of `connection` has ended, no other gets past here with this `key`."""
+    # SQLite has one writer at a time as it is.
+    if connection.dialect.name == "postgresql":
+        number = func.hashtextextended(key, 0)
+        await connection.execute(select(func.pg_advisory_xact_lock(number)))
 
 
 async def _to_its_end(work: Coroutine[Any, Any, Result]) -> Result:
@@ -123,9 +185,17 @@ async def _to_its_end(work: Coroutine[Any, Any, Result]) -> Result:
 def _errors() -> Iterator[None]:
     try:
         yield
-    except (OperationalError, PoolTimeoutError) as error:
+    except (DBAPIError, PoolTimeoutError) as error:
+        # A server that hangs up does so with errors of several kinds.
+        if isinstance(error, DBAPIError) and not (
+            isinstance(error, OperationalError) or error.connection_invalidated
+        ):
+            raise
         cause = getattr(error, "orig", None) or error
-        raise StoreUnavailable(f"the coordinator's database does not answer: {cause}") from error
+        away = StoreUnavailable(f"the coordinator's database does not answer: {cause}")
+        code = getattr(cause, "sqlite_errorcode", sqlite3.SQLITE_OK)
+        away.is_locked = code & 0xFF == sqlite3.SQLITE_BUSY
+        raise away from error
 
 
 class _SqliteConnection(aiosqlite.Connection):

@@ -9,6 +9,7 @@ from sqlalchemy import insert, select, update
 
 from rollmesh.errors import NotFound
 from rollmesh.job import DatasetSpec, EvaluationCompleted, Job, JobSpec, StepCompleted
+from services.coordinator.evaluation import is_better
 from services.coordinator.lifecycle import state_of
 from services.coordinator.store.tables import job_events, jobs
 
@@ -24,7 +25,13 @@ def brief_spec(spec: JobSpec) -> JobSpec:
     updates: dict[str, Any] = {"dataset": _first_task(spec.dataset)}
     if spec.evaluation is not None:
         held_out = _first_task(spec.evaluation.dataset)
-        updates["evaluation"] = spec.evaluation.model_copy(update={"dataset": held_out})
+        sets = [
+            one.model_copy(update={"dataset": _first_task(one.dataset)})
+            for one in spec.evaluation.sets
+        ]
+        updates["evaluation"] = spec.evaluation.model_copy(
+            update={"dataset": held_out, "sets": sets}
+        )
     return spec.model_copy(update=updates)
 
 
@@ -32,14 +39,14 @@ def _first_task(dataset: DatasetSpec) -> DatasetSpec:
     return dataset.model_copy(update={"tasks": dataset.tasks[:1]})
 
 
-# All but the spec with all its tasks.
-SHOWN = [column for column in jobs.columns if column.name != "spec"]
+# All but what may be large: the spec with all its tasks, and what its loop knows.
+SHOWN = [column for column in jobs.columns if column.name not in {"spec", "memory"}]
 
 
 async def row_of(
     connection: AsyncConnection, name: str, *columns: Column[Any], lock: bool = False
 ) -> Row[Any]:
-    """Columns of the job's row; without any, all but the spec with all its tasks."""
+    """Columns of the job's row; without any, all that is shown."""
     query = select(*(columns or SHOWN)).where(jobs.c.name == name)
     row = (await connection.execute(query.with_for_update() if lock else query)).one_or_none()
     if row is None:
@@ -71,13 +78,22 @@ def consequences(happening: Happening, row: Row[Any]) -> dict[str, Any]:
         case StepCompleted():
             return {"step": happening.step, "metrics": json.dumps(happening.metrics)}
         case EvaluationCompleted():
-            text = json.dumps(happening.model_dump(mode="json"))
-            return {
-                "first_evaluation": row.first_evaluation or text,
-                "last_evaluation": text,
-            }
+            return _evaluated(happening, row)
         case _:
             return {}
+
+
+def _evaluated(evaluation: EvaluationCompleted, row: Row[Any]) -> dict[str, Any]:
+    if evaluation.set:
+        return {}
+    text = json.dumps(evaluation.model_dump(mode="json"))
+    min_improvement = json.loads(row.brief_spec)["stop"].get("min_improvement", 0.0)
+    better = is_better(evaluation, _evaluation(row.best_evaluation), min_improvement)
+    return {
+        "first_evaluation": row.first_evaluation or text,
+        "last_evaluation": text,
+        "best_evaluation": text if better else row.best_evaluation,
+    }
 
 
 def job_of(row: Row[Any]) -> Job:
@@ -96,6 +112,9 @@ def job_of(row: Row[Any]) -> Job:
         first_evaluation=_evaluation(row.first_evaluation),
         last_evaluation=_evaluation(row.last_evaluation),
         last_event=row.last_event,
+        best_evaluation=_evaluation(row.best_evaluation),
+        best_checkpoint=row.best_checkpoint,
+        sweep=row.sweep or "",
     )
 
 

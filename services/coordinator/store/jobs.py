@@ -4,42 +4,44 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import select, update
 
-from rollmesh.errors import AlreadyExists, FailedPrecondition, InvalidRequest, Overloaded
+from rollmesh.errors import FailedPrecondition, InvalidRequest
 from rollmesh.job import (
     FINAL_STATES,
+    AlgorithmSpec,
     Happening,
     Job,
     JobEvent,
     JobSpec,
-    StateChanged,
+    Priority,
+    StepCompleted,
 )
 from rollmesh.names import job_name
-from services.coordinator.lifecycle import move, state_of
+from services.coordinator.lifecycle import state_of
 from services.coordinator.store import requests
-from services.coordinator.store.adapter_rows import reserve
+from services.coordinator.store.groups import release
+from services.coordinator.store.job_moves import apply
 from services.coordinator.store.job_rows import (
     SHOWN,
     append,
-    brief_spec,
     consequences,
-    exists,
     job_of,
     row_of,
 )
-from services.coordinator.store.tables import job_events, jobs
+from services.coordinator.store.new_jobs import NewJob, add, check_room
+from services.coordinator.store.sweep_rows import add_reward, hold_step
+from services.coordinator.store.tables import adapters, job_events, jobs
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from rollmesh import types
     from services.coordinator.lifecycle import Command, Phase
     from services.coordinator.store.changes import Changes
     from services.coordinator.store.database import Database
@@ -53,20 +55,34 @@ _HAPPENING: TypeAdapter[Happening] = TypeAdapter(Happening)
 
 @dataclass(frozen=True, slots=True)
 class QueuedJob:
-    """A job that has not ended and is not paused."""
+    """A job that has not ended and is not paused.
+
+    `has_adapter`: its own is made, or being made: it counts already.
+    """
 
     name: str
     base_model: str
     phase: Phase
     state_reason: str
+    project: str
+    priority: Priority
+    create_time: float
+    step: int
+    has_adapter: bool
+    needs_sampler: bool
 
 
 @dataclass(frozen=True, slots=True)
 class StoredJob:
-    """All that running a job takes: `spec` has every task."""
+    """All that running a job takes, but its groups: `spec` has every task.
+
+    `hold_step` and `memory` as in JobContext.
+    """
 
     job: Job
     spec: JobSpec
+    hold_step: int | None = None
+    memory: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +97,16 @@ class EventPage:
 class JobStore:
     """The tables `jobs` and `job_events`. `changes` wakes who waits for a job or the queue."""
 
-    def __init__(self, database: Database, changes: Changes, request_retention_s: float) -> None:
+    def __init__(
+        self,
+        database: Database,
+        changes: Changes,
+        request_retention_s: float,
+        rollout_retention_s: float,
+    ) -> None:
         self._database = database
         self._request_retention_s = request_retention_s
+        self._rollout_retention_s = rollout_retention_s
         self.changes = changes
 
     async def find_request(self, request: Request) -> str | None:
@@ -91,68 +114,26 @@ class JobStore:
         async with self._database.read() as connection:
             return await requests.find(connection, request)
 
-    async def create(
-        self,
-        name: str,
-        project: str,
-        spec: JobSpec,
-        *,
-        adapter: str,
-        lora: types.LoraConfig,
-        request: Request,
-        max_pending: int,
-        now: float,
-    ) -> Job:
-        """A new PENDING job, or the one that `request` made before; `adapter` is reserved for it.
+    async def create(self, new: NewJob, *, request: Request, max_pending: int, now: float) -> Job:
+        """A new PENDING job, or the one that `request` made before; its adapter is reserved for it.
 
         Raises:
             AlreadyExists: the name, the adapter's or the request_id is taken.
             Overloaded: `max_pending` jobs wait already.
         """
-        full = await asyncio.to_thread(spec.model_dump_json)
-        brief = brief_spec(spec).model_dump_json()
 
         async def work(connection: AsyncConnection) -> Job:
             made = await requests.find(connection, request)
             if made is not None:
                 return job_of(await row_of(connection, made))
-            if await exists(connection, name):
-                raise AlreadyExists(f"there is a {name} already", field="job_id", resource=name)
-            waiting = await connection.execute(
-                select(func.count()).select_from(jobs).where(jobs.c.phase == "PENDING")
-            )
-            if waiting.scalar_one() >= max_pending:
-                raise Overloaded(
-                    f"{max_pending} jobs wait already, which is max_pending_jobs",
-                    limit=max_pending,
-                )
-            await connection.execute(
-                insert(jobs).values(
-                    name=name,
-                    project=project,
-                    phase="PENDING",
-                    state_reason="",
-                    base_model=spec.base_model,
-                    spec=full,
-                    brief_spec=brief,
-                    create_time=now,
-                    update_time=now,
-                    adapter="",
-                    step=0,
-                    metrics="{}",
-                    last_event=0,
-                )
-            )
-            await reserve(connection, adapter, spec.base_model, lora, job=name, now=now)
+            await add(connection, new, now=now)
+            await check_room(connection, max_pending=max_pending)
             await requests.remember(
-                connection, request, name, now=now, retention_s=self._request_retention_s
+                connection, request, new.name, now=now, retention_s=self._request_retention_s
             )
-            row = await row_of(connection, name)
-            changed = StateChanged(from_state=None, to_state="PENDING")
-            await append(connection, row, changed, now=now)
-            return job_of(await row_of(connection, name))
+            return job_of(await row_of(connection, new.name))
 
-        return await self._change(name, work)
+        return await self._change(new.name, work)
 
     async def get(self, name: str) -> Job:
         """One job, its spec with the first task of each dataset only."""
@@ -163,10 +144,16 @@ class JobStore:
         """One job with all its tasks."""
         async with self._database.read() as connection:
             row = await row_of(connection, name)
-            found = await connection.execute(select(jobs.c.spec).where(jobs.c.name == name))
+            large = (
+                await connection.execute(
+                    select(jobs.c.spec, jobs.c.memory).where(jobs.c.name == name)
+                )
+            ).one()
+            hold = await hold_step(connection, name, row.sweep)
         # Megabytes of tasks would hold up everybody else.
-        spec = await asyncio.to_thread(JobSpec.model_validate_json, found.scalar_one())
-        return StoredJob(job_of(row), spec)
+        spec = await asyncio.to_thread(JobSpec.model_validate_json, large.spec)
+        memory = await asyncio.to_thread(json.loads, large.memory)
+        return StoredJob(job_of(row), spec, hold, memory)
 
     async def page(self, project: str, *, limit: int, after: str) -> list[Job]:
         """Jobs of a project, newest first, from the one behind the job with id `after` ("": all).
@@ -196,8 +183,22 @@ class JobStore:
 
         As many as max_pending_jobs and max_running_jobs allow.
         """
+        has_adapter = jobs.c.name.in_(
+            select(adapters.c.job).where(adapters.c.counts, adapters.c.job.is_not(None))
+        )
         query = (
-            select(jobs.c.name, jobs.c.base_model, jobs.c.phase, jobs.c.state_reason)
+            select(
+                jobs.c.name,
+                jobs.c.base_model,
+                jobs.c.phase,
+                jobs.c.state_reason,
+                jobs.c.project,
+                jobs.c.priority,
+                jobs.c.create_time,
+                jobs.c.step,
+                has_adapter.label("has_adapter"),
+                jobs.c.needs_sampler,
+            )
             .where(jobs.c.phase.in_(("PENDING", "RUNNING", "PAUSING")))
             .order_by((jobs.c.phase == "PENDING"), jobs.c.id)
         )
@@ -213,20 +214,7 @@ class JobStore:
         """
 
         async def work(connection: AsyncConnection) -> Job:
-            row = await row_of(connection, name, lock=True)
-            moved = move(name, command, row.phase)
-            if moved is None:
-                return job_of(row)
-            why = reason or moved.reason
-            await connection.execute(
-                update(jobs)
-                .where(jobs.c.id == row.id)
-                .values(phase=moved.to, state_reason=why, update_time=now)
-            )
-            from_state, to_state = state_of(row.phase), state_of(moved.to)
-            if from_state != to_state:
-                changed = StateChanged(from_state=from_state, to_state=to_state, reason=why)
-                await append(connection, row, changed, now=now)
+            await apply(connection, name, command, now=now, reason=reason)
             return job_of(await row_of(connection, name))
 
         return await self._change(name, work)
@@ -243,8 +231,17 @@ class JobStore:
 
         await self._database.transact(work)
 
-    async def record(self, name: str, happening: Happening, *, now: float) -> bool:
+    async def record(
+        self,
+        name: str,
+        happening: Happening,
+        *,
+        now: float,
+        memory: Mapping[str, Any] | None = None,
+    ) -> bool:
         """The next event of a running job, and what follows from it; whether it is to pause.
+
+        `memory`: what its loop is to know from then on; None: what it knew.
 
         Raises:
             FailedPrecondition: the job does not run (any more): its last event stays its last.
@@ -257,7 +254,21 @@ class JobStore:
                     f"{name} does not run, its state is {row.phase}", resource=name, state=row.phase
                 )
             values = {"update_time": now, **consequences(happening, row)}
+            if memory is not None:
+                values["memory"] = json.dumps(memory)
+                # What its border keeps is shown with the job.
+                values["best_checkpoint"] = memory.get("border", {}).get("checkpoint", "")
             await connection.execute(update(jobs).where(jobs.c.id == row.id).values(**values))
+            if isinstance(happening, StepCompleted):
+                await add_reward(connection, row, happening)
+                algorithm = AlgorithmSpec.model_validate(json.loads(row.brief_spec)["algorithm"])
+                await release(
+                    connection,
+                    row.id,
+                    before_number=happening.step * algorithm.groups_per_step,
+                    retention_s=self._rollout_retention_s,
+                    now=now,
+                )
             await append(connection, row, happening, now=now)
             pausing: bool = row.phase == "PAUSING"
             return pausing

@@ -1,15 +1,18 @@
-"""Leases: holds on versions, for a time that their holders renew."""
+"""Leases: holds on versions, for a time that their holders renew; a job's until it has ended."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import delete, func, insert, select, update
 
 from rollmesh import types
 from rollmesh.errors import NotFound, Overloaded
-from rollmesh.names import parse_lease
+from rollmesh.names import lease_name, parse_job, parse_lease
 from services.coordinator.store import requests
 from services.coordinator.store.adapter_rows import is_open, kept_version, row_of
 from services.coordinator.store.tables import adapters, leases, versions
@@ -110,15 +113,7 @@ class LeaseStore:
 
     async def delete(self, name: str, *, now: float) -> None:
         """End a lease; one that is gone is fine."""
-
-        async def work(connection: AsyncConnection) -> None:
-            found = await connection.execute(select(leases).where(leases.c.name == name))
-            row = found.one_or_none()
-            if row is not None:
-                await _end_use(connection, [row], now)
-                await connection.execute(delete(leases).where(leases.c.name == name))
-
-        await self._database.transact(work)
+        await self._database.transact(partial(_end, name=name, now=now))
 
     async def expire(self, *, now: float) -> int:
         """Forget up to MAX_EXPIRED leases that have expired; how many those are."""
@@ -136,6 +131,49 @@ class LeaseStore:
             return (await connection.execute(gone)).rowcount
 
         return await self._database.transact(work)
+
+
+async def hold_for_job(
+    connection: AsyncConnection, job: str, adapter: str, policy_version: int | None
+) -> tuple[str, types.PublishedVersion]:
+    """Keep a version (None: the newest) until `release_of_job`; its base model, and which it is.
+
+    It counts among the project's leases, but none is too many: a job is not refused for what its
+    users hold.
+
+    Raises:
+        NotFound: no such adapter, or version that is kept.
+    """
+    row = await row_of(connection, adapter, lock=True)
+    version = await kept_version(connection, row, policy_version)
+    await connection.execute(
+        insert(leases).values(
+            name=_of_job(job),
+            project=parse_job(job)[0],
+            adapter=adapter,
+            policy_version=version.policy_version,
+            expire_time=math.inf,
+        )
+    )
+    return row.base_model, version
+
+
+async def release_of_job(connection: AsyncConnection, job: str, *, now: float) -> None:
+    """The job has ended: what it held, if anything, may go."""
+    await _end(connection, name=_of_job(job), now=now)
+
+
+def _of_job(job: str) -> str:
+    # A job's name is never used again, and an id has less room than a name.
+    return lease_name(parse_job(job)[0], f"job-{hashlib.sha256(job.encode()).hexdigest()[:32]}")
+
+
+async def _end(connection: AsyncConnection, *, name: str, now: float) -> None:
+    found = await connection.execute(select(leases).where(leases.c.name == name))
+    row = found.one_or_none()
+    if row is not None:
+        await _end_use(connection, [row], now)
+        await connection.execute(delete(leases).where(leases.c.name == name))
 
 
 async def _end_use(connection: AsyncConnection, rows: Sequence[Row[Any]], now: float) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import BigInteger, bindparam, delete, func, insert, select, update
+from sqlalchemy import BigInteger, bindparam, delete, func, insert, select, tuple_, update
 
 from rollmesh.errors import AlreadyExists, FailedPrecondition, Fenced, InvalidRequest, SequenceGap
 from services.coordinator.store.adapter_rows import check_free, missing, row_of, stored_of
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     from services.coordinator.store.adapter_rows import StoredAdapter
     from services.coordinator.store.database import Database
+
+_EXPIRE_AT_ONCE = 500
+"""Rows of one transaction: nobody else waits for longer than they take."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -182,24 +185,29 @@ class OpStore:
         assert row is not None, (adapter, sequence)  # noqa: S101 - no gaps, see above
         return _op_of(row)
 
-    async def expire(self, *, before: float) -> None:
-        """Let go of results older than `before` (Unix seconds) that recovery does not need.
+    async def expire(self, *, before: float) -> int:
+        """Let go of some results older than `before` (Unix seconds) that recovery does not need.
 
-        The newest of each adapter stays.
+        The newest of each adapter stays. How many they were; 0: there are none left.
         """
-        newest = select(adapters.c.next_sequence - 1).where(adapters.c.name == ops.c.adapter)
-
-        async def work(connection: AsyncConnection) -> None:
-            await connection.execute(
-                delete(ops).where(
-                    ops.c.done_time < before,
-                    ops.c.body.is_(None),
-                    ops.c.body_key.is_(None),
-                    ops.c.sequence < newest.scalar_subquery(),
-                )
+        key = (ops.c.adapter, ops.c.sequence)
+        old = (
+            select(*key)
+            .join(adapters, adapters.c.name == ops.c.adapter)
+            .where(
+                ops.c.done_time < before,
+                ops.c.body.is_(None),
+                ops.c.body_key.is_(None),
+                ops.c.sequence < adapters.c.next_sequence - 1,
             )
+            .limit(_EXPIRE_AT_ONCE)
+        )
 
-        await self._database.transact(work)
+        async def work(connection: AsyncConnection) -> int:
+            expired = await connection.execute(delete(ops).where(tuple_(*key).in_(old)))
+            return expired.rowcount
+
+        return await self._database.transact(work)
 
 
 async def _find(

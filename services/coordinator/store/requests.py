@@ -43,6 +43,12 @@ class Request:
         return cls(project, request_id, hashlib.sha256(body.encode()).hexdigest())
 
 
+def derived_request_id(*parts: str | int) -> str:
+    """The id of a request that the coordinator makes itself: one for each `parts`."""
+    # Names alone may take more room than an id has.
+    return f"rollmesh-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}"
+
+
 async def find(connection: AsyncConnection, request: Request) -> str | None:
     """Name of what `request` made before ("" if it deleted something); None: it is new.
 

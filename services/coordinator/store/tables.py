@@ -48,6 +48,15 @@ jobs = Table(
     Column("first_evaluation", Text),
     Column("last_evaluation", Text),
     Column("last_event", BigInteger, nullable=False),
+    Column("priority", String(8), nullable=False),
+    # What its loop knows besides: JSON of its own, written with the step or evaluation it is of.
+    Column("memory", Text, nullable=False),
+    Column("best_evaluation", Text),
+    Column("best_checkpoint", Text, nullable=False),
+    # Name of the sweep that made it.
+    Column("sweep", _Name),
+    Column("needs_sampler", Boolean, nullable=False),
+    Index("jobs_by_sweep", "sweep"),
     Index("jobs_by_project", "project", "id"),
     Index("jobs_by_phase", "phase", "id"),
 )
@@ -59,6 +68,74 @@ job_events = Table(
     Column("number", BigInteger, primary_key=True),
     Column("time", Double, nullable=False),
     Column("event", Text, nullable=False),
+)
+
+# Groups that are sampled and scored: what a successor does not sample again.
+job_groups = Table(
+    "job_groups",
+    metadata,
+    Column("job_id", Integer, ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("number", BigInteger, primary_key=True),
+    Column("body", LargeBinary, nullable=False),
+    Column("create_time", Double, nullable=False),
+    # When the step that it was trained in was recorded. Absent: it waits for it.
+    Column("trained_time", Double),
+    Index("job_groups_by_time", "trained_time"),
+)
+
+sweeps = Table(
+    "sweeps",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("name", _Name, nullable=False, unique=True),
+    Column("project", _Name, nullable=False),
+    Column("phase", String(16), nullable=False),
+    Column("brief_spec", Text, nullable=False),
+    # Whether its jobs wait for each other.
+    Column("halving", Boolean, nullable=False),
+    Column("create_time", Double, nullable=False),
+    Index("sweeps_by_project", "project", "id"),
+    Index("sweeps_by_phase", "phase", "id"),
+)
+
+sweep_jobs = Table(
+    "sweep_jobs",
+    metadata,
+    Column("sweep_id", Integer, ForeignKey("sweeps.id", ondelete="CASCADE"), primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("job", _Name, nullable=False, unique=True),
+    # Its values by path, as JSON.
+    Column("point", Text, nullable=False),
+    Column("rung", Integer, nullable=False),
+    Column("halved", Boolean, nullable=False),
+    # Of the steps since the last comparison: of those with a mean reward, their number and sum.
+    Column("reward_count", Integer, nullable=False),
+    Column("reward_sum", Double, nullable=False),
+    # What the last comparison went by.
+    Column("compared", Double),
+)
+
+# Tokens by project and day (UTC, days since 1970): what quotas of a day go by after a restart.
+usage = Table(
+    "usage",
+    metadata,
+    Column("project", _Name, primary_key=True),
+    Column("day", Integer, primary_key=True),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("drawn_tokens", BigInteger, nullable=False),
+)
+
+# One row: who leads. A write of anybody else is refused.
+leadership = Table(
+    "leadership",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("holder", Text, nullable=False),
+    # Raised with each new leader: the fencing token.
+    Column("epoch", BigInteger, nullable=False),
+    # Raised with each sign of life: who waits sees it change and needs no common clock.
+    Column("renewals", BigInteger, nullable=False),
+    Column("address", Text, nullable=False),
 )
 
 adapters = Table(
@@ -91,6 +168,8 @@ adapters = Table(
     Column("idle_ttl_s", Double),
     # When it was last trained, published or sampled, to the minute.
     Column("use_time", Double, nullable=False),
+    # Whether it takes one of its project's max_adapters: it is there, or is being made.
+    Column("counts", Boolean, nullable=False),
     Index("adapters_by_project", "project", "name"),
     Index("adapters_by_trainer", "trainer", "name"),
 )

@@ -45,6 +45,11 @@ class LoadedAdapter:
     digest: str
     config: str = ""
 
+    @property
+    def policy(self) -> str:
+        """Which it is a version of."""
+        return self.name.partition("/versions/")[0]
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:
@@ -113,6 +118,9 @@ class Backend(Protocol):
 
     async def load(self, adapter: LoadedAdapter) -> None:
         """Put an adapter into a slot, of which one is free; return once it was read back.
+
+        Slots of adapters whose unloading was begun before are free: an engine that is busy with a
+        step is waited for once, not once for each.
 
         Raises:
             FailedPrecondition: the engine cannot use it.

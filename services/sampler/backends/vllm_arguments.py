@@ -38,13 +38,15 @@ def engine_args(config: SamplerConfig, folder: Path) -> AsyncEngineArgs:
             # Cores that are shared: a thread that waits by spinning takes from those it waits for.
             # With two threads on two busy cores that made sampling 15 times slower.
             os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    # Beside a full batch each adapter that runs nothing, and the base model, may begin one.
+    max_num_seqs = config.max_num_seqs + config.max_loras + 1
     ranks = cast("tuple[int, ...]", get_args(MaxLoRARanks))
     return AsyncEngineArgs(
         model=config.base_model.source,
         dtype=config.dtype,
         max_model_len=config.max_length,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=max(_CPU_TOKENS, config.max_num_seqs) if on_cpu else None,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max(_CPU_TOKENS, max_num_seqs) if on_cpu else None,
         enable_lora=True,
         max_loras=config.max_loras,
         max_cpu_loras=config.max_loras,

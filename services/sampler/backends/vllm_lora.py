@@ -14,14 +14,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
+
 MIN_ROWS, MAX_ROWS = 16, 256
 """Of a block: fewer are no faster, with more the rows left over cost too much."""
+_BLOCK_COST = 8
+"""Of one more block: that of so many rows."""
+_MAX_PARTS = 6
+"""Blocks that the largest slot is split into, unless they would be too large."""
+_BITS = {2: torch.int16, 4: torch.int32}
 RANK_STEP = 8
 """Ranks are rounded up to what the processor multiplies at once anyway."""
 
@@ -36,7 +44,7 @@ class Known:
 
     lora_a: Sequence[torch.Tensor]
     versions: list[int]
-    ranks: torch.Tensor
+    ranks: NDArray[np.int64]
     blocks: Blocks | None = None
     rank: int = 0
 
@@ -73,7 +81,7 @@ def blocks_of(slots: torch.Tensor) -> Blocks | None:
         return None
     if len(found) == 1 and len(order) == len(slots):
         return Blocks(found, _span(found), None, None, len(slots))
-    num_rows = min(max(-(-len(order) // len(found)), MIN_ROWS), MAX_ROWS)
+    num_rows = _rows_of_blocks(counts)
     num_blocks = -(-counts // num_rows)
     first_rows = (num_blocks.cumsum(0) - num_blocks) * num_rows
     first_tokens = counts.cumsum(0) - counts
@@ -84,6 +92,19 @@ def blocks_of(slots: torch.Tensor) -> Blocks | None:
     rows[order] = places + 1
     of_blocks = found.repeat_interleave(num_blocks)
     return Blocks(of_blocks, _span(of_blocks), tokens, rows, num_rows)
+
+
+def _rows_of_blocks(counts: torch.Tensor) -> int:
+    """How many rows make the cheapest blocks for so many tokens of each slot."""
+    found: list[int] = counts.tolist()
+    # Beside a large slot the few tokens of another fill a block alone: to split it can be cheaper.
+    whole = [-(-max(found) // parts) for parts in range(1, _MAX_PARTS + 1)]
+    sizes = {min(max(size, MIN_ROWS), MAX_ROWS) for size in whole}
+
+    def cost(size: int) -> int:
+        return sum(-(-count // size) for count in found) * (size + _BLOCK_COST)
+
+    return min(sizes, key=cost)
 
 
 def _span(slots: torch.Tensor) -> slice | None:
@@ -156,10 +177,22 @@ class SlotwiseLora(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untyped t
         if known is None or known.versions != versions:
             known = self._known[id(lora_a)] = Known(lora_a, versions, _ranks(lora_a))
         if known.blocks is not blocks:
-            rank = int(known.ranks[blocks.slots].max())
+            rank = int(known.ranks[blocks.slots.numpy()].max())
             known.blocks = blocks
             known.rank = min(-(-rank // RANK_STEP) * RANK_STEP, lora_a[0].shape[2])
         return known.rank
+
+    def wrote(self, lora_a: Sequence[torch.Tensor], slot: int, rank: int) -> None:
+        """One slot of packed layers was overwritten: the largest rank in it is this now.
+
+        To find that out again takes longer than the writing. It is where there were other writes.
+        """
+        known = self._known.get(id(lora_a))
+        versions = [a._version for a in lora_a]  # noqa: SLF001
+        if known is not None and versions == [version + 1 for version in known.versions]:
+            known.ranks[slot] = rank
+            known.versions = versions
+            known.blocks = None
 
     def add_lora_embedding(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: VllmBackend refuses adapters of the embedding."""
@@ -168,7 +201,10 @@ class SlotwiseLora(PunicaWrapperCPU):  # type: ignore[misc]  # vLLM is untyped t
         """Nothing: VllmBackend refuses adapters of the unembedding."""
 
 
-def _ranks(lora_a: Sequence[torch.Tensor]) -> torch.Tensor:
+def _ranks(lora_a: Sequence[torch.Tensor]) -> NDArray[np.int64]:
     """Of each slot: the rows of A up to its last that is not zero, of the largest packed layer."""
-    used = torch.stack([(a[:, 0] != 0).any(2) for a in lora_a]).any(0)
-    return (used * torch.arange(1, used.shape[1] + 1)).amax(1)
+    # As bits: numpy has no bfloat16, and is faster than torch. A negative zero counts as a row.
+    used = [a[:, 0].view(_BITS[a.element_size()]).numpy().any(2) for a in lora_a]
+    last = np.logical_or.reduce(used) * np.arange(1, lora_a[0].shape[2] + 1)
+    found: NDArray[np.int64] = last.max(1)
+    return found

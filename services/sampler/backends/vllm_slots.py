@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.torch import load
+from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.utils import parse_fine_tuned_lora_name
 
 from rollmesh.digest import safetensors_digest
+from services.sampler.backends.vllm_copies import Copies
 from services.sampler.backends.vllm_identity import (
     MismatchError,
     UnusableError,
@@ -19,13 +22,19 @@ from services.sampler.backends.vllm_identity import (
     check_slot,
     expected_factors,
 )
+from services.sampler.backends.vllm_lora import SlotwiseLora
 from services.sampler.backends.vllm_provenance import IdentityError
+from services.sampler.backends.vllm_ways import header_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+
+_MAX_NAMES = 8192
+"""Names of tensors whose place in the model is remembered."""
 
 
 class VerifiedSlots:
@@ -41,7 +50,21 @@ class VerifiedSlots:
         self._worker = worker_manager
         self._manager = worker_manager._adapter_manager  # noqa: SLF001 - vLLM has no public name
         self._verified: dict[int, tuple[int, str]] = {}
+        # The names in one adapter's file are those in the next one's.
+        self._parsed = lru_cache(_MAX_NAMES)(self._parse)
         self.changes = 0
+        kernels = next(iter(self._manager.punica_wrapper_mapping.values()))
+        self._copies = (
+            Copies(
+                self._manager.modules,
+                self._manager.packed_modules,
+                self._worker.lora_config.lora_dtype,
+                self._parsed,
+                kernels.wrote,
+            )
+            if isinstance(kernels, SlotwiseLora)
+            else None
+        )
         for module in self._manager.modules.values():
             for name in ("set_lora", "reset_lora"):
                 setattr(module, name, self._announced(getattr(module, name)))
@@ -50,11 +73,14 @@ class VerifiedSlots:
         """A module's method that writes to a slot, after which nothing is known of the slot."""
 
         def announced(index: int, *args: Any, **kwargs: Any) -> None:
-            self._verified.pop(index, None)
-            self.changes += 1
+            self._note_write(index)
             write(index, *args, **kwargs)
 
         return announced
+
+    def _note_write(self, slot: int) -> None:
+        self._verified.pop(slot, None)
+        self.changes += 1
 
     def load(self, number: int, folder: Path, digest: str, config_json: str) -> None:
         """Put an adapter into a free slot and read it back from there; a failure frees the slot.
@@ -63,25 +89,57 @@ class VerifiedSlots:
             UnusableError: vLLM cannot use it.
             MismatchError: the file does not have this digest, or the slot holds something else.
         """
-        tensors = _read(folder / "adapter_model.safetensors", digest)
+        file = _read(folder / "adapter_model.safetensors", digest)
+        slots = self._manager.lora_index_to_id
+        if None not in slots and number not in slots:
+            raise UnusableError("all slots are taken")
+        try:
+            slot = self._load(number, file, config_json)
+        except BaseException:
+            self.unload(number)
+            raise
+        self._verified[slot] = (number, digest)
+        self.changes += 1
+
+    def _load(self, number: int, file: NDArray[np.uint8], config_json: str) -> int:
+        """Into which slot."""
+        if self._copies is None:
+            return self._load_as_vllm(number, file, config_json)
+        kind = header_of(file), config_json
+        way = self._copies.find(kind)
+        flat = None if way is None else way.flat_of(file)
+        if way is None or flat is None or number in self._manager.list_adapters():
+            slot = self._load_as_vllm(number, file, config_json)
+            self._copies.learn(kind, file, slot)
+            return slot
+        slot = self._take_slot(number, max(way.ranks))
+        self._copies.put(way, slot, flat)
+        return slot
+
+    def _load_as_vllm(self, number: int, file: NDArray[np.uint8], config_json: str) -> int:
+        """By vLLM's own code; what the slot should hold is found without it."""
         manager, dtype = self._manager, self._worker.lora_config.lora_dtype
+        tensors: dict[str, Any] = load(file.tobytes())
         try:
             config = json.loads(config_json)
             factors = expected_factors(tensors, config, dtype, self._parsed)
         except (ValueError, TypeError, LookupError, AttributeError, re.error) as error:
             raise UnusableError(f"adapter_config.json is not PEFT's: {error!r}") from error
         check_places(manager.modules, manager.packed_modules, factors)
-        if None not in manager.lora_index_to_id and number not in manager.lora_index_to_id:
-            raise UnusableError("all slots are taken")
-        try:
-            self._register(number, tensors, config)
-            slot = manager.lora_index_to_id.index(number)
-            check_slot(manager.modules, manager.packed_modules, slot, factors)
-        except BaseException:
-            self.unload(number)
-            raise
-        self._verified[slot] = (number, digest)
-        self.changes += 1
+        self._register(number, tensors, config)
+        slot: int = manager.lora_index_to_id.index(number)
+        check_slot(manager.modules, manager.packed_modules, slot, factors)
+        return slot
+
+    def _take_slot(self, number: int, rank: int) -> int:
+        """Have vLLM believe that it loaded an adapter, which is to be put into the slot."""
+        manager = self._manager
+        slot: int = manager.lora_index_to_id.index(None)
+        manager._registered_adapters[number] = LoRAModel(number, rank, {})  # noqa: SLF001
+        manager._active_adapters[number] = None  # noqa: SLF001
+        manager.lora_index_to_id[slot] = number
+        self._note_write(slot)
+        return slot
 
     def _register(self, number: int, tensors: dict[str, Any], config: dict[str, Any]) -> None:
         """Give the tensors to vLLM's own manager, as its own loading does after reading them."""
@@ -108,7 +166,7 @@ class VerifiedSlots:
         mapper = getattr(self._manager.model, "hf_to_vllm_mapper", None)
         return mapper and mapper.get_rename_mapper()
 
-    def _parsed(self, name: str) -> tuple[str, bool]:
+    def _parse(self, name: str) -> tuple[str, bool]:
         if "embed_tokens" in name or "lm_head" in name:
             # vLLM takes the unadapted ones for log-probabilities of prompts.
             raise UnusableError(f"it adapts the embeddings, which this backend cannot: {name}")
@@ -157,14 +215,13 @@ class VerifiedSlots:
         return used
 
 
-def _read(path: Path, digest: str) -> dict[str, Any]:
-    """Tensors of a file by name; MismatchError where it is not the one of `digest`."""
+def _read(path: Path, digest: str) -> NDArray[np.uint8]:
+    """The bytes of a file; MismatchError where it is not the one of `digest`."""
     try:
-        data = path.read_bytes()
-        found = safetensors_digest(data)
+        file = np.fromfile(path, np.uint8)
+        found = safetensors_digest(file.data)
     except (OSError, ValueError) as error:
         raise MismatchError(f"the file cannot be read: {error}") from error
     if found != digest:
         raise MismatchError(f"the file's tensors have the digest {found}")
-    tensors: dict[str, Any] = load(data)
-    return tensors
+    return file

@@ -25,21 +25,33 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n/rollmesh/api/coordinator/v1/fleet_service.proto\x12\x1brollmesh.api.coordinator.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf3\x01\n\x06Member\x12\x35\n\x04role\x18\x01 \x01(\x0e\x32\'.rollmesh.api.coordinator.v1.MemberRole\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0f\n\x07serving\x18\x03 \x01(\x08\x12\x12\n\nbase_model\x18\x04 \x01(\t\x12\x0f\n\x07problem\x18\x05 \x01(\t\x12\x14\n\x0cnum_adapters\x18\x06 \x01(\x05\x12\x13\n\x0bnum_running\x18\x07 \x01(\x05\x12/\n\x0bupdate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x62\x61\x63kend\x18\t \x01(\t\"\x11\n\x0fGetFleetRequest\"e\n\x10GetFleetResponse\x12\x34\n\x07members\x18\x01 \x03(\x0b\x32#.rollmesh.api.coordinator.v1.Member\x12\x1b\n\x13num_queued_requests\x18\x02 \x01(\x05*s\n\nMemberRole\x12\x1b\n\x17MEMBER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13MEMBER_ROLE_TRAINER\x10\x01\x12\x17\n\x13MEMBER_ROLE_SAMPLER\x10\x02\x12\x16\n\x12MEMBER_ROLE_REWARD\x10\x03\x32w\n\x0c\x46leetService\x12g\n\x08GetFleet\x12,.rollmesh.api.coordinator.v1.GetFleetRequest\x1a-.rollmesh.api.coordinator.v1.GetFleetResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n/rollmesh/api/coordinator/v1/fleet_service.proto\x12\x1brollmesh.api.coordinator.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf3\x01\n\x06Member\x12\x35\n\x04role\x18\x01 \x01(\x0e\x32\'.rollmesh.api.coordinator.v1.MemberRole\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0f\n\x07serving\x18\x03 \x01(\x08\x12\x12\n\nbase_model\x18\x04 \x01(\t\x12\x0f\n\x07problem\x18\x05 \x01(\t\x12\x14\n\x0cnum_adapters\x18\x06 \x01(\x05\x12\x13\n\x0bnum_running\x18\x07 \x01(\x05\x12/\n\x0bupdate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x62\x61\x63kend\x18\t \x01(\t\"\x11\n\x0fGetFleetRequest\"e\n\x10GetFleetResponse\x12\x34\n\x07members\x18\x01 \x03(\x0b\x32#.rollmesh.api.coordinator.v1.Member\x12\x1b\n\x13num_queued_requests\x18\x02 \x01(\x05\":\n\x16\x45xplainScheduleRequest\x12\x0f\n\x07project\x18\x01 \x01(\t\x12\x0f\n\x07subject\x18\x02 \x01(\t\"\x87\x02\n\x17\x45xplainScheduleResponse\x12\x35\n\x07waiting\x18\x01 \x03(\x0b\x32$.rollmesh.api.coordinator.v1.Waiting\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\x05\x12\x38\n\tdecisions\x18\x03 \x03(\x0b\x32%.rollmesh.api.coordinator.v1.Decision\x12\x32\n\x06shares\x18\x04 \x03(\x0b\x32\".rollmesh.api.coordinator.v1.Share\x12\x32\n\x06quotas\x18\x05 \x03(\x0b\x32\".rollmesh.api.coordinator.v1.Quota\"\xa2\x01\n\x07Waiting\x12\x0f\n\x07subject\x18\x01 \x01(\t\x12\x0c\n\x04rule\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07release\x18\x04 \x01(\t\x12\x10\n\x08position\x18\x05 \x01(\x05\x12\r\n\x05\x61head\x18\x06 \x03(\t\x12)\n\x05since\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0b\n\x03job\x18\x08 \x01(\t\"v\n\x08\x44\x65\x63ision\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07subject\x18\x02 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\"~\n\x05Share\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12\x16\n\x0evirtual_tokens\x18\x03 \x01(\x01\x12\x12\n\nnum_queued\x18\x04 \x01(\x05\x12\x13\n\x0bnum_running\x18\x05 \x01(\x05\x12\x10\n\x08\x65ntitled\x18\x06 \x01(\x01\"E\n\x05Quota\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04used\x18\x02 \x01(\x03\x12\x14\n\x07\x61llowed\x18\x03 \x01(\x03H\x00\x88\x01\x01\x42\n\n\x08_allowed*s\n\nMemberRole\x12\x1b\n\x17MEMBER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13MEMBER_ROLE_TRAINER\x10\x01\x12\x17\n\x13MEMBER_ROLE_SAMPLER\x10\x02\x12\x16\n\x12MEMBER_ROLE_REWARD\x10\x03\x32\xf5\x01\n\x0c\x46leetService\x12g\n\x08GetFleet\x12,.rollmesh.api.coordinator.v1.GetFleetRequest\x1a-.rollmesh.api.coordinator.v1.GetFleetResponse\x12|\n\x0f\x45xplainSchedule\x12\x33.rollmesh.api.coordinator.v1.ExplainScheduleRequest\x1a\x34.rollmesh.api.coordinator.v1.ExplainScheduleResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rollmesh.api.coordinator.v1.fleet_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MEMBERROLE']._serialized_start=481
-  _globals['_MEMBERROLE']._serialized_end=596
+  _globals['_MEMBERROLE']._serialized_start=1291
+  _globals['_MEMBERROLE']._serialized_end=1406
   _globals['_MEMBER']._serialized_start=114
   _globals['_MEMBER']._serialized_end=357
   _globals['_GETFLEETREQUEST']._serialized_start=359
   _globals['_GETFLEETREQUEST']._serialized_end=376
   _globals['_GETFLEETRESPONSE']._serialized_start=378
   _globals['_GETFLEETRESPONSE']._serialized_end=479
-  _globals['_FLEETSERVICE']._serialized_start=598
-  _globals['_FLEETSERVICE']._serialized_end=717
+  _globals['_EXPLAINSCHEDULEREQUEST']._serialized_start=481
+  _globals['_EXPLAINSCHEDULEREQUEST']._serialized_end=539
+  _globals['_EXPLAINSCHEDULERESPONSE']._serialized_start=542
+  _globals['_EXPLAINSCHEDULERESPONSE']._serialized_end=805
+  _globals['_WAITING']._serialized_start=808
+  _globals['_WAITING']._serialized_end=970
+  _globals['_DECISION']._serialized_start=972
+  _globals['_DECISION']._serialized_end=1090
+  _globals['_SHARE']._serialized_start=1092
+  _globals['_SHARE']._serialized_end=1218
+  _globals['_QUOTA']._serialized_start=1220
+  _globals['_QUOTA']._serialized_end=1289
+  _globals['_FLEETSERVICE']._serialized_start=1409
+  _globals['_FLEETSERVICE']._serialized_end=1654
 # @@protoc_insertion_point(module_scope)

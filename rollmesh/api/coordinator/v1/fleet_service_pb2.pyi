@@ -72,7 +72,9 @@ class Member(_message.Message):
     base_model: _builtins.str
     """Name of the base model it serves. Empty: none (reward)."""
     problem: _builtins.str
-    """Why it is not serving, or what some job holds against it. Empty: neither."""
+    """Why it is not serving. Of one that serves: "draining" where it was told to end and so finishes
+    what it has and is given nothing more, or what some job holds against it. Empty: nothing.
+    """
     num_adapters: _builtins.int
     """Adapters (trainer) or policy versions (sampler) that it holds."""
     num_running: _builtins.int
@@ -148,3 +150,254 @@ class GetFleetResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetFleetResponse: _TypeAlias = GetFleetResponse  # noqa: Y015
+
+@_typing.final
+class ExplainScheduleRequest(_message.Message):
+    """Request of ExplainSchedule."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROJECT_FIELD_NUMBER: _builtins.int
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    project: _builtins.str
+    """Resource name `projects/{p}`."""
+    subject: _builtins.str
+    """Only of this job, `projects/{p}/jobs/{j}`, and its requests, or only of this request, as a
+    Waiting told it. Empty: of all.
+    """
+    def __init__(
+        self,
+        *,
+        project: _builtins.str = ...,
+        subject: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["project", b"project", "subject", b"subject"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainScheduleRequest: _TypeAlias = ExplainScheduleRequest  # noqa: Y015
+
+@_typing.final
+class ExplainScheduleResponse(_message.Message):
+    """Response of ExplainSchedule."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAITING_FIELD_NUMBER: _builtins.int
+    NUM_WAITING_FIELD_NUMBER: _builtins.int
+    DECISIONS_FIELD_NUMBER: _builtins.int
+    SHARES_FIELD_NUMBER: _builtins.int
+    QUOTAS_FIELD_NUMBER: _builtins.int
+    num_waiting: _builtins.int
+    """How many wait in all."""
+    @_builtins.property
+    def waiting(self) -> _containers.RepeatedCompositeFieldContainer[Global___Waiting]:
+        """What waits: jobs, then sample requests, in the order of their turns; 100 at most."""
+
+    @_builtins.property
+    def decisions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Decision]:
+        """The project's last decisions, the newest first; 100 at most are kept."""
+
+    @_builtins.property
+    def shares(self) -> _containers.RepeatedCompositeFieldContainer[Global___Share]:
+        """How the project stands at each base model that it ever asked for."""
+
+    @_builtins.property
+    def quotas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Quota]:
+        """Its quotas and what is used of them."""
+
+    def __init__(
+        self,
+        *,
+        waiting: _abc.Iterable[Global___Waiting] | None = ...,
+        num_waiting: _builtins.int = ...,
+        decisions: _abc.Iterable[Global___Decision] | None = ...,
+        shares: _abc.Iterable[Global___Share] | None = ...,
+        quotas: _abc.Iterable[Global___Quota] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decisions", b"decisions", "num_waiting", b"num_waiting", "quotas", b"quotas", "shares", b"shares", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainScheduleResponse: _TypeAlias = ExplainScheduleResponse  # noqa: Y015
+
+@_typing.final
+class Waiting(_message.Message):
+    """Something that waits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    RULE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    AHEAD_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    subject: _builtins.str
+    """`projects/{p}/jobs/{j}` or `projects/{p}/requests/{r}`."""
+    rule: _builtins.str
+    """The rule that holds it back. Of a job: "MAX_RUNNING_JOBS", "PROJECT_RUNNING_JOBS",
+    "PROJECT_ADAPTERS" (it would need one more), "PROJECT_TOKENS_PER_DAY", "NO_TRAINER", "NO_SAMPLER",
+    "RETRY". Of a request: "PRIORITY" (higher classes go first), "FAIR_SHARE" (projects that had less go
+    first), "ORDER" (others of its own project came first), "PROJECT_TOKENS_IN_FLIGHT",
+    "PROJECT_TOKENS_PER_DAY", "QUARANTINE", "NO_ROOM" (it is next), "NO_SAMPLER".
+    """
+    reason: _builtins.str
+    """The same with its numbers, for a person to read."""
+    release: _builtins.str
+    """What would release it, for a person to read."""
+    position: _builtins.int
+    """From 1: its place among all that wait for the same thing."""
+    job: _builtins.str
+    """Job that a request is for. Empty: nobody's."""
+    @_builtins.property
+    def ahead(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Subjects of its own project that go before it, nearest first; 10 at most. Those of others are
+        nobody's business, and only counted in `position`.
+        """
+
+    @_builtins.property
+    def since(self) -> _timestamp_pb2.Timestamp:
+        """When it began to wait."""
+
+    def __init__(
+        self,
+        *,
+        subject: _builtins.str = ...,
+        rule: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        release: _builtins.str = ...,
+        position: _builtins.int = ...,
+        ahead: _abc.Iterable[_builtins.str] | None = ...,
+        since: _timestamp_pb2.Timestamp | None = ...,
+        job: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["since", b"since"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead", b"ahead", "job", b"job", "position", b"position", "reason", b"reason", "release", b"release", "rule", b"rule", "since", b"since", "subject", b"subject"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Waiting: _TypeAlias = Waiting  # noqa: Y015
+
+@_typing.final
+class Decision(_message.Message):
+    """What the scheduler did."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_FIELD_NUMBER: _builtins.int
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    subject: _builtins.str
+    """As in Waiting."""
+    action: _builtins.str
+    """"ASSIGNED", "PREEMPTED", "STARTED" (a job) or "REFUSED"."""
+    address: _builtins.str
+    """The sampler's address. Empty: it was not given one."""
+    reason: _builtins.str
+    """Why, with its numbers."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When."""
+
+    def __init__(
+        self,
+        *,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        subject: _builtins.str = ...,
+        action: _builtins.str = ...,
+        address: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "address", b"address", "reason", b"reason", "subject", b"subject", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Decision: _TypeAlias = Decision  # noqa: Y015
+
+@_typing.final
+class Share(_message.Message):
+    """A project's part of one base model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    VIRTUAL_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_QUEUED_FIELD_NUMBER: _builtins.int
+    NUM_RUNNING_FIELD_NUMBER: _builtins.int
+    ENTITLED_FIELD_NUMBER: _builtins.int
+    base_model: _builtins.str
+    """Name of the base model."""
+    weight: _builtins.float
+    """The project's weight."""
+    virtual_tokens: _builtins.float
+    """Priced tokens that it was served, over its weight, since the coordinator began. Whoever waits and
+    has the fewest is next.
+    """
+    num_queued: _builtins.int
+    """Its sample requests that wait."""
+    num_running: _builtins.int
+    """Its completions that are being drawn."""
+    entitled: _builtins.float
+    """Its part of the weights of all projects that have something waiting or running here."""
+    def __init__(
+        self,
+        *,
+        base_model: _builtins.str = ...,
+        weight: _builtins.float = ...,
+        virtual_tokens: _builtins.float = ...,
+        num_queued: _builtins.int = ...,
+        num_running: _builtins.int = ...,
+        entitled: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "entitled", b"entitled", "num_queued", b"num_queued", "num_running", b"num_running", "virtual_tokens", b"virtual_tokens", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Share: _TypeAlias = Share  # noqa: Y015
+
+@_typing.final
+class Quota(_message.Message):
+    """A bound on what a project may use."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    USED_FIELD_NUMBER: _builtins.int
+    ALLOWED_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"running_jobs", "adapters", "tokens_in_flight" or "tokens_per_day"."""
+    used: _builtins.int
+    """Used now."""
+    allowed: _builtins.int
+    """Most that may be. Absent: no bound."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        used: _builtins.int = ...,
+        allowed: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_allowed", b"_allowed", "allowed", b"allowed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_allowed", b"_allowed", "allowed", b"allowed", "name", b"name", "used", b"used"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__allowed: _TypeAlias = _typing.Literal["allowed"]  # noqa: Y015
+    _WhichOneofArgType__allowed: _TypeAlias = _typing.Literal["_allowed", b"_allowed"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__allowed) -> _WhichOneofReturnType__allowed | None: ...
+
+Global___Quota: _TypeAlias = Quota  # noqa: Y015

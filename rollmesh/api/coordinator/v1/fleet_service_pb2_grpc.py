@@ -40,6 +40,11 @@ class FleetServiceStub:
                 request_serializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_fleet__service__pb2.GetFleetRequest.SerializeToString,
                 response_deserializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_fleet__service__pb2.GetFleetResponse.FromString,
                 _registered_method=True)
+        self.ExplainSchedule = channel.unary_unary(
+                '/rollmesh.api.coordinator.v1.FleetService/ExplainSchedule',
+                request_serializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_fleet__service__pb2.ExplainScheduleRequest.SerializeToString,
+                response_deserializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_fleet__service__pb2.ExplainScheduleResponse.FromString,
+                _registered_method=True)
 
 
 class FleetServiceServicer:
@@ -53,6 +58,15 @@ class FleetServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainSchedule(self, request, context):
+        """Why what waits in a project waits, what is ahead of it and what would release it; what was decided
+        last; and how the project stands with its share and its quotas. INVALID_ARGUMENT: project or
+        subject. NOT_FOUND: the job of `subject` does not exist.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +74,11 @@ def add_FleetServiceServicer_to_server(servicer, server):
                     servicer.GetFleet,
                     request_deserializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_fleet__service__pb2.GetFleetRequest.FromString,
                     response_serializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_fleet__service__pb2.GetFleetResponse.SerializeToString,
+            ),
+            'ExplainSchedule': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainSchedule,
+                    request_deserializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_fleet__service__pb2.ExplainScheduleRequest.FromString,
+                    response_serializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_fleet__service__pb2.ExplainScheduleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +109,33 @@ class FleetService:
             '/rollmesh.api.coordinator.v1.FleetService/GetFleet',
             rollmesh_dot_api_dot_coordinator_dot_v1_dot_fleet__service__pb2.GetFleetRequest.SerializeToString,
             rollmesh_dot_api_dot_coordinator_dot_v1_dot_fleet__service__pb2.GetFleetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainSchedule(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rollmesh.api.coordinator.v1.FleetService/ExplainSchedule',
+            rollmesh_dot_api_dot_coordinator_dot_v1_dot_fleet__service__pb2.ExplainScheduleRequest.SerializeToString,
+            rollmesh_dot_api_dot_coordinator_dot_v1_dot_fleet__service__pb2.ExplainScheduleResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,6 +35,11 @@ class FleetServiceStub:
     def __new__(cls, channel: _aio.Channel) -> FleetServiceAsyncStub: ...
     GetFleet: _grpc.UnaryUnaryMultiCallable[_fleet_service_pb2.GetFleetRequest, _fleet_service_pb2.GetFleetResponse]
     """The coordinator's members and their load as it sees them now."""
+    ExplainSchedule: _grpc.UnaryUnaryMultiCallable[_fleet_service_pb2.ExplainScheduleRequest, _fleet_service_pb2.ExplainScheduleResponse]
+    """Why what waits in a project waits, what is ahead of it and what would release it; what was decided
+    last; and how the project stands with its share and its quotas. INVALID_ARGUMENT: project or
+    subject. NOT_FOUND: the job of `subject` does not exist.
+    """
 
 @_typing.type_check_only
 class FleetServiceAsyncStub(FleetServiceStub):
@@ -43,6 +48,11 @@ class FleetServiceAsyncStub(FleetServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetFleet: _aio.UnaryUnaryMultiCallable[_fleet_service_pb2.GetFleetRequest, _fleet_service_pb2.GetFleetResponse]  # type: ignore[assignment]
     """The coordinator's members and their load as it sees them now."""
+    ExplainSchedule: _aio.UnaryUnaryMultiCallable[_fleet_service_pb2.ExplainScheduleRequest, _fleet_service_pb2.ExplainScheduleResponse]  # type: ignore[assignment]
+    """Why what waits in a project waits, what is ahead of it and what would release it; what was decided
+    last; and how the project stands with its share and its quotas. INVALID_ARGUMENT: project or
+    subject. NOT_FOUND: the job of `subject` does not exist.
+    """
 
 class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
     """What runs."""
@@ -54,5 +64,16 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_fleet_service_pb2.GetFleetResponse, _abc.Awaitable[_fleet_service_pb2.GetFleetResponse]]:
         """The coordinator's members and their load as it sees them now."""
+
+    @_abc_1.abstractmethod
+    def ExplainSchedule(
+        self,
+        request: _fleet_service_pb2.ExplainScheduleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_service_pb2.ExplainScheduleResponse, _abc.Awaitable[_fleet_service_pb2.ExplainScheduleResponse]]:
+        """Why what waits in a project waits, what is ahead of it and what would release it; what was decided
+        last; and how the project stands with its share and its quotas. INVALID_ARGUMENT: project or
+        subject. NOT_FOUND: the job of `subject` does not exist.
+        """
 
 def add_FleetServiceServicer_to_server(servicer: FleetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -22,11 +22,12 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%rollmesh/api/coordinator/v1/job.proto\x12\x1brollmesh.api.coordinator.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x93\x04\n\x07JobSpec\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x39\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32(.rollmesh.api.coordinator.v1.AdapterSpec\x12\x39\n\x07\x64\x61taset\x18\x03 \x01(\x0b\x32(.rollmesh.api.coordinator.v1.DatasetSpec\x12\x37\n\x06prompt\x18\x04 \x01(\x0b\x32\'.rollmesh.api.coordinator.v1.PromptSpec\x12\x37\n\x06reward\x18\x05 \x01(\x0b\x32\'.rollmesh.api.coordinator.v1.RewardSpec\x12=\n\talgorithm\x18\x06 \x01(\x0b\x32*.rollmesh.api.coordinator.v1.AlgorithmSpec\x12;\n\x08sampling\x18\x07 \x01(\x0b\x32).rollmesh.api.coordinator.v1.SamplingSpec\x12\x33\n\x04stop\x18\x08 \x01(\x0b\x32%.rollmesh.api.coordinator.v1.StopSpec\x12?\n\nevaluation\x18\t \x01(\x0b\x32+.rollmesh.api.coordinator.v1.EvaluationSpec\x12\x11\n\x04seed\x18\n \x01(\x03H\x00\x88\x01\x01\x42\x07\n\x05_seed\"\x87\x01\n\x0b\x41\x64\x61pterSpec\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\x04rank\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\x05\x61lpha\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x16\n\x0etarget_modules\x18\x04 \x03(\t\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x02\x88\x01\x01\x42\x07\n\x05_rankB\x08\n\x06_alphaB\x07\n\x05_seed\"~\n\x0b\x44\x61tasetSpec\x12\x30\n\x05tasks\x18\x01 \x03(\x0b\x32!.rollmesh.api.coordinator.v1.Task\x12=\n\tgenerator\x18\x02 \x01(\x0b\x32*.rollmesh.api.coordinator.v1.GeneratorSpec\"t\n\x04Task\x12=\n\x06\x66ields\x18\x01 \x03(\x0b\x32-.rollmesh.api.coordinator.v1.Task.FieldsEntry\x1a-\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"J\n\rGeneratorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\nparameters\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\"V\n\nPromptSpec\x12:\n\x08messages\x18\x01 \x03(\x0b\x32(.rollmesh.api.coordinator.v1.ChatMessage\x12\x0c\n\x04text\x18\x02 \x01(\t\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"^\n\nRewardSpec\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12+\n\nparameters\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x11\n\treference\x18\x03 \x01(\t\"\xd8\x03\n\rAlgorithmSpec\x12\x11\n\tadvantage\x18\x01 \x01(\t\x12\x17\n\ngroup_size\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x1c\n\x0fgroups_per_step\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12\x1a\n\rmax_staleness\x18\x04 \x01(\x05H\x02\x88\x01\x01\x12\x44\n\rlearning_rate\x18\x05 \x01(\x0b\x32-.rollmesh.api.coordinator.v1.LearningRateSpec\x12\x1b\n\x0ekl_coefficient\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12\x1a\n\rmax_grad_norm\x18\x07 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05\x62\x65ta1\x18\x08 \x01(\x01H\x05\x88\x01\x01\x12\x12\n\x05\x62\x65ta2\x18\t \x01(\x01H\x06\x88\x01\x01\x12\x14\n\x07\x65psilon\x18\n \x01(\x01H\x07\x88\x01\x01\x12\x19\n\x0cweight_decay\x18\x0b \x01(\x01H\x08\x88\x01\x01\x42\r\n\x0b_group_sizeB\x12\n\x10_groups_per_stepB\x10\n\x0e_max_stalenessB\x11\n\x0f_kl_coefficientB\x10\n\x0e_max_grad_normB\x08\n\x06_beta1B\x08\n\x06_beta2B\n\n\x08_epsilonB\x0f\n\r_weight_decay\"\x8a\x01\n\x10LearningRateSpec\x12\x11\n\x04peak\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x08schedule\x18\x02 \x01(\t\x12\x19\n\x0cwarmup_steps\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05\x66inal\x18\x04 \x01(\x01H\x02\x88\x01\x01\x42\x07\n\x05_peakB\x0f\n\r_warmup_stepsB\x08\n\x06_final\"\xad\x02\n\x0cSamplingSpec\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x12\n\x05min_p\x18\x06 \x01(\x01H\x04\x88\x01\x01\x12\x15\n\rlogprobs_kind\x18\x07 \x01(\t\x12\x1a\n\x12\x63ontinue_on_newest\x18\x08 \x01(\x08\x12\x1c\n\x0fmax_logprob_gap\x18\t \x01(\x01H\x05\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x12\n\x10_max_logprob_gap\"S\n\x08StopSpec\x12\x11\n\tmax_steps\x18\x01 \x01(\x05\x12\x1e\n\x11\x65valuation_reward\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x14\n\x12_evaluation_reward\"\x9b\x01\n\x0e\x45valuationSpec\x12\x18\n\x0b\x65very_steps\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x39\n\x07\x64\x61taset\x18\x02 \x01(\x0b\x32(.rollmesh.api.coordinator.v1.DatasetSpec\x12\x16\n\tmax_tasks\x18\x03 \x01(\x05H\x01\x88\x01\x01\x42\x0e\n\x0c_every_stepsB\x0c\n\n_max_tasks\"\xaf\x04\n\x03Job\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x32\n\x04spec\x18\x02 \x01(\x0b\x32$.rollmesh.api.coordinator.v1.JobSpec\x12\x34\n\x05state\x18\x03 \x01(\x0e\x32%.rollmesh.api.coordinator.v1.JobState\x12\x14\n\x0cstate_reason\x18\x04 \x01(\t\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x61\x64\x61pter\x18\x07 \x01(\t\x12\x0c\n\x04step\x18\x08 \x01(\x05\x12>\n\x07metrics\x18\t \x03(\x0b\x32-.rollmesh.api.coordinator.v1.Job.MetricsEntry\x12J\n\x10\x66irst_evaluation\x18\n \x01(\x0b\x32\x30.rollmesh.api.coordinator.v1.EvaluationCompleted\x12I\n\x0flast_evaluation\x18\x0b \x01(\x0b\x32\x30.rollmesh.api.coordinator.v1.EvaluationCompleted\x12\x12\n\nlast_event\x18\x0c \x01(\x03\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xe2\x02\n\x08JobEvent\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x42\n\rstate_changed\x18\x03 \x01(\x0b\x32).rollmesh.api.coordinator.v1.StateChangedH\x00\x12\x44\n\x0estep_completed\x18\x04 \x01(\x0b\x32*.rollmesh.api.coordinator.v1.StepCompletedH\x00\x12P\n\x14\x65valuation_completed\x18\x05 \x01(\x0b\x32\x30.rollmesh.api.coordinator.v1.EvaluationCompletedH\x00\x12\x37\n\x07warning\x18\x06 \x01(\x0b\x32$.rollmesh.api.coordinator.v1.WarningH\x00\x42\x07\n\x05\x65vent\"\x86\x01\n\x0cStateChanged\x12\x33\n\x04\x66rom\x18\x01 \x01(\x0e\x32%.rollmesh.api.coordinator.v1.JobState\x12\x31\n\x02to\x18\x02 \x01(\x0e\x32%.rollmesh.api.coordinator.v1.JobState\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xa6\x02\n\rStepCompleted\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x03\x12H\n\x07metrics\x18\x03 \x03(\x0b\x32\x37.rollmesh.api.coordinator.v1.StepCompleted.MetricsEntry\x12\x46\n\x06phases\x18\x04 \x03(\x0b\x32\x36.rollmesh.api.coordinator.v1.StepCompleted.PhasesEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a-\n\x0bPhasesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"_\n\x13\x45valuationCompleted\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x13\n\x0breward_mean\x18\x02 \x01(\x01\x12\x11\n\tnum_tasks\x18\x03 \x01(\x05\x12\x12\n\nduration_s\x18\x04 \x01(\x01\"*\n\x07Warning\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t*\xb1\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11JOB_STATE_PENDING\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x14\n\x10JOB_STATE_PAUSED\x10\x03\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x04\x12\x14\n\x10JOB_STATE_FAILED\x10\x05\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%rollmesh/api/coordinator/v1/job.proto\x12\x1brollmesh.api.coordinator.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xde\x05\n\x07JobSpec\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x39\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32(.rollmesh.api.coordinator.v1.AdapterSpec\x12\x39\n\x07\x64\x61taset\x18\x03 \x01(\x0b\x32(.rollmesh.api.coordinator.v1.DatasetSpec\x12\x37\n\x06prompt\x18\x04 \x01(\x0b\x32\'.rollmesh.api.coordinator.v1.PromptSpec\x12\x37\n\x06reward\x18\x05 \x01(\x0b\x32\'.rollmesh.api.coordinator.v1.RewardSpec\x12=\n\talgorithm\x18\x06 \x01(\x0b\x32*.rollmesh.api.coordinator.v1.AlgorithmSpec\x12;\n\x08sampling\x18\x07 \x01(\x0b\x32).rollmesh.api.coordinator.v1.SamplingSpec\x12\x33\n\x04stop\x18\x08 \x01(\x0b\x32%.rollmesh.api.coordinator.v1.StopSpec\x12?\n\nevaluation\x18\t \x01(\x0b\x32+.rollmesh.api.coordinator.v1.EvaluationSpec\x12\x11\n\x04seed\x18\n \x01(\x03H\x00\x88\x01\x01\x12\x10\n\x08priority\x18\x0b \x01(\t\x12\x43\n\x0c\x64istillation\x18\x0c \x01(\x0b\x32-.rollmesh.api.coordinator.v1.DistillationSpec\x12\x31\n\x03sft\x18\r \x01(\x0b\x32$.rollmesh.api.coordinator.v1.SftSpec\x12?\n\ncurriculum\x18\x0e \x01(\x0b\x32+.rollmesh.api.coordinator.v1.CurriculumSpecB\x07\n\x05_seed\"\xa3\x01\n\x10\x44istillationSpec\x12\x17\n\x0fteacher_adapter\x18\x01 \x01(\t\x12\x1c\n\x0fteacher_version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x1a\n\x12teacher_base_model\x18\x03 \x01(\t\x12\x18\n\x0b\x63oefficient\x18\x04 \x01(\x01H\x01\x88\x01\x01\x42\x12\n\x10_teacher_versionB\x0e\n\x0c_coefficient\"\x1d\n\x07SftSpec\x12\x12\n\ncompletion\x18\x01 \x01(\t\"\x82\x01\n\x0e\x43urriculumSpec\x12\x17\n\nmin_reward\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\nmax_reward\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x14\n\x07revisit\x18\x03 \x01(\x01H\x02\x88\x01\x01\x42\r\n\x0b_min_rewardB\r\n\x0b_max_rewardB\n\n\x08_revisit\"\x87\x01\n\x0b\x41\x64\x61pterSpec\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\x04rank\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\x05\x61lpha\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x16\n\x0etarget_modules\x18\x04 \x03(\t\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x02\x88\x01\x01\x42\x07\n\x05_rankB\x08\n\x06_alphaB\x07\n\x05_seed\"~\n\x0b\x44\x61tasetSpec\x12\x30\n\x05tasks\x18\x01 \x03(\x0b\x32!.rollmesh.api.coordinator.v1.Task\x12=\n\tgenerator\x18\x02 \x01(\x0b\x32*.rollmesh.api.coordinator.v1.GeneratorSpec\"t\n\x04Task\x12=\n\x06\x66ields\x18\x01 \x03(\x0b\x32-.rollmesh.api.coordinator.v1.Task.FieldsEntry\x1a-\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"J\n\rGeneratorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\nparameters\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\"V\n\nPromptSpec\x12:\n\x08messages\x18\x01 \x03(\x0b\x32(.rollmesh.api.coordinator.v1.ChatMessage\x12\x0c\n\x04text\x18\x02 \x01(\t\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"^\n\nRewardSpec\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12+\n\nparameters\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x11\n\treference\x18\x03 \x01(\t\"\xd4\x05\n\rAlgorithmSpec\x12\x11\n\tadvantage\x18\x01 \x01(\t\x12\x17\n\ngroup_size\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x1c\n\x0fgroups_per_step\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12\x1a\n\rmax_staleness\x18\x04 \x01(\x05H\x02\x88\x01\x01\x12\x44\n\rlearning_rate\x18\x05 \x01(\x0b\x32-.rollmesh.api.coordinator.v1.LearningRateSpec\x12\x1b\n\x0ekl_coefficient\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12\x1a\n\rmax_grad_norm\x18\x07 \x01(\x01H\x04\x88\x01\x01\x12\x12\n\x05\x62\x65ta1\x18\x08 \x01(\x01H\x05\x88\x01\x01\x12\x12\n\x05\x62\x65ta2\x18\t \x01(\x01H\x06\x88\x01\x01\x12\x14\n\x07\x65psilon\x18\n \x01(\x01H\x07\x88\x01\x01\x12\x19\n\x0cweight_decay\x18\x0b \x01(\x01H\x08\x88\x01\x01\x12\x0c\n\x04loss\x18\x0c \x01(\t\x12\x1f\n\x12\x63lip_low_threshold\x18\r \x01(\x01H\t\x88\x01\x01\x12 \n\x13\x63lip_high_threshold\x18\x0e \x01(\x01H\n\x88\x01\x01\x12!\n\x14max_importance_ratio\x18\x0f \x01(\x01H\x0b\x88\x01\x01\x12#\n\x16max_group_replacements\x18\x10 \x01(\x05H\x0c\x88\x01\x01\x42\r\n\x0b_group_sizeB\x12\n\x10_groups_per_stepB\x10\n\x0e_max_stalenessB\x11\n\x0f_kl_coefficientB\x10\n\x0e_max_grad_normB\x08\n\x06_beta1B\x08\n\x06_beta2B\n\n\x08_epsilonB\x0f\n\r_weight_decayB\x15\n\x13_clip_low_thresholdB\x16\n\x14_clip_high_thresholdB\x17\n\x15_max_importance_ratioB\x19\n\x17_max_group_replacements\"\x8a\x01\n\x10LearningRateSpec\x12\x11\n\x04peak\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x08schedule\x18\x02 \x01(\t\x12\x19\n\x0cwarmup_steps\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05\x66inal\x18\x04 \x01(\x01H\x02\x88\x01\x01\x42\x07\n\x05_peakB\x0f\n\r_warmup_stepsB\x08\n\x06_final\"\xad\x02\n\x0cSamplingSpec\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x12\n\x05min_p\x18\x06 \x01(\x01H\x04\x88\x01\x01\x12\x15\n\rlogprobs_kind\x18\x07 \x01(\t\x12\x1a\n\x12\x63ontinue_on_newest\x18\x08 \x01(\x08\x12\x1c\n\x0fmax_logprob_gap\x18\t \x01(\x01H\x05\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x12\n\x10_max_logprob_gap\"\xa9\x01\n\x08StopSpec\x12\x11\n\tmax_steps\x18\x01 \x01(\x05\x12\x1e\n\x11\x65valuation_reward\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\x08patience\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12\x1c\n\x0fmin_improvement\x18\x04 \x01(\x01H\x02\x88\x01\x01\x42\x14\n\x12_evaluation_rewardB\x0b\n\t_patienceB\x12\n\x10_min_improvement\"\xec\x01\n\x0e\x45valuationSpec\x12\x18\n\x0b\x65very_steps\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x39\n\x07\x64\x61taset\x18\x02 \x01(\x0b\x32(.rollmesh.api.coordinator.v1.DatasetSpec\x12\x16\n\tmax_tasks\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12<\n\x04sets\x18\x04 \x03(\x0b\x32..rollmesh.api.coordinator.v1.EvaluationSetSpec\x12\x11\n\tkeep_best\x18\x05 \x01(\x08\x42\x0e\n\x0c_every_stepsB\x0c\n\n_max_tasks\"\x82\x01\n\x11\x45valuationSetSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x39\n\x07\x64\x61taset\x18\x02 \x01(\x0b\x32(.rollmesh.api.coordinator.v1.DatasetSpec\x12\x16\n\tmax_tasks\x18\x03 \x01(\x05H\x00\x88\x01\x01\x42\x0c\n\n_max_tasks\"\xdb\x05\n\x03Job\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x32\n\x04spec\x18\x02 \x01(\x0b\x32$.rollmesh.api.coordinator.v1.JobSpec\x12\x34\n\x05state\x18\x03 \x01(\x0e\x32%.rollmesh.api.coordinator.v1.JobState\x12\x14\n\x0cstate_reason\x18\x04 \x01(\t\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x61\x64\x61pter\x18\x07 \x01(\t\x12\x0c\n\x04step\x18\x08 \x01(\x05\x12>\n\x07metrics\x18\t \x03(\x0b\x32-.rollmesh.api.coordinator.v1.Job.MetricsEntry\x12J\n\x10\x66irst_evaluation\x18\n \x01(\x0b\x32\x30.rollmesh.api.coordinator.v1.EvaluationCompleted\x12I\n\x0flast_evaluation\x18\x0b \x01(\x0b\x32\x30.rollmesh.api.coordinator.v1.EvaluationCompleted\x12\x12\n\nlast_event\x18\x0c \x01(\x03\x12\x37\n\x05queue\x18\r \x01(\x0b\x32(.rollmesh.api.coordinator.v1.QueueStatus\x12I\n\x0f\x62\x65st_evaluation\x18\x0e \x01(\x0b\x32\x30.rollmesh.api.coordinator.v1.EvaluationCompleted\x12\x17\n\x0f\x62\x65st_checkpoint\x18\x0f \x01(\t\x12\r\n\x05sweep\x18\x10 \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x96\x01\n\x0bQueueStatus\x12\x10\n\x08position\x18\x01 \x01(\x05\x12\x0c\n\x04rule\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12*\n\x07\x65ta_low\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08\x65ta_high\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xe2\x02\n\x08JobEvent\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x42\n\rstate_changed\x18\x03 \x01(\x0b\x32).rollmesh.api.coordinator.v1.StateChangedH\x00\x12\x44\n\x0estep_completed\x18\x04 \x01(\x0b\x32*.rollmesh.api.coordinator.v1.StepCompletedH\x00\x12P\n\x14\x65valuation_completed\x18\x05 \x01(\x0b\x32\x30.rollmesh.api.coordinator.v1.EvaluationCompletedH\x00\x12\x37\n\x07warning\x18\x06 \x01(\x0b\x32$.rollmesh.api.coordinator.v1.WarningH\x00\x42\x07\n\x05\x65vent\"\x86\x01\n\x0cStateChanged\x12\x33\n\x04\x66rom\x18\x01 \x01(\x0e\x32%.rollmesh.api.coordinator.v1.JobState\x12\x31\n\x02to\x18\x02 \x01(\x0e\x32%.rollmesh.api.coordinator.v1.JobState\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xa6\x02\n\rStepCompleted\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x03\x12H\n\x07metrics\x18\x03 \x03(\x0b\x32\x37.rollmesh.api.coordinator.v1.StepCompleted.MetricsEntry\x12\x46\n\x06phases\x18\x04 \x03(\x0b\x32\x36.rollmesh.api.coordinator.v1.StepCompleted.PhasesEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a-\n\x0bPhasesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"l\n\x13\x45valuationCompleted\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x13\n\x0breward_mean\x18\x02 \x01(\x01\x12\x11\n\tnum_tasks\x18\x03 \x01(\x05\x12\x12\n\nduration_s\x18\x04 \x01(\x01\x12\x0b\n\x03set\x18\x05 \x01(\t\"*\n\x07Warning\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t*\xb1\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11JOB_STATE_PENDING\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x14\n\x10JOB_STATE_PAUSED\x10\x03\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x04\x12\x14\n\x10JOB_STATE_FAILED\x10\x05\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,52 +42,62 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STEPCOMPLETED_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_STEPCOMPLETED_PHASESENTRY']._loaded_options = None
   _globals['_STEPCOMPLETED_PHASESENTRY']._serialized_options = b'8\001'
-  _globals['_JOBSTATE']._serialized_start=4015
-  _globals['_JOBSTATE']._serialized_end=4192
-  _globals['_JOBSPEC']._serialized_start=134
-  _globals['_JOBSPEC']._serialized_end=665
-  _globals['_ADAPTERSPEC']._serialized_start=668
-  _globals['_ADAPTERSPEC']._serialized_end=803
-  _globals['_DATASETSPEC']._serialized_start=805
-  _globals['_DATASETSPEC']._serialized_end=931
-  _globals['_TASK']._serialized_start=933
-  _globals['_TASK']._serialized_end=1049
-  _globals['_TASK_FIELDSENTRY']._serialized_start=1004
-  _globals['_TASK_FIELDSENTRY']._serialized_end=1049
-  _globals['_GENERATORSPEC']._serialized_start=1051
-  _globals['_GENERATORSPEC']._serialized_end=1125
-  _globals['_PROMPTSPEC']._serialized_start=1127
-  _globals['_PROMPTSPEC']._serialized_end=1213
-  _globals['_CHATMESSAGE']._serialized_start=1215
-  _globals['_CHATMESSAGE']._serialized_end=1259
-  _globals['_REWARDSPEC']._serialized_start=1261
-  _globals['_REWARDSPEC']._serialized_end=1355
-  _globals['_ALGORITHMSPEC']._serialized_start=1358
-  _globals['_ALGORITHMSPEC']._serialized_end=1830
-  _globals['_LEARNINGRATESPEC']._serialized_start=1833
-  _globals['_LEARNINGRATESPEC']._serialized_end=1971
-  _globals['_SAMPLINGSPEC']._serialized_start=1974
-  _globals['_SAMPLINGSPEC']._serialized_end=2275
-  _globals['_STOPSPEC']._serialized_start=2277
-  _globals['_STOPSPEC']._serialized_end=2360
-  _globals['_EVALUATIONSPEC']._serialized_start=2363
-  _globals['_EVALUATIONSPEC']._serialized_end=2518
-  _globals['_JOB']._serialized_start=2521
-  _globals['_JOB']._serialized_end=3080
-  _globals['_JOB_METRICSENTRY']._serialized_start=3034
-  _globals['_JOB_METRICSENTRY']._serialized_end=3080
-  _globals['_JOBEVENT']._serialized_start=3083
-  _globals['_JOBEVENT']._serialized_end=3437
-  _globals['_STATECHANGED']._serialized_start=3440
-  _globals['_STATECHANGED']._serialized_end=3574
-  _globals['_STEPCOMPLETED']._serialized_start=3577
-  _globals['_STEPCOMPLETED']._serialized_end=3871
-  _globals['_STEPCOMPLETED_METRICSENTRY']._serialized_start=3034
-  _globals['_STEPCOMPLETED_METRICSENTRY']._serialized_end=3080
-  _globals['_STEPCOMPLETED_PHASESENTRY']._serialized_start=3826
-  _globals['_STEPCOMPLETED_PHASESENTRY']._serialized_end=3871
-  _globals['_EVALUATIONCOMPLETED']._serialized_start=3873
-  _globals['_EVALUATIONCOMPLETED']._serialized_end=3968
-  _globals['_WARNING']._serialized_start=3970
-  _globals['_WARNING']._serialized_end=4012
+  _globals['_JOBSTATE']._serialized_start=5471
+  _globals['_JOBSTATE']._serialized_end=5648
+  _globals['_JOBSPEC']._serialized_start=166
+  _globals['_JOBSPEC']._serialized_end=900
+  _globals['_DISTILLATIONSPEC']._serialized_start=903
+  _globals['_DISTILLATIONSPEC']._serialized_end=1066
+  _globals['_SFTSPEC']._serialized_start=1068
+  _globals['_SFTSPEC']._serialized_end=1097
+  _globals['_CURRICULUMSPEC']._serialized_start=1100
+  _globals['_CURRICULUMSPEC']._serialized_end=1230
+  _globals['_ADAPTERSPEC']._serialized_start=1233
+  _globals['_ADAPTERSPEC']._serialized_end=1368
+  _globals['_DATASETSPEC']._serialized_start=1370
+  _globals['_DATASETSPEC']._serialized_end=1496
+  _globals['_TASK']._serialized_start=1498
+  _globals['_TASK']._serialized_end=1614
+  _globals['_TASK_FIELDSENTRY']._serialized_start=1569
+  _globals['_TASK_FIELDSENTRY']._serialized_end=1614
+  _globals['_GENERATORSPEC']._serialized_start=1616
+  _globals['_GENERATORSPEC']._serialized_end=1690
+  _globals['_PROMPTSPEC']._serialized_start=1692
+  _globals['_PROMPTSPEC']._serialized_end=1778
+  _globals['_CHATMESSAGE']._serialized_start=1780
+  _globals['_CHATMESSAGE']._serialized_end=1824
+  _globals['_REWARDSPEC']._serialized_start=1826
+  _globals['_REWARDSPEC']._serialized_end=1920
+  _globals['_ALGORITHMSPEC']._serialized_start=1923
+  _globals['_ALGORITHMSPEC']._serialized_end=2647
+  _globals['_LEARNINGRATESPEC']._serialized_start=2650
+  _globals['_LEARNINGRATESPEC']._serialized_end=2788
+  _globals['_SAMPLINGSPEC']._serialized_start=2791
+  _globals['_SAMPLINGSPEC']._serialized_end=3092
+  _globals['_STOPSPEC']._serialized_start=3095
+  _globals['_STOPSPEC']._serialized_end=3264
+  _globals['_EVALUATIONSPEC']._serialized_start=3267
+  _globals['_EVALUATIONSPEC']._serialized_end=3503
+  _globals['_EVALUATIONSETSPEC']._serialized_start=3506
+  _globals['_EVALUATIONSETSPEC']._serialized_end=3636
+  _globals['_JOB']._serialized_start=3639
+  _globals['_JOB']._serialized_end=4370
+  _globals['_JOB_METRICSENTRY']._serialized_start=4324
+  _globals['_JOB_METRICSENTRY']._serialized_end=4370
+  _globals['_QUEUESTATUS']._serialized_start=4373
+  _globals['_QUEUESTATUS']._serialized_end=4523
+  _globals['_JOBEVENT']._serialized_start=4526
+  _globals['_JOBEVENT']._serialized_end=4880
+  _globals['_STATECHANGED']._serialized_start=4883
+  _globals['_STATECHANGED']._serialized_end=5017
+  _globals['_STEPCOMPLETED']._serialized_start=5020
+  _globals['_STEPCOMPLETED']._serialized_end=5314
+  _globals['_STEPCOMPLETED_METRICSENTRY']._serialized_start=4324
+  _globals['_STEPCOMPLETED_METRICSENTRY']._serialized_end=4370
+  _globals['_STEPCOMPLETED_PHASESENTRY']._serialized_start=5269
+  _globals['_STEPCOMPLETED_PHASESENTRY']._serialized_end=5314
+  _globals['_EVALUATIONCOMPLETED']._serialized_start=5316
+  _globals['_EVALUATIONCOMPLETED']._serialized_end=5424
+  _globals['_WARNING']._serialized_start=5426
+  _globals['_WARNING']._serialized_end=5468
 # @@protoc_insertion_point(module_scope)

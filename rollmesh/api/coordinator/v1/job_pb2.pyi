@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
@@ -81,10 +82,18 @@ class JobSpec(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     EVALUATION_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    DISTILLATION_FIELD_NUMBER: _builtins.int
+    SFT_FIELD_NUMBER: _builtins.int
+    CURRICULUM_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     """Name of the base model, as the fleet serves it. Required."""
     seed: _builtins.int
     """Seed of everything random in the job: order of the tasks and every sample. Absent: 0."""
+    priority: _builtins.str
+    """"low", "normal" or "high": requests of a higher class go before all of a lower one, and take their
+    places at the border of a chunk. At most the project's `max_priority`. Empty: "normal".
+    """
     @_builtins.property
     def adapter(self) -> Global___AdapterSpec:
         """The adapter to create and train. Absent: every default."""
@@ -99,7 +108,7 @@ class JobSpec(_message.Message):
 
     @_builtins.property
     def reward(self) -> Global___RewardSpec:
-        """How a completion is scored. Required."""
+        """How a completion is scored. Required but with `sft` or `distillation`, where it may be absent."""
 
     @_builtins.property
     def algorithm(self) -> Global___AlgorithmSpec:
@@ -117,6 +126,20 @@ class JobSpec(_message.Message):
     def evaluation(self) -> Global___EvaluationSpec:
         """What to measure on held-out tasks. Absent: nothing."""
 
+    @_builtins.property
+    def distillation(self) -> Global___DistillationSpec:
+        """Teach the policy what another one would say of its own completions. Absent: rewards alone."""
+
+    @_builtins.property
+    def sft(self) -> Global___SftSpec:
+        """Supervised fine-tuning on given completions: nothing is sampled but in evaluations. Excludes
+        `distillation`; `reward` is needed for an evaluation only. Absent: reinforcement learning.
+        """
+
+    @_builtins.property
+    def curriculum(self) -> Global___CurriculumSpec:
+        """Draw tasks by how the policy does on them. Absent: every epoch goes through all of them."""
+
     def __init__(
         self,
         *,
@@ -130,16 +153,143 @@ class JobSpec(_message.Message):
         stop: Global___StopSpec | None = ...,
         evaluation: Global___EvaluationSpec | None = ...,
         seed: _builtins.int | None = ...,
+        priority: _builtins.str = ...,
+        distillation: Global___DistillationSpec | None = ...,
+        sft: Global___SftSpec | None = ...,
+        curriculum: Global___CurriculumSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "adapter", b"adapter", "algorithm", b"algorithm", "dataset", b"dataset", "evaluation", b"evaluation", "prompt", b"prompt", "reward", b"reward", "sampling", b"sampling", "seed", b"seed", "stop", b"stop"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "adapter", b"adapter", "algorithm", b"algorithm", "curriculum", b"curriculum", "dataset", b"dataset", "distillation", b"distillation", "evaluation", b"evaluation", "prompt", b"prompt", "reward", b"reward", "sampling", b"sampling", "seed", b"seed", "sft", b"sft", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "adapter", b"adapter", "algorithm", b"algorithm", "base_model", b"base_model", "dataset", b"dataset", "evaluation", b"evaluation", "prompt", b"prompt", "reward", b"reward", "sampling", b"sampling", "seed", b"seed", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "adapter", b"adapter", "algorithm", b"algorithm", "base_model", b"base_model", "curriculum", b"curriculum", "dataset", b"dataset", "distillation", b"distillation", "evaluation", b"evaluation", "priority", b"priority", "prompt", b"prompt", "reward", b"reward", "sampling", b"sampling", "seed", b"seed", "sft", b"sft", "stop", b"stop"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
 
 Global___JobSpec: _TypeAlias = JobSpec  # noqa: Y015
+
+@_typing.final
+class DistillationSpec(_message.Message):
+    """On-policy distillation: the student draws, and each of its tokens gets the advantage
+    coefficient × (log-probability by the teacher − by the student), beside that of its reward where
+    the job has one.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEACHER_ADAPTER_FIELD_NUMBER: _builtins.int
+    TEACHER_VERSION_FIELD_NUMBER: _builtins.int
+    TEACHER_BASE_MODEL_FIELD_NUMBER: _builtins.int
+    COEFFICIENT_FIELD_NUMBER: _builtins.int
+    teacher_adapter: _builtins.str
+    """An adapter of the same project, `projects/{p}/adapters/{a}`, on the same base model. Empty: a base
+    model.
+    """
+    teacher_version: _builtins.int
+    """Its version, which is kept until the job has ended. Absent: the newest published when the job is
+    created.
+    """
+    teacher_base_model: _builtins.str
+    """A base model with the same tokenizer that the fleet serves. Empty: the job's own. Not with
+    teacher_adapter.
+    """
+    coefficient: _builtins.float
+    """> 0. Absent: 1."""
+    def __init__(
+        self,
+        *,
+        teacher_adapter: _builtins.str = ...,
+        teacher_version: _builtins.int | None = ...,
+        teacher_base_model: _builtins.str = ...,
+        coefficient: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_coefficient", b"_coefficient", "_teacher_version", b"_teacher_version", "coefficient", b"coefficient", "teacher_version", b"teacher_version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_coefficient", b"_coefficient", "_teacher_version", b"_teacher_version", "coefficient", b"coefficient", "teacher_adapter", b"teacher_adapter", "teacher_base_model", b"teacher_base_model", "teacher_version", b"teacher_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__coefficient: _TypeAlias = _typing.Literal["coefficient"]  # noqa: Y015
+    _WhichOneofArgType__coefficient: _TypeAlias = _typing.Literal["_coefficient", b"_coefficient"]  # noqa: Y015
+    _WhichOneofReturnType__teacher_version: _TypeAlias = _typing.Literal["teacher_version"]  # noqa: Y015
+    _WhichOneofArgType__teacher_version: _TypeAlias = _typing.Literal["_teacher_version", b"_teacher_version"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__coefficient) -> _WhichOneofReturnType__coefficient | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__teacher_version) -> _WhichOneofReturnType__teacher_version | None: ...
+
+Global___DistillationSpec: _TypeAlias = DistillationSpec  # noqa: Y015
+
+@_typing.final
+class SftSpec(_message.Message):
+    """Supervised fine-tuning. Each step takes algorithm.groups_per_step tasks, in the order in which a
+    job of reinforcement learning would; their loss is cross-entropy, averaged over the completions'
+    tokens. Excludes algorithm.loss, algorithm.max_importance_ratio and sampling.max_logprob_gap.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPLETION_FIELD_NUMBER: _builtins.int
+    completion: _builtins.str
+    """The completion to learn, text with {name} for the task's fields. After prompt.messages it is an
+    assistant's turn, ended as the chat template ends it; after prompt.text the end of sequence is
+    added. Required.
+    """
+    def __init__(
+        self,
+        *,
+        completion: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion", b"completion"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SftSpec: _TypeAlias = SftSpec  # noqa: Y015
+
+@_typing.final
+class CurriculumSpec(_message.Message):
+    """A curriculum by reward: tasks whose last mean reward lies in [min_reward, max_reward], and those
+    that were never drawn, are drawn before others.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIN_REWARD_FIELD_NUMBER: _builtins.int
+    MAX_REWARD_FIELD_NUMBER: _builtins.int
+    REVISIT_FIELD_NUMBER: _builtins.int
+    min_reward: _builtins.float
+    """Tasks below it are too hard for now. Absent: no bound."""
+    max_reward: _builtins.float
+    """Tasks above it are learned. Absent: no bound."""
+    revisit: _builtins.float
+    """Share of the groups that are drawn from the tasks outside of the bounds, so that they are seen
+    again, in (0, 1]. Absent: 0.1.
+    """
+    def __init__(
+        self,
+        *,
+        min_reward: _builtins.float | None = ...,
+        max_reward: _builtins.float | None = ...,
+        revisit: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_reward", b"_max_reward", "_min_reward", b"_min_reward", "_revisit", b"_revisit", "max_reward", b"max_reward", "min_reward", b"min_reward", "revisit", b"revisit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_reward", b"_max_reward", "_min_reward", b"_min_reward", "_revisit", b"_revisit", "max_reward", b"max_reward", "min_reward", b"min_reward", "revisit", b"revisit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_reward: _TypeAlias = _typing.Literal["max_reward"]  # noqa: Y015
+    _WhichOneofArgType__max_reward: _TypeAlias = _typing.Literal["_max_reward", b"_max_reward"]  # noqa: Y015
+    _WhichOneofReturnType__min_reward: _TypeAlias = _typing.Literal["min_reward"]  # noqa: Y015
+    _WhichOneofArgType__min_reward: _TypeAlias = _typing.Literal["_min_reward", b"_min_reward"]  # noqa: Y015
+    _WhichOneofReturnType__revisit: _TypeAlias = _typing.Literal["revisit"]  # noqa: Y015
+    _WhichOneofArgType__revisit: _TypeAlias = _typing.Literal["_revisit", b"_revisit"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_reward) -> _WhichOneofReturnType__max_reward | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_reward) -> _WhichOneofReturnType__min_reward | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__revisit) -> _WhichOneofReturnType__revisit | None: ...
+
+Global___CurriculumSpec: _TypeAlias = CurriculumSpec  # noqa: Y015
 
 @_typing.final
 class AdapterSpec(_message.Message):
@@ -385,7 +535,7 @@ Global___RewardSpec: _TypeAlias = RewardSpec  # noqa: Y015
 @_typing.final
 class AlgorithmSpec(_message.Message):
     """How rewards become training steps. At most 65,536 rollouts may be under way:
-    (max_staleness + 1) × groups_per_step × group_size.
+    (max_staleness + 1) × groups_per_step × group_size, the latter counted as 1 with sft.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -401,12 +551,20 @@ class AlgorithmSpec(_message.Message):
     BETA2_FIELD_NUMBER: _builtins.int
     EPSILON_FIELD_NUMBER: _builtins.int
     WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
+    CLIP_LOW_THRESHOLD_FIELD_NUMBER: _builtins.int
+    CLIP_HIGH_THRESHOLD_FIELD_NUMBER: _builtins.int
+    MAX_IMPORTANCE_RATIO_FIELD_NUMBER: _builtins.int
+    MAX_GROUP_REPLACEMENTS_FIELD_NUMBER: _builtins.int
     advantage: _builtins.str
     """Advantage estimator: "grpo" (reward less the group's mean, over its standard deviation),
-    "dr_grpo" (without the division) or "rloo" (reward less the mean of the others). Empty: "grpo".
+    "dr_grpo" (without the division), "rloo" (reward less the mean of the others) or "reinforce"
+    (reward less the mean of the step's batch, over its standard deviation). Empty: "grpo".
     """
     group_size: _builtins.int
-    """Rollouts per group, in [2, 1024]. Absent: 8."""
+    """Rollouts per group, in [2, 1024]. Without meaning in a job with `sft`, as `advantage` is.
+    Absent: 8.
+    """
     groups_per_step: _builtins.int
     """Groups per optimizer step, in [1, 4096]. Absent: 32."""
     max_staleness: _builtins.int
@@ -423,6 +581,25 @@ class AlgorithmSpec(_message.Message):
     """AdamW's epsilon, > 0. Absent: 1e-8."""
     weight_decay: _builtins.float
     """AdamW's decoupled weight decay, ≥ 0. Absent: 0."""
+    loss: _builtins.str
+    """The loss: "importance_sampling", "ppo", "cispo" or "gspo", as LossConfig has them. Empty:
+    "importance_sampling".
+    """
+    clip_low_threshold: _builtins.float
+    """Lower bound of the ratio itself, not a distance from 1, for "ppo", "cispo" and "gspo", ≥ 0, as
+    LossConfig has it: DAPO's "clip higher" is "ppo" with 0.8 and 1.28. Absent: the loss's own.
+    """
+    clip_high_threshold: _builtins.float
+    """Upper bound of the ratio, > 0 and ≥ the lower one. Absent: the loss's own."""
+    max_importance_ratio: _builtins.float
+    """Tokens whose ratio is above it count with it, as in LossConfig; > 0 and ≥ the ratio's upper bound;
+    not with "cispo" nor with `sft`. Absent: no bound.
+    """
+    max_group_replacements: _builtins.int
+    """Dynamic sampling: a group whose rewards are all equal teaches nothing and is replaced by one of
+    another task, at most so many times for each group of a step; the last is kept as it is.
+    Absent: 0, never.
+    """
     @_builtins.property
     def learning_rate(self) -> Global___LearningRateSpec:
         """Learning rate over the steps. Absent: every default."""
@@ -441,15 +618,24 @@ class AlgorithmSpec(_message.Message):
         beta2: _builtins.float | None = ...,
         epsilon: _builtins.float | None = ...,
         weight_decay: _builtins.float | None = ...,
+        loss: _builtins.str = ...,
+        clip_low_threshold: _builtins.float | None = ...,
+        clip_high_threshold: _builtins.float | None = ...,
+        max_importance_ratio: _builtins.float | None = ...,
+        max_group_replacements: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_epsilon", b"_epsilon", "_group_size", b"_group_size", "_groups_per_step", b"_groups_per_step", "_kl_coefficient", b"_kl_coefficient", "_max_grad_norm", b"_max_grad_norm", "_max_staleness", b"_max_staleness", "_weight_decay", b"_weight_decay", "beta1", b"beta1", "beta2", b"beta2", "epsilon", b"epsilon", "group_size", b"group_size", "groups_per_step", b"groups_per_step", "kl_coefficient", b"kl_coefficient", "learning_rate", b"learning_rate", "max_grad_norm", b"max_grad_norm", "max_staleness", b"max_staleness", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_clip_high_threshold", b"_clip_high_threshold", "_clip_low_threshold", b"_clip_low_threshold", "_epsilon", b"_epsilon", "_group_size", b"_group_size", "_groups_per_step", b"_groups_per_step", "_kl_coefficient", b"_kl_coefficient", "_max_grad_norm", b"_max_grad_norm", "_max_group_replacements", b"_max_group_replacements", "_max_importance_ratio", b"_max_importance_ratio", "_max_staleness", b"_max_staleness", "_weight_decay", b"_weight_decay", "beta1", b"beta1", "beta2", b"beta2", "clip_high_threshold", b"clip_high_threshold", "clip_low_threshold", b"clip_low_threshold", "epsilon", b"epsilon", "group_size", b"group_size", "groups_per_step", b"groups_per_step", "kl_coefficient", b"kl_coefficient", "learning_rate", b"learning_rate", "max_grad_norm", b"max_grad_norm", "max_group_replacements", b"max_group_replacements", "max_importance_ratio", b"max_importance_ratio", "max_staleness", b"max_staleness", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_epsilon", b"_epsilon", "_group_size", b"_group_size", "_groups_per_step", b"_groups_per_step", "_kl_coefficient", b"_kl_coefficient", "_max_grad_norm", b"_max_grad_norm", "_max_staleness", b"_max_staleness", "_weight_decay", b"_weight_decay", "advantage", b"advantage", "beta1", b"beta1", "beta2", b"beta2", "epsilon", b"epsilon", "group_size", b"group_size", "groups_per_step", b"groups_per_step", "kl_coefficient", b"kl_coefficient", "learning_rate", b"learning_rate", "max_grad_norm", b"max_grad_norm", "max_staleness", b"max_staleness", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_clip_high_threshold", b"_clip_high_threshold", "_clip_low_threshold", b"_clip_low_threshold", "_epsilon", b"_epsilon", "_group_size", b"_group_size", "_groups_per_step", b"_groups_per_step", "_kl_coefficient", b"_kl_coefficient", "_max_grad_norm", b"_max_grad_norm", "_max_group_replacements", b"_max_group_replacements", "_max_importance_ratio", b"_max_importance_ratio", "_max_staleness", b"_max_staleness", "_weight_decay", b"_weight_decay", "advantage", b"advantage", "beta1", b"beta1", "beta2", b"beta2", "clip_high_threshold", b"clip_high_threshold", "clip_low_threshold", b"clip_low_threshold", "epsilon", b"epsilon", "group_size", b"group_size", "groups_per_step", b"groups_per_step", "kl_coefficient", b"kl_coefficient", "learning_rate", b"learning_rate", "loss", b"loss", "max_grad_norm", b"max_grad_norm", "max_group_replacements", b"max_group_replacements", "max_importance_ratio", b"max_importance_ratio", "max_staleness", b"max_staleness", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__beta1: _TypeAlias = _typing.Literal["beta1"]  # noqa: Y015
     _WhichOneofArgType__beta1: _TypeAlias = _typing.Literal["_beta1", b"_beta1"]  # noqa: Y015
     _WhichOneofReturnType__beta2: _TypeAlias = _typing.Literal["beta2"]  # noqa: Y015
     _WhichOneofArgType__beta2: _TypeAlias = _typing.Literal["_beta2", b"_beta2"]  # noqa: Y015
+    _WhichOneofReturnType__clip_high_threshold: _TypeAlias = _typing.Literal["clip_high_threshold"]  # noqa: Y015
+    _WhichOneofArgType__clip_high_threshold: _TypeAlias = _typing.Literal["_clip_high_threshold", b"_clip_high_threshold"]  # noqa: Y015
+    _WhichOneofReturnType__clip_low_threshold: _TypeAlias = _typing.Literal["clip_low_threshold"]  # noqa: Y015
+    _WhichOneofArgType__clip_low_threshold: _TypeAlias = _typing.Literal["_clip_low_threshold", b"_clip_low_threshold"]  # noqa: Y015
     _WhichOneofReturnType__epsilon: _TypeAlias = _typing.Literal["epsilon"]  # noqa: Y015
     _WhichOneofArgType__epsilon: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon"]  # noqa: Y015
     _WhichOneofReturnType__group_size: _TypeAlias = _typing.Literal["group_size"]  # noqa: Y015
@@ -460,6 +646,10 @@ class AlgorithmSpec(_message.Message):
     _WhichOneofArgType__kl_coefficient: _TypeAlias = _typing.Literal["_kl_coefficient", b"_kl_coefficient"]  # noqa: Y015
     _WhichOneofReturnType__max_grad_norm: _TypeAlias = _typing.Literal["max_grad_norm"]  # noqa: Y015
     _WhichOneofArgType__max_grad_norm: _TypeAlias = _typing.Literal["_max_grad_norm", b"_max_grad_norm"]  # noqa: Y015
+    _WhichOneofReturnType__max_group_replacements: _TypeAlias = _typing.Literal["max_group_replacements"]  # noqa: Y015
+    _WhichOneofArgType__max_group_replacements: _TypeAlias = _typing.Literal["_max_group_replacements", b"_max_group_replacements"]  # noqa: Y015
+    _WhichOneofReturnType__max_importance_ratio: _TypeAlias = _typing.Literal["max_importance_ratio"]  # noqa: Y015
+    _WhichOneofArgType__max_importance_ratio: _TypeAlias = _typing.Literal["_max_importance_ratio", b"_max_importance_ratio"]  # noqa: Y015
     _WhichOneofReturnType__max_staleness: _TypeAlias = _typing.Literal["max_staleness"]  # noqa: Y015
     _WhichOneofArgType__max_staleness: _TypeAlias = _typing.Literal["_max_staleness", b"_max_staleness"]  # noqa: Y015
     _WhichOneofReturnType__weight_decay: _TypeAlias = _typing.Literal["weight_decay"]  # noqa: Y015
@@ -468,6 +658,10 @@ class AlgorithmSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__beta1) -> _WhichOneofReturnType__beta1 | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__beta2) -> _WhichOneofReturnType__beta2 | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__clip_high_threshold) -> _WhichOneofReturnType__clip_high_threshold | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__clip_low_threshold) -> _WhichOneofReturnType__clip_low_threshold | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon) -> _WhichOneofReturnType__epsilon | None: ...
     @_typing.overload
@@ -478,6 +672,10 @@ class AlgorithmSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kl_coefficient) -> _WhichOneofReturnType__kl_coefficient | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_grad_norm) -> _WhichOneofReturnType__max_grad_norm | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_group_replacements) -> _WhichOneofReturnType__max_group_replacements | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_importance_ratio) -> _WhichOneofReturnType__max_importance_ratio | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_staleness) -> _WhichOneofReturnType__max_staleness | None: ...
     @_typing.overload
@@ -632,23 +830,42 @@ class StopSpec(_message.Message):
 
     MAX_STEPS_FIELD_NUMBER: _builtins.int
     EVALUATION_REWARD_FIELD_NUMBER: _builtins.int
+    PATIENCE_FIELD_NUMBER: _builtins.int
+    MIN_IMPROVEMENT_FIELD_NUMBER: _builtins.int
     max_steps: _builtins.int
     """After this many optimizer steps, ≥ 1. Required."""
     evaluation_reward: _builtins.float
     """When an evaluation's mean reward is at least this. Absent: never. Needs `evaluation`."""
+    patience: _builtins.int
+    """When so many evaluations in a row brought no better mean reward than the best before them, ≥ 1.
+    Absent: never. Needs `evaluation.every_steps`.
+    """
+    min_improvement: _builtins.float
+    """By how much an evaluation has to be better to count for `patience` and as the best, ≥ 0. Absent: 0."""
     def __init__(
         self,
         *,
         max_steps: _builtins.int = ...,
         evaluation_reward: _builtins.float | None = ...,
+        patience: _builtins.int | None = ...,
+        min_improvement: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_evaluation_reward", b"_evaluation_reward", "evaluation_reward", b"evaluation_reward"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_evaluation_reward", b"_evaluation_reward", "_min_improvement", b"_min_improvement", "_patience", b"_patience", "evaluation_reward", b"evaluation_reward", "min_improvement", b"min_improvement", "patience", b"patience"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_evaluation_reward", b"_evaluation_reward", "evaluation_reward", b"evaluation_reward", "max_steps", b"max_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_evaluation_reward", b"_evaluation_reward", "_min_improvement", b"_min_improvement", "_patience", b"_patience", "evaluation_reward", b"evaluation_reward", "max_steps", b"max_steps", "min_improvement", b"min_improvement", "patience", b"patience"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__evaluation_reward: _TypeAlias = _typing.Literal["evaluation_reward"]  # noqa: Y015
     _WhichOneofArgType__evaluation_reward: _TypeAlias = _typing.Literal["_evaluation_reward", b"_evaluation_reward"]  # noqa: Y015
+    _WhichOneofReturnType__min_improvement: _TypeAlias = _typing.Literal["min_improvement"]  # noqa: Y015
+    _WhichOneofArgType__min_improvement: _TypeAlias = _typing.Literal["_min_improvement", b"_min_improvement"]  # noqa: Y015
+    _WhichOneofReturnType__patience: _TypeAlias = _typing.Literal["patience"]  # noqa: Y015
+    _WhichOneofArgType__patience: _TypeAlias = _typing.Literal["_patience", b"_patience"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__evaluation_reward) -> _WhichOneofReturnType__evaluation_reward | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_improvement) -> _WhichOneofReturnType__min_improvement | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__patience) -> _WhichOneofReturnType__patience | None: ...
 
 Global___StopSpec: _TypeAlias = StopSpec  # noqa: Y015
 
@@ -661,13 +878,25 @@ class EvaluationSpec(_message.Message):
     EVERY_STEPS_FIELD_NUMBER: _builtins.int
     DATASET_FIELD_NUMBER: _builtins.int
     MAX_TASKS_FIELD_NUMBER: _builtins.int
+    SETS_FIELD_NUMBER: _builtins.int
+    KEEP_BEST_FIELD_NUMBER: _builtins.int
     every_steps: _builtins.int
     """Steps between two evaluations, ≥ 1. Absent: only before the first and after the last step."""
     max_tasks: _builtins.int
     """Evaluate only the first tasks of the dataset, ≥ 1. Absent: all of them."""
+    keep_best: _builtins.bool
+    """Whether to keep the weights of the best evaluation as a checkpoint of the adapter, named
+    `best-{step}`.
+    """
     @_builtins.property
     def dataset(self) -> Global___DatasetSpec:
         """The held-out tasks. Required."""
+
+    @_builtins.property
+    def sets(self) -> _containers.RepeatedCompositeFieldContainer[Global___EvaluationSetSpec]:
+        """Further sets of held-out tasks, measured at the same steps; `stop`, the best checkpoint and sweeps
+        go by `dataset` alone.
+        """
 
     def __init__(
         self,
@@ -675,10 +904,12 @@ class EvaluationSpec(_message.Message):
         every_steps: _builtins.int | None = ...,
         dataset: Global___DatasetSpec | None = ...,
         max_tasks: _builtins.int | None = ...,
+        sets: _abc.Iterable[Global___EvaluationSetSpec] | None = ...,
+        keep_best: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps", "_max_tasks", b"_max_tasks", "dataset", b"dataset", "every_steps", b"every_steps", "max_tasks", b"max_tasks"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps", "_max_tasks", b"_max_tasks", "dataset", b"dataset", "every_steps", b"every_steps", "max_tasks", b"max_tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps", "_max_tasks", b"_max_tasks", "dataset", b"dataset", "every_steps", b"every_steps", "keep_best", b"keep_best", "max_tasks", b"max_tasks", "sets", b"sets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__every_steps: _TypeAlias = _typing.Literal["every_steps"]  # noqa: Y015
     _WhichOneofArgType__every_steps: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps"]  # noqa: Y015
@@ -690,6 +921,40 @@ class EvaluationSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tasks) -> _WhichOneofReturnType__max_tasks | None: ...
 
 Global___EvaluationSpec: _TypeAlias = EvaluationSpec  # noqa: Y015
+
+@_typing.final
+class EvaluationSetSpec(_message.Message):
+    """A further set of held-out tasks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DATASET_FIELD_NUMBER: _builtins.int
+    MAX_TASKS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """What its evaluations are told by: 1–63 of [a-z0-9-], starting with a letter, not ending with '-'."""
+    max_tasks: _builtins.int
+    """Evaluate only the first tasks, ≥ 1. Absent: all of them."""
+    @_builtins.property
+    def dataset(self) -> Global___DatasetSpec:
+        """The tasks. Required."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        dataset: Global___DatasetSpec | None = ...,
+        max_tasks: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tasks", b"_max_tasks", "dataset", b"dataset", "max_tasks", b"max_tasks"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tasks", b"_max_tasks", "dataset", b"dataset", "max_tasks", b"max_tasks", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_tasks: _TypeAlias = _typing.Literal["max_tasks"]  # noqa: Y015
+    _WhichOneofArgType__max_tasks: _TypeAlias = _typing.Literal["_max_tasks", b"_max_tasks"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tasks) -> _WhichOneofReturnType__max_tasks | None: ...
+
+Global___EvaluationSetSpec: _TypeAlias = EvaluationSetSpec  # noqa: Y015
 
 @_typing.final
 class Job(_message.Message):
@@ -729,6 +994,10 @@ class Job(_message.Message):
     FIRST_EVALUATION_FIELD_NUMBER: _builtins.int
     LAST_EVALUATION_FIELD_NUMBER: _builtins.int
     LAST_EVENT_FIELD_NUMBER: _builtins.int
+    QUEUE_FIELD_NUMBER: _builtins.int
+    BEST_EVALUATION_FIELD_NUMBER: _builtins.int
+    BEST_CHECKPOINT_FIELD_NUMBER: _builtins.int
+    SWEEP_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name `projects/{p}/jobs/{j}`."""
     state: Global___JobState.ValueType
@@ -741,6 +1010,10 @@ class Job(_message.Message):
     """Optimizer steps finished."""
     last_event: _builtins.int
     """Number of its newest event; events are numbered from 1."""
+    best_checkpoint: _builtins.str
+    """Resource name of the checkpoint with that evaluation's weights. Empty: none is kept."""
+    sweep: _builtins.str
+    """The sweep that made it, `projects/{p}/sweeps/{s}`. Empty: none."""
     @_builtins.property
     def spec(self) -> Global___JobSpec:
         """What it was created with, defaults filled in but for what stays absent: adapter.alpha (the
@@ -767,6 +1040,14 @@ class Job(_message.Message):
     def last_evaluation(self) -> Global___EvaluationCompleted:
         """The newest evaluation. Absent: none yet."""
 
+    @_builtins.property
+    def queue(self) -> Global___QueueStatus:
+        """Why a PENDING job waits, and for how long yet. Absent: it doesn't."""
+
+    @_builtins.property
+    def best_evaluation(self) -> Global___EvaluationCompleted:
+        """The best evaluation of `evaluation.dataset`. Absent: none yet."""
+
     def __init__(
         self,
         *,
@@ -782,14 +1063,60 @@ class Job(_message.Message):
         first_evaluation: Global___EvaluationCompleted | None = ...,
         last_evaluation: Global___EvaluationCompleted | None = ...,
         last_event: _builtins.int = ...,
+        queue: Global___QueueStatus | None = ...,
+        best_evaluation: Global___EvaluationCompleted | None = ...,
+        best_checkpoint: _builtins.str = ...,
+        sweep: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "first_evaluation", b"first_evaluation", "last_evaluation", b"last_evaluation", "spec", b"spec", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["best_evaluation", b"best_evaluation", "create_time", b"create_time", "first_evaluation", b"first_evaluation", "last_evaluation", b"last_evaluation", "queue", b"queue", "spec", b"spec", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "create_time", b"create_time", "first_evaluation", b"first_evaluation", "last_evaluation", b"last_evaluation", "last_event", b"last_event", "metrics", b"metrics", "name", b"name", "spec", b"spec", "state", b"state", "state_reason", b"state_reason", "step", b"step", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "best_checkpoint", b"best_checkpoint", "best_evaluation", b"best_evaluation", "create_time", b"create_time", "first_evaluation", b"first_evaluation", "last_evaluation", b"last_evaluation", "last_event", b"last_event", "metrics", b"metrics", "name", b"name", "queue", b"queue", "spec", b"spec", "state", b"state", "state_reason", b"state_reason", "step", b"step", "sweep", b"sweep", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Job: _TypeAlias = Job  # noqa: Y015
+
+@_typing.final
+class QueueStatus(_message.Message):
+    """Where a waiting job stands."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    RULE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    ETA_LOW_FIELD_NUMBER: _builtins.int
+    ETA_HIGH_FIELD_NUMBER: _builtins.int
+    position: _builtins.int
+    """From 1, among all jobs that wait for the same thing."""
+    rule: _builtins.str
+    """The rule that holds it back, as ExplainSchedule names them."""
+    reason: _builtins.str
+    """The same for a person to read."""
+    @_builtins.property
+    def eta_low(self) -> _duration_pb2.Duration:
+        """When it may begin at the earliest, from now. Absent with eta_high: nothing to go by."""
+
+    @_builtins.property
+    def eta_high(self) -> _duration_pb2.Duration:
+        """And at the latest, if what runs goes on as it has."""
+
+    def __init__(
+        self,
+        *,
+        position: _builtins.int = ...,
+        rule: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        eta_low: _duration_pb2.Duration | None = ...,
+        eta_high: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["eta_high", b"eta_high", "eta_low", b"eta_low"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["eta_high", b"eta_high", "eta_low", b"eta_low", "position", b"position", "reason", b"reason", "rule", b"rule"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueueStatus: _TypeAlias = QueueStatus  # noqa: Y015
 
 @_typing.final
 class JobEvent(_message.Message):
@@ -933,7 +1260,9 @@ class StepCompleted(_message.Message):
         """By name: `reward_mean`, `reward_std`, `loss`, `grad_norm`, `learning_rate`, `kl_sampler`,
         `kl_base` (with a KL penalty), `staleness_mean`, `staleness_max`, `completion_tokens_mean`,
         `num_tokens`, `num_rollouts`, `tokens_per_s` (sampled tokens over the step's wall time),
-        `groups_with_equal_rewards` (they teach nothing), `truncated_fraction`; where tokens were drawn
+        `groups_with_equal_rewards` (they teach nothing), `groups_replaced` (with dynamic sampling),
+        `truncated_fraction`, `kl_teacher` (with distillation: the mean over tokens of the student's less
+        the teacher's log-probability); where tokens were drawn
         by the version that is trained, `logprob_gap_max` and `logprob_gap_mean` (between sampler and
         trainer, over those tokens, nats); and all others that ForwardBackward and OptimStep report, of
         which `queued_s` and `run_s` are added up.
@@ -972,6 +1301,7 @@ class EvaluationCompleted(_message.Message):
     REWARD_MEAN_FIELD_NUMBER: _builtins.int
     NUM_TASKS_FIELD_NUMBER: _builtins.int
     DURATION_S_FIELD_NUMBER: _builtins.int
+    SET_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Optimizer steps before it; 0 is the untrained adapter."""
     reward_mean: _builtins.float
@@ -980,6 +1310,8 @@ class EvaluationCompleted(_message.Message):
     """Tasks evaluated."""
     duration_s: _builtins.float
     """Wall time in seconds."""
+    set: _builtins.str
+    """Name of the set in `evaluation.sets`. Empty: `evaluation.dataset`."""
     def __init__(
         self,
         *,
@@ -987,10 +1319,11 @@ class EvaluationCompleted(_message.Message):
         reward_mean: _builtins.float = ...,
         num_tasks: _builtins.int = ...,
         duration_s: _builtins.float = ...,
+        set: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration_s", b"duration_s", "num_tasks", b"num_tasks", "reward_mean", b"reward_mean", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration_s", b"duration_s", "num_tasks", b"num_tasks", "reward_mean", b"reward_mean", "set", b"set", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1006,7 +1339,7 @@ class Warning(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     """Stable name of what went wrong, "STEP_RECOVERED", "TRAINER_UNAVAILABLE",
-    "REWARD_UNAVAILABLE", "SAMPLER_UNAVAILABLE" or "LOGPROB_GAP".
+    "REWARD_UNAVAILABLE", "SAMPLER_UNAVAILABLE", "LOGPROB_GAP" or "CHECKPOINT_FAILED".
     """
     message: _builtins.str
     """For a person to read."""

@@ -337,7 +337,7 @@ class WatchJobRequest(_message.Message):
     name: _builtins.str
     """Resource name `projects/{p}/jobs/{j}`."""
     after_event: _builtins.int
-    """Number of the last event that the caller has. 0: from the first."""
+    """Number of the last event that the caller has. 0: from the first that is kept."""
     def __init__(
         self,
         *,

@@ -129,7 +129,9 @@ class JobServiceServicer:
         """Streams a job's events from any point, without gaps or repeats, and ends after the event that
         ends the job. A client that lost its connection calls again with the last number it saw.
         NOT_FOUND: there is none of that name. INVALID_ARGUMENT: after_event is negative, or beyond the
-        last event. UNAVAILABLE: the coordinator is going away; call again.
+        last event. FAILED_PRECONDITION: the events after it are kept no longer, as happens when the job
+        has ended long ago; ErrorInfo.metadata says `first_event`, the first that is. UNAVAILABLE: the
+        coordinator is going away; call again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -60,7 +60,9 @@ class JobServiceStub:
     """Streams a job's events from any point, without gaps or repeats, and ends after the event that
     ends the job. A client that lost its connection calls again with the last number it saw.
     NOT_FOUND: there is none of that name. INVALID_ARGUMENT: after_event is negative, or beyond the
-    last event. UNAVAILABLE: the coordinator is going away; call again.
+    last event. FAILED_PRECONDITION: the events after it are kept no longer, as happens when the job
+    has ended long ago; ErrorInfo.metadata says `first_event`, the first that is. UNAVAILABLE: the
+    coordinator is going away; call again.
     """
 
 @_typing.type_check_only
@@ -95,7 +97,9 @@ class JobServiceAsyncStub(JobServiceStub):
     """Streams a job's events from any point, without gaps or repeats, and ends after the event that
     ends the job. A client that lost its connection calls again with the last number it saw.
     NOT_FOUND: there is none of that name. INVALID_ARGUMENT: after_event is negative, or beyond the
-    last event. UNAVAILABLE: the coordinator is going away; call again.
+    last event. FAILED_PRECONDITION: the events after it are kept no longer, as happens when the job
+    has ended long ago; ErrorInfo.metadata says `first_event`, the first that is. UNAVAILABLE: the
+    coordinator is going away; call again.
     """
 
 class JobServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -169,7 +173,9 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         """Streams a job's events from any point, without gaps or repeats, and ends after the event that
         ends the job. A client that lost its connection calls again with the last number it saw.
         NOT_FOUND: there is none of that name. INVALID_ARGUMENT: after_event is negative, or beyond the
-        last event. UNAVAILABLE: the coordinator is going away; call again.
+        last event. FAILED_PRECONDITION: the events after it are kept no longer, as happens when the job
+        has ended long ago; ErrorInfo.metadata says `first_event`, the first that is. UNAVAILABLE: the
+        coordinator is going away; call again.
         """
 
 def add_JobServiceServicer_to_server(servicer: JobServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -228,6 +228,7 @@ class SampleRequest(_message.Message):
     NUM_COMPLETIONS_FIELD_NUMBER: _builtins.int
     PARAMS_FIELD_NUMBER: _builtins.int
     CONTINUE_ON_NEWEST_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     project: _builtins.str
     """Resource name `projects/{p}`: whose share of the fleet pays for it."""
     num_completions: _builtins.int
@@ -237,6 +238,8 @@ class SampleRequest(_message.Message):
     chunk; its spans say where. Only without a version in `policy`, else INVALID_ARGUMENT. False: it
     ends on the version that it began with.
     """
+    priority: _builtins.str
+    """As JobSpec.priority."""
     @_builtins.property
     def policy(self) -> _policy_pb2.PolicyRef:
         """The policy to sample from. Without a version: the newest published one."""
@@ -258,10 +261,11 @@ class SampleRequest(_message.Message):
         num_completions: _builtins.int = ...,
         params: _sampling_pb2.SamplingParams | None = ...,
         continue_on_newest: _builtins.bool = ...,
+        priority: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["params", b"params", "policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["continue_on_newest", b"continue_on_newest", "num_completions", b"num_completions", "params", b"params", "policy", b"policy", "project", b"project", "prompt_token_ids", b"prompt_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["continue_on_newest", b"continue_on_newest", "num_completions", b"num_completions", "params", b"params", "policy", b"policy", "priority", b"priority", "project", b"project", "prompt_token_ids", b"prompt_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -70,8 +70,8 @@ class SamplingServiceServicer:
         """Draws completions and streams their tokens. INVALID_ARGUMENT names the field: an empty prompt,
         a token outside the vocabulary, a prompt that leaves no room in the context, a parameter out of
         range. NOT_FOUND: nobody serves the base model; no such adapter or published version; one that
-        its trainer keeps no longer and no sampler holds. RESOURCE_EXHAUSTED: the queue is full; try again
-        after RetryInfo. UNAVAILABLE: no sampler serves. UNIMPLEMENTED: a parameter that the samplers'
+        its trainer keeps no longer and no sampler holds. RESOURCE_EXHAUSTED: the queue is full, or a
+        quota of the project is used up, of which QuotaFailure tells; try again after RetryInfo. UNAVAILABLE: no sampler serves. UNIMPLEMENTED: a parameter that the samplers'
         engine does not have. When a sampler is lost in the middle, another one continues each completion
         from there; the spans tell. Cancelling the call, or its deadline, stops the generation.
         """

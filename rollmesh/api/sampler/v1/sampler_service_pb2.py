@@ -27,7 +27,7 @@ from rollmesh.api.common.v1 import sampling_pb2 as rollmesh_dot_api_dot_common_d
 from rollmesh.api.common.v1 import tensor_pb2 as rollmesh_dot_api_dot_common_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-rollmesh/api/sampler/v1/sampler_service.proto\x12\x17rollmesh.api.sampler.v1\x1a#rollmesh/api/common/v1/policy.proto\x1a%rollmesh/api/common/v1/sampling.proto\x1a#rollmesh/api/common/v1/tensor.proto\"u\n\rAdapterSource\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x17\n\x0ftrainer_address\x18\x04 \x01(\t\x12\x12\n\nexport_key\x18\x05 \x01(\t\"\x13\n\x11GetSamplerRequest\"\xe5\x02\n\x12GetSamplerResponse\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\x05\x12\x12\n\nmax_length\x18\x03 \x01(\x05\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x13\n\x0bnum_running\x18\x05 \x01(\x05\x12\x36\n\x06loaded\x18\x06 \x03(\x0b\x32&.rollmesh.api.sampler.v1.AdapterSource\x12\x10\n\x08max_rank\x18\x07 \x01(\x05\x12\x13\n\x0binstance_id\x18\x08 \x01(\t\x12\x12\n\nnum_queued\x18\t \x01(\x05\x12\x11\n\tmax_loras\x18\n \x01(\x05\x12\x38\n\x08resident\x18\x0b \x03(\x0b\x32&.rollmesh.api.sampler.v1.AdapterSource\x12\x11\n\tkv_tokens\x18\x0c \x01(\x03\x12\x1a\n\x12reserved_kv_tokens\x18\r \x01(\x03\"L\n\x12LoadAdapterRequest\x12\x36\n\x06source\x18\x01 \x01(\x0b\x32&.rollmesh.api.sampler.v1.AdapterSource\"5\n\x13LoadAdapterResponse\x12\x0e\n\x06pull_s\x18\x01 \x01(\x01\x12\x0e\n\x06load_s\x18\x02 \x01(\x01\"W\n\x14UnloadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x1b\n\x0epolicy_version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\x11\n\x0f_policy_version\"\x17\n\x15UnloadAdapterResponse\"\x80\x02\n\rSampleRequest\x12\x36\n\x06source\x18\x01 \x01(\x0b\x32&.rollmesh.api.sampler.v1.AdapterSource\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\x05\x12\x17\n\x0fnum_completions\x18\x03 \x01(\x05\x12\x36\n\x06params\x18\x04 \x01(\x0b\x32&.rollmesh.api.common.v1.SamplingParams\x12\x0f\n\x07project\x18\x05 \x01(\t\x12;\n\rcontinuations\x18\x06 \x03(\x0b\x32$.rollmesh.api.common.v1.Continuation\"H\n\x0eSampleResponse\x12\x36\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\'.rollmesh.api.common.v1.CompletionChunk\"t\n\x16\x43omputeLogprobsRequest\x12\x36\n\x06source\x18\x01 \x01(\x0b\x32&.rollmesh.api.sampler.v1.AdapterSource\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x0f\n\x07project\x18\x03 \x01(\t\"}\n\x17\x43omputeLogprobsResponse\x12\x30\n\x08logprobs\x18\x01 \x01(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\x12\x30\n\x04span\x18\x02 \x01(\x0b\x32\".rollmesh.api.common.v1.PolicySpan2\xa4\x04\n\x0eSamplerService\x12\x65\n\nGetSampler\x12*.rollmesh.api.sampler.v1.GetSamplerRequest\x1a+.rollmesh.api.sampler.v1.GetSamplerResponse\x12h\n\x0bLoadAdapter\x12+.rollmesh.api.sampler.v1.LoadAdapterRequest\x1a,.rollmesh.api.sampler.v1.LoadAdapterResponse\x12n\n\rUnloadAdapter\x12-.rollmesh.api.sampler.v1.UnloadAdapterRequest\x1a..rollmesh.api.sampler.v1.UnloadAdapterResponse\x12[\n\x06Sample\x12&.rollmesh.api.sampler.v1.SampleRequest\x1a\'.rollmesh.api.sampler.v1.SampleResponse0\x01\x12t\n\x0f\x43omputeLogprobs\x12/.rollmesh.api.sampler.v1.ComputeLogprobsRequest\x1a\x30.rollmesh.api.sampler.v1.ComputeLogprobsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-rollmesh/api/sampler/v1/sampler_service.proto\x12\x17rollmesh.api.sampler.v1\x1a#rollmesh/api/common/v1/policy.proto\x1a%rollmesh/api/common/v1/sampling.proto\x1a#rollmesh/api/common/v1/tensor.proto\"u\n\rAdapterSource\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x17\n\x0ftrainer_address\x18\x04 \x01(\t\x12\x12\n\nexport_key\x18\x05 \x01(\t\"\x13\n\x11GetSamplerRequest\"\xf7\x02\n\x12GetSamplerResponse\x12\x12\n\nbase_model\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\x05\x12\x12\n\nmax_length\x18\x03 \x01(\x05\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x13\n\x0bnum_running\x18\x05 \x01(\x05\x12\x36\n\x06loaded\x18\x06 \x03(\x0b\x32&.rollmesh.api.sampler.v1.AdapterSource\x12\x10\n\x08max_rank\x18\x07 \x01(\x05\x12\x13\n\x0binstance_id\x18\x08 \x01(\t\x12\x12\n\nnum_queued\x18\t \x01(\x05\x12\x11\n\tmax_loras\x18\n \x01(\x05\x12\x38\n\x08resident\x18\x0b \x03(\x0b\x32&.rollmesh.api.sampler.v1.AdapterSource\x12\x11\n\tkv_tokens\x18\x0c \x01(\x03\x12\x1a\n\x12reserved_kv_tokens\x18\r \x01(\x03\x12\x10\n\x08\x64raining\x18\x0e \x01(\x08\"L\n\x12LoadAdapterRequest\x12\x36\n\x06source\x18\x01 \x01(\x0b\x32&.rollmesh.api.sampler.v1.AdapterSource\"5\n\x13LoadAdapterResponse\x12\x0e\n\x06pull_s\x18\x01 \x01(\x01\x12\x0e\n\x06load_s\x18\x02 \x01(\x01\"W\n\x14UnloadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x1b\n\x0epolicy_version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\x11\n\x0f_policy_version\"\x17\n\x15UnloadAdapterResponse\"\x80\x02\n\rSampleRequest\x12\x36\n\x06source\x18\x01 \x01(\x0b\x32&.rollmesh.api.sampler.v1.AdapterSource\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\x05\x12\x17\n\x0fnum_completions\x18\x03 \x01(\x05\x12\x36\n\x06params\x18\x04 \x01(\x0b\x32&.rollmesh.api.common.v1.SamplingParams\x12\x0f\n\x07project\x18\x05 \x01(\t\x12;\n\rcontinuations\x18\x06 \x03(\x0b\x32$.rollmesh.api.common.v1.Continuation\"H\n\x0eSampleResponse\x12\x36\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\'.rollmesh.api.common.v1.CompletionChunk\"t\n\x16\x43omputeLogprobsRequest\x12\x36\n\x06source\x18\x01 \x01(\x0b\x32&.rollmesh.api.sampler.v1.AdapterSource\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x0f\n\x07project\x18\x03 \x01(\t\"}\n\x17\x43omputeLogprobsResponse\x12\x30\n\x08logprobs\x18\x01 \x01(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\x12\x30\n\x04span\x18\x02 \x01(\x0b\x32\".rollmesh.api.common.v1.PolicySpan2\xa4\x04\n\x0eSamplerService\x12\x65\n\nGetSampler\x12*.rollmesh.api.sampler.v1.GetSamplerRequest\x1a+.rollmesh.api.sampler.v1.GetSamplerResponse\x12h\n\x0bLoadAdapter\x12+.rollmesh.api.sampler.v1.LoadAdapterRequest\x1a,.rollmesh.api.sampler.v1.LoadAdapterResponse\x12n\n\rUnloadAdapter\x12-.rollmesh.api.sampler.v1.UnloadAdapterRequest\x1a..rollmesh.api.sampler.v1.UnloadAdapterResponse\x12[\n\x06Sample\x12&.rollmesh.api.sampler.v1.SampleRequest\x1a\'.rollmesh.api.sampler.v1.SampleResponse0\x01\x12t\n\x0f\x43omputeLogprobs\x12/.rollmesh.api.sampler.v1.ComputeLogprobsRequest\x1a\x30.rollmesh.api.sampler.v1.ComputeLogprobsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,23 +39,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSAMPLERREQUEST']._serialized_start=306
   _globals['_GETSAMPLERREQUEST']._serialized_end=325
   _globals['_GETSAMPLERRESPONSE']._serialized_start=328
-  _globals['_GETSAMPLERRESPONSE']._serialized_end=685
-  _globals['_LOADADAPTERREQUEST']._serialized_start=687
-  _globals['_LOADADAPTERREQUEST']._serialized_end=763
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=765
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=818
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=820
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=907
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=909
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=932
-  _globals['_SAMPLEREQUEST']._serialized_start=935
-  _globals['_SAMPLEREQUEST']._serialized_end=1191
-  _globals['_SAMPLERESPONSE']._serialized_start=1193
-  _globals['_SAMPLERESPONSE']._serialized_end=1265
-  _globals['_COMPUTELOGPROBSREQUEST']._serialized_start=1267
-  _globals['_COMPUTELOGPROBSREQUEST']._serialized_end=1383
-  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_start=1385
-  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_end=1510
-  _globals['_SAMPLERSERVICE']._serialized_start=1513
-  _globals['_SAMPLERSERVICE']._serialized_end=2061
+  _globals['_GETSAMPLERRESPONSE']._serialized_end=703
+  _globals['_LOADADAPTERREQUEST']._serialized_start=705
+  _globals['_LOADADAPTERREQUEST']._serialized_end=781
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=783
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=836
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=838
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=925
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=927
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=950
+  _globals['_SAMPLEREQUEST']._serialized_start=953
+  _globals['_SAMPLEREQUEST']._serialized_end=1209
+  _globals['_SAMPLERESPONSE']._serialized_start=1211
+  _globals['_SAMPLERESPONSE']._serialized_end=1283
+  _globals['_COMPUTELOGPROBSREQUEST']._serialized_start=1285
+  _globals['_COMPUTELOGPROBSREQUEST']._serialized_end=1401
+  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_start=1403
+  _globals['_COMPUTELOGPROBSRESPONSE']._serialized_end=1528
+  _globals['_SAMPLERSERVICE']._serialized_start=1531
+  _globals['_SAMPLERSERVICE']._serialized_end=2079
 # @@protoc_insertion_point(module_scope)

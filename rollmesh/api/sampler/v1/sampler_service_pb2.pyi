@@ -95,6 +95,7 @@ class GetSamplerResponse(_message.Message):
     RESIDENT_FIELD_NUMBER: _builtins.int
     KV_TOKENS_FIELD_NUMBER: _builtins.int
     RESERVED_KV_TOKENS_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     """Name of the base model."""
     vocab_size: _builtins.int
@@ -117,6 +118,8 @@ class GetSamplerResponse(_message.Message):
     """Tokens whose keys and values fit into the engine. 0: not bounded."""
     reserved_kv_tokens: _builtins.int
     """Of those, the ones that admitted requests may come to need; may exceed kv_tokens."""
+    draining: _builtins.bool
+    """Whether it was told to end: it finishes what it has and is given nothing more."""
     @_builtins.property
     def loaded(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterSource]:
         """The versions that are live, without trainer_address and export_key."""
@@ -141,10 +144,11 @@ class GetSamplerResponse(_message.Message):
         resident: _abc.Iterable[Global___AdapterSource] | None = ...,
         kv_tokens: _builtins.int = ...,
         reserved_kv_tokens: _builtins.int = ...,
+        draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "base_model", b"base_model", "instance_id", b"instance_id", "kv_tokens", b"kv_tokens", "loaded", b"loaded", "max_length", b"max_length", "max_loras", b"max_loras", "max_rank", b"max_rank", "num_queued", b"num_queued", "num_running", b"num_running", "reserved_kv_tokens", b"reserved_kv_tokens", "resident", b"resident", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "base_model", b"base_model", "draining", b"draining", "instance_id", b"instance_id", "kv_tokens", b"kv_tokens", "loaded", b"loaded", "max_length", b"max_length", "max_loras", b"max_loras", "max_rank", b"max_rank", "num_queued", b"num_queued", "num_running", b"num_running", "reserved_kv_tokens", b"reserved_kv_tokens", "resident", b"resident", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,1 @@
+"""Models of a fleet and of jobs on it, for services/coordinator/simulate.py."""
