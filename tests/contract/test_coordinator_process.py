@@ -100,9 +100,25 @@ async def test_a_mistake_in_the_configuration_is_one_line_and_exit_status_2(conf
     assert said.count(b"\n") == 1
 
 
-async def test_a_database_that_is_away_is_one_line_and_exit_status_1(config):
+async def test_a_database_that_is_away_is_waited_for_and_said_so(config):
     values = yaml.safe_load(config.read_text())
     config.write_text(yaml.safe_dump({**values, "database": "postgresql://u@127.0.0.1:1/x"}))
+    process = await start(config)
+    try:
+        said = json.loads(await process.stderr.readline())
+        assert (
+            "waits for the database: the coordinator's database does not answer" in said["message"]
+        )
+    finally:
+        process.terminate()
+        _, rest = await process.communicate()
+    assert b"Traceback" not in rest
+
+
+async def test_a_database_file_that_cannot_be_opened_is_told_and_exit_status_1(config, tmp_path):
+    values = yaml.safe_load(config.read_text())
+    (tmp_path / "folder").mkdir()
+    config.write_text(yaml.safe_dump({**values, "database": f"sqlite:///{tmp_path}/folder"}))
     process = await start(config)
     _, said = await process.communicate()
     assert process.returncode == 1
