@@ -9,6 +9,7 @@ import importlib
 import struct
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -120,8 +121,7 @@ def of_wandb(folder: Path) -> dict[str, list[tuple[int, float]]]:
     pb = importlib.import_module("wandb.proto.wandb_internal_pb2")
     points, ids, steps = defaultdict(list), set(), []
     for path in sorted((folder / "wandb").glob("offline-run-*/run-*.wandb")):
-        for body in leveldb(path):
-            record = pb.Record.FromString(body)
+        for record in whole(path, pb):
             match record.WhichOneof("record_type"):
                 case "run":
                     ids.add(record.run.run_id)
@@ -135,6 +135,17 @@ def of_wandb(folder: Path) -> dict[str, list[tuple[int, float]]]:
     assert len(ids) == 1
     assert steps == sorted(set(steps))
     return dict(points)
+
+
+def whole(path: Path, pb):
+    """The records of a run that has ended; its own process writes them and outlives the command."""
+    give_up_at = time.monotonic() + 60
+    while time.monotonic() < give_up_at:
+        found = [pb.Record.FromString(body) for body in leveldb(path)]
+        if any(record.HasField("exit") for record in found):
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"{path} has no end")
 
 
 def leveldb(path: Path):
