@@ -74,6 +74,8 @@ def target(request, tmp_path, monkeypatch):
     """The command line's option for the sink, and what reads its points back by name."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    # This process may have imported what W&B advertises its other products for.
+    monkeypatch.setenv("WANDB_DISABLE_WEAVE", "true")
     match request.param:
         case "tensorboard":
             return ("--tensorboard", str(tmp_path)), lambda: of_tensorboard(tmp_path)
