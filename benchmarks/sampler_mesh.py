@@ -61,6 +61,10 @@ class Tenant:
         await self.step()
         await self.publish()
 
+    async def go_on(self) -> None:
+        """After a cancelled call: it may have been journaled, and its sequence used up."""
+        self._sequence = (await self._client.adapters.get(self.name)).next_sequence
+
     async def step(self) -> None:
         """Train one step on a few tokens."""
         tokens = np.arange(5, dtype=np.int32)
@@ -144,6 +148,7 @@ class BenchMesh:
         other = self.tenants[-1]
         if not other.checkpoints:
             await other.keep()
+        await other.go_on()
         before, begin = other.counts(), time.perf_counter()
         async with asyncio.TaskGroup() as tasks:
             beside = tasks.create_task(_versions_of(other, publishing=publishing))
@@ -159,6 +164,7 @@ class BenchMesh:
     async def publish_to_token_ms(self, count: int) -> list[float]:
         """From the call of PublishAdapter to the arrival of the new version's first token."""
         tenant = self.tenants[-1]
+        await tenant.go_on()
         found = []
         for _ in range(count):
             await tenant.step()
