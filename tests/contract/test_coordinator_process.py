@@ -64,8 +64,10 @@ async def config(tmp_path):
         yield path
 
 
-async def start(config: Path) -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
+@contextlib.asynccontextmanager
+async def started(config: Path):
+    """A process, killed at the end unless it has ended."""
+    process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "services.coordinator",
@@ -74,26 +76,27 @@ async def start(config: Path) -> asyncio.subprocess.Process:
         cwd=ROOT,
         stderr=asyncio.subprocess.PIPE,
     )
-
-
-@contextlib.asynccontextmanager
-async def running(config: Path):
-    """A process that serves, and its address; killed at the end unless it has ended."""
-    process = await start(config)
     try:
-        while (line := json.loads(await process.stderr.readline()))["message"] != "serving":
-            pass
-        yield process, f"127.0.0.1:{line['port']}"
+        yield process
     finally:
         if process.returncode is None:
             process.kill()
         await process.communicate()
 
 
+@contextlib.asynccontextmanager
+async def running(config: Path):
+    """A process that serves, and its address."""
+    async with started(config) as process:
+        while (line := json.loads(await process.stderr.readline()))["message"] != "serving":
+            pass
+        yield process, f"127.0.0.1:{line['port']}"
+
+
 async def test_a_mistake_in_the_configuration_is_one_line_and_exit_status_2(config):
     config.write_text(config.read_text().replace("trainers:", "trainer:"))
-    process = await start(config)
-    _, said = await process.communicate()
+    async with started(config) as process:
+        _, said = await process.communicate()
     assert process.returncode == 2
     assert said.decode().startswith(f"{config}: ")
     assert "trainer: unknown key; did you mean 'trainers'?" in said.decode()
@@ -103,13 +106,11 @@ async def test_a_mistake_in_the_configuration_is_one_line_and_exit_status_2(conf
 async def test_a_database_that_is_away_is_waited_for_and_said_so(config):
     values = yaml.safe_load(config.read_text())
     config.write_text(yaml.safe_dump({**values, "database": "postgresql://u@127.0.0.1:1/x"}))
-    process = await start(config)
-    try:
+    async with started(config) as process:
         said = json.loads(await process.stderr.readline())
         assert (
             "waits for the database: the coordinator's database does not answer" in said["message"]
         )
-    finally:
         process.terminate()
         _, rest = await process.communicate()
     assert b"Traceback" not in rest
@@ -119,8 +120,8 @@ async def test_a_database_file_that_cannot_be_opened_is_told_and_exit_status_1(c
     values = yaml.safe_load(config.read_text())
     (tmp_path / "folder").mkdir()
     config.write_text(yaml.safe_dump({**values, "database": f"sqlite:///{tmp_path}/folder"}))
-    process = await start(config)
-    _, said = await process.communicate()
+    async with started(config) as process:
+        _, said = await process.communicate()
     assert process.returncode == 1
     assert b"the coordinator's database does not answer" in said
     assert b"Traceback" not in said
