@@ -111,6 +111,18 @@ class SourceUnavailable(Unavailable):
     reason = "SOURCE_UNAVAILABLE"
 
 
+class EnvironmentUnavailable(Unavailable):
+    """No replica of an environment takes work; the context says which: `environment`."""
+
+    reason = "ENVIRONMENT_UNAVAILABLE"
+
+
+class EnvironmentFailed(MeshError):
+    """An environment failed at a call of its own; the context says which: `environment`."""
+
+    reason = "ENVIRONMENT_FAILED"
+
+
 class NotLeader(Unavailable):
     """This coordinator does not lead; the context says who does: `leader`, host:port or empty."""
 
@@ -121,6 +133,12 @@ class DeadlineExceeded(MeshError):
     """The caller's own deadline passed first."""
 
     status, reason = "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"
+
+
+class EnvironmentTimeout(DeadlineExceeded):
+    """An environment did not answer in the time that it has; the context: `environment`."""
+
+    reason = "ENVIRONMENT_TIMEOUT"
 
 
 class Unimplemented(MeshError):
@@ -146,8 +164,11 @@ BY_REASON: dict[str, type[MeshError]] = {
         CapacityExhausted,
         Unavailable,
         SourceUnavailable,
+        EnvironmentUnavailable,
+        EnvironmentFailed,
         NotLeader,
         DeadlineExceeded,
+        EnvironmentTimeout,
         Unimplemented,
     )
 }

@@ -60,7 +60,7 @@ class GeneratorSpec(Config):
 
 
 class DatasetSpec(Config):
-    """Where tasks come from: exactly one of `jsonl`, `tasks` and `generator`."""
+    """Where tasks come from: exactly one of `jsonl`, `tasks`, `generator` and `split`."""
 
     jsonl: str | None = None
     """Path of a file of JSON objects, one a line, relative to the job file. Read by the client."""
@@ -68,12 +68,16 @@ class DatasetSpec(Config):
     """The tasks themselves."""
     generator: GeneratorSpec | None = None
     """A generator of tasks."""
+    split: str = ""
+    """A split of the job's environment, of which the first 100,000 tasks are taken."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        given = [bool(self.jsonl), bool(self.tasks), self.generator is not None]
+        given = [bool(self.jsonl), bool(self.tasks), self.generator is not None, bool(self.split)]
         if sum(given) != 1:
-            raise ValueError("exactly one of jsonl, tasks (not empty) and generator is needed")
+            raise ValueError(
+                "exactly one of jsonl, tasks (not empty), generator and split is needed"
+            )
         return self
 
 
@@ -119,17 +123,43 @@ class PromptSpec(Config):
 class RewardSpec(Config):
     """How a completion is scored."""
 
-    function: str
-    """Name of a reward function, e.g. `exact_match`."""
+    function: str = ""
+    """Name of a reward function, e.g. `exact_match`. Exactly one of this and `environment`."""
     parameters: dict[str, Any] = {}
     """Its parameters."""
     reference: str = ""
     """What the function compares with: text with {name} for a task's fields."""
+    environment: str = ""
+    """Name of an environment that scores completions of the job's own tasks in a single turn: it is
+    told the task's fields, the chat and the completion. Needs prompt.messages."""
+
+    @model_validator(mode="after")
+    def _one_scorer(self) -> Self:
+        if bool(self.function) == bool(self.environment):
+            raise ValueError("exactly one of function and environment is needed")
+        if self.environment and (self.parameters or self.reference):
+            raise ValueError("parameters and reference are a function's, not an environment's")
+        return self
 
     @field_validator("parameters")
     @classmethod
     def _whole_numbers(cls, parameters: dict[str, Any]) -> dict[str, Any]:
         return {key: whole_numbers(value) for key, value in parameters.items()}
+
+
+class EnvironmentSpec(Config):
+    """What rollouts take place in: episodes where it has them, else single turns."""
+
+    name: str = Field(pattern=rf"^{ID_PATTERN}$")
+    """Its name, as `rollmesh environment list` tells it."""
+    max_turns: PositiveInt = 16
+    """Most completions of one rollout; after them it is worth what it got so far."""
+    max_retries: NonNegativeInt = 2
+    """How often a rollout is begun anew when the environment failed or took too long. While it is
+    away the job waits, which does not count."""
+    max_failures: NonNegativeInt = 16
+    """Rollouts that may be given up so, over the whole job: each has its group replaced by one of
+    another task. One more fails the job."""
 
 
 class LearningRateSpec(Config):
@@ -312,6 +342,11 @@ class EvaluationSpec(Config):
             raise ValueError(f"sets: each name once, not {', '.join(names)}")
         return self
 
+    @property
+    def datasets(self) -> list[DatasetSpec]:
+        """Of all sets."""
+        return [self.dataset, *(one.dataset for one in self.sets)]
+
 
 class DistillationSpec(Config):
     """On-policy distillation: the teacher judges every token that the student draws.
@@ -375,10 +410,11 @@ class JobSpec(Config):
     """The adapter to create and train."""
     dataset: DatasetSpec
     """Where the training tasks come from."""
-    prompt: PromptSpec
-    """How a task becomes a prompt."""
+    prompt: PromptSpec | None = None
+    """How a task becomes a prompt. Absent with `environment`, and only then."""
     reward: RewardSpec | None = None
-    """How a completion is scored. May be absent with `sft` and `distillation`."""
+    """How a completion is scored. May be absent with `sft` and `distillation`; absent with
+    `environment`."""
     sft: SftSpec | None = None
     """Supervised fine-tuning instead of reinforcement learning: nothing is sampled but in
     evaluations."""
@@ -399,6 +435,9 @@ class JobSpec(Config):
     """Teach the policy what another one would say of its own completions."""
     curriculum: CurriculumSpec | None = None
     """Draw tasks by how the policy does on them. Absent: every epoch goes through all of them."""
+    environment: EnvironmentSpec | None = None
+    """An environment that has the tasks, says what there is to see, and scores. Without `prompt`,
+    `reward` and `sft`. Absent: single turns, of the job's own tasks."""
 
     @field_validator("algorithm")
     @classmethod
@@ -419,14 +458,36 @@ class JobSpec(Config):
     def _method(self) -> Self:
         if self.sft and self.distillation:
             raise ValueError("at most one of sft and distillation may be given")
-        if self.reward is None and not (self.sft or self.distillation):
-            raise ValueError("reward is needed, but with sft or distillation")
-        if self.reward is None and (self.evaluation or self.curriculum):
-            raise ValueError("evaluation and curriculum need reward")
-        if self.reward is None and self.algorithm.max_group_replacements:
-            raise ValueError("algorithm.max_group_replacements needs reward")
+        if not (self.is_rewarded or self.sft or self.distillation):
+            raise ValueError("reward is needed, but with environment, sft or distillation")
+        if not self.is_rewarded and (self.evaluation or self.curriculum):
+            raise ValueError("evaluation and curriculum need reward or environment")
+        if not self.is_rewarded and self.algorithm.max_group_replacements:
+            raise ValueError("algorithm.max_group_replacements needs reward or environment")
         if self.sft and (self.curriculum or self.algorithm.max_group_replacements):
             raise ValueError("sft draws nothing: without curriculum and max_group_replacements")
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_and_prompts(self) -> Self:
+        sets = self.evaluation.datasets if self.evaluation else []
+        splits = [bool(dataset.split) for dataset in (self.dataset, *sets)]
+        if self.environment is None:
+            if self.prompt is None:
+                raise ValueError("prompt is needed, but with environment")
+            if any(splits):
+                raise ValueError("a split is one of an environment's, and there is none")
+            if self.reward and self.reward.environment and not self.prompt.messages:
+                raise ValueError("reward.environment reads chats: it needs prompt.messages")
+            return self
+        if not all(splits):
+            raise ValueError("with environment each dataset is a split of it")
+        beside = {"prompt": self.prompt, "reward": self.reward, "sft": self.sft}
+        given = [name for name, section in beside.items() if section is not None]
+        if given:
+            raise ValueError(
+                f"environment says what there is to see and scores: without {', '.join(given)}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -475,6 +536,11 @@ class JobSpec(Config):
         if self.stop.evaluation_reward is not None and self.evaluation is None:
             raise ValueError("stop.evaluation_reward needs evaluation")
         return self
+
+    @property
+    def is_rewarded(self) -> bool:
+        """Whether anything says what its rollouts are worth."""
+        return self.reward is not None or self.environment is not None
 
     @property
     def needs_sampler(self) -> bool:
@@ -624,7 +690,8 @@ class Warned(Config):
     """Tells the events apart."""
     reason: str
     """Stable name: STEP_RECOVERED, TRAINER_UNAVAILABLE, REWARD_UNAVAILABLE, SAMPLER_UNAVAILABLE,
-    LOGPROB_GAP, CHECKPOINT_FAILED."""
+    ENVIRONMENT_UNAVAILABLE, ENVIRONMENT_FAILED, ENVIRONMENT_CHANGED, LOGPROB_GAP,
+    CHECKPOINT_FAILED."""
     message: str
     """For a person to read."""
 
@@ -695,3 +762,5 @@ class Job(Config):
     """Resource name of the checkpoint with its weights; empty: none is kept."""
     sweep: str = ""
     """`projects/{p}/sweeps/{s}` that made it; empty: none."""
+    problems: list[str] = []
+    """What it waits for, while it runs, because that is away."""

@@ -394,6 +394,7 @@ class RewardFunctionInfo:
     name: str
     description: str
     parameters_schema_json: str
+    asks_judge: bool = False
 
 
 @dataclass(frozen=True, slots=True)

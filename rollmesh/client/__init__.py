@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 from rollmesh.client.adapters import AdapterClient
 from rollmesh.client.checkpoints import CheckpointClient
+from rollmesh.client.environment import EnvironmentClient, Episode
 from rollmesh.client.fleet import FleetClient
 from rollmesh.client.jobs import JobClient
 from rollmesh.client.reward import RewardClient
@@ -29,6 +30,8 @@ __all__ = [
     "AdapterClient",
     "CheckpointClient",
     "Client",
+    "EnvironmentClient",
+    "Episode",
     "FleetClient",
     "JobClient",
     "RewardClient",

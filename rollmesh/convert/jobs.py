@@ -42,7 +42,15 @@ def spec_from_pb(message: job_pb2.JobSpec) -> jobs.JobSpec:
         InvalidRequest: a value out of range or missing; the message names each key.
     """
     values = plain(message, field="spec")
-    for section in ("adapter", "algorithm", "sampling", "stop", "distillation", "curriculum"):
+    for section in (
+        "adapter",
+        "algorithm",
+        "sampling",
+        "stop",
+        "distillation",
+        "curriculum",
+        "environment",
+    ):
         if section in values:
             values[section] = _numbers(values[section])
     try:
@@ -73,6 +81,7 @@ def job_to_pb(job: jobs.Job) -> job_pb2.Job:
         last_event=job.last_event,
         best_checkpoint=job.best_checkpoint,
         sweep=job.sweep,
+        problems=job.problems,
     )
     if job.queue is not None:
         message.queue.CopyFrom(_queue_to_pb(job.queue))
@@ -106,6 +115,7 @@ def job_from_pb(message: job_pb2.Job) -> jobs.Job:
         best_evaluation=_evaluation_from_pb(message, "best_evaluation"),
         best_checkpoint=message.best_checkpoint,
         sweep=message.sweep,
+        problems=list(message.problems),
     )
 
 

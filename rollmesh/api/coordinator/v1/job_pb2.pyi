@@ -86,6 +86,7 @@ class JobSpec(_message.Message):
     DISTILLATION_FIELD_NUMBER: _builtins.int
     SFT_FIELD_NUMBER: _builtins.int
     CURRICULUM_FIELD_NUMBER: _builtins.int
+    ENVIRONMENT_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     """Name of the base model, as the fleet serves it. Required."""
     seed: _builtins.int
@@ -104,11 +105,13 @@ class JobSpec(_message.Message):
 
     @_builtins.property
     def prompt(self) -> Global___PromptSpec:
-        """How a task becomes a prompt. Required."""
+        """How a task becomes a prompt. Required but with `environment`, which excludes it."""
 
     @_builtins.property
     def reward(self) -> Global___RewardSpec:
-        """How a completion is scored. Required but with `sft` or `distillation`, where it may be absent."""
+        """How a completion is scored. Required but with `sft` or `distillation`, where it may be absent, and
+        with `environment`, which excludes it.
+        """
 
     @_builtins.property
     def algorithm(self) -> Global___AlgorithmSpec:
@@ -140,6 +143,12 @@ class JobSpec(_message.Message):
     def curriculum(self) -> Global___CurriculumSpec:
         """Draw tasks by how the policy does on them. Absent: every epoch goes through all of them."""
 
+    @_builtins.property
+    def environment(self) -> Global___EnvironmentSpec:
+        """An environment that has the tasks, says what there is to see, and scores. Excludes `prompt`,
+        `reward` and `sft`. Absent: single turns, of the job's own tasks.
+        """
+
     def __init__(
         self,
         *,
@@ -157,16 +166,68 @@ class JobSpec(_message.Message):
         distillation: Global___DistillationSpec | None = ...,
         sft: Global___SftSpec | None = ...,
         curriculum: Global___CurriculumSpec | None = ...,
+        environment: Global___EnvironmentSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "adapter", b"adapter", "algorithm", b"algorithm", "curriculum", b"curriculum", "dataset", b"dataset", "distillation", b"distillation", "evaluation", b"evaluation", "prompt", b"prompt", "reward", b"reward", "sampling", b"sampling", "seed", b"seed", "sft", b"sft", "stop", b"stop"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "adapter", b"adapter", "algorithm", b"algorithm", "curriculum", b"curriculum", "dataset", b"dataset", "distillation", b"distillation", "environment", b"environment", "evaluation", b"evaluation", "prompt", b"prompt", "reward", b"reward", "sampling", b"sampling", "seed", b"seed", "sft", b"sft", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "adapter", b"adapter", "algorithm", b"algorithm", "base_model", b"base_model", "curriculum", b"curriculum", "dataset", b"dataset", "distillation", b"distillation", "evaluation", b"evaluation", "priority", b"priority", "prompt", b"prompt", "reward", b"reward", "sampling", b"sampling", "seed", b"seed", "sft", b"sft", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "adapter", b"adapter", "algorithm", b"algorithm", "base_model", b"base_model", "curriculum", b"curriculum", "dataset", b"dataset", "distillation", b"distillation", "environment", b"environment", "evaluation", b"evaluation", "priority", b"priority", "prompt", b"prompt", "reward", b"reward", "sampling", b"sampling", "seed", b"seed", "sft", b"sft", "stop", b"stop"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
 
 Global___JobSpec: _TypeAlias = JobSpec  # noqa: Y015
+
+@_typing.final
+class EnvironmentSpec(_message.Message):
+    """What a job's rollouts take place in: episodes where the environment has them, else single turns."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    MAX_TURNS_FIELD_NUMBER: _builtins.int
+    MAX_RETRIES_FIELD_NUMBER: _builtins.int
+    MAX_FAILURES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name, as RewardService.ListEnvironments tells it. Required."""
+    max_turns: _builtins.int
+    """Most completions of one rollout, ≥ 1; after them the rollout is worth what it got so far. The
+    environment's own limit holds too. Absent: 16.
+    """
+    max_retries: _builtins.int
+    """How often a rollout is begun anew when the environment failed or took too long, ≥ 0. While the
+    environment is away the job waits, which does not count. Absent: 2.
+    """
+    max_failures: _builtins.int
+    """Rollouts that may be given up so, over the whole job, ≥ 0: each has its group replaced by one of
+    another task. One more fails the job. Absent: 16.
+    """
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        max_turns: _builtins.int | None = ...,
+        max_retries: _builtins.int | None = ...,
+        max_failures: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_failures", b"_max_failures", "_max_retries", b"_max_retries", "_max_turns", b"_max_turns", "max_failures", b"max_failures", "max_retries", b"max_retries", "max_turns", b"max_turns"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_failures", b"_max_failures", "_max_retries", b"_max_retries", "_max_turns", b"_max_turns", "max_failures", b"max_failures", "max_retries", b"max_retries", "max_turns", b"max_turns", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_failures: _TypeAlias = _typing.Literal["max_failures"]  # noqa: Y015
+    _WhichOneofArgType__max_failures: _TypeAlias = _typing.Literal["_max_failures", b"_max_failures"]  # noqa: Y015
+    _WhichOneofReturnType__max_retries: _TypeAlias = _typing.Literal["max_retries"]  # noqa: Y015
+    _WhichOneofArgType__max_retries: _TypeAlias = _typing.Literal["_max_retries", b"_max_retries"]  # noqa: Y015
+    _WhichOneofReturnType__max_turns: _TypeAlias = _typing.Literal["max_turns"]  # noqa: Y015
+    _WhichOneofArgType__max_turns: _TypeAlias = _typing.Literal["_max_turns", b"_max_turns"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_failures) -> _WhichOneofReturnType__max_failures | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_retries) -> _WhichOneofReturnType__max_retries | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_turns) -> _WhichOneofReturnType__max_turns | None: ...
+
+Global___EnvironmentSpec: _TypeAlias = EnvironmentSpec  # noqa: Y015
 
 @_typing.final
 class DistillationSpec(_message.Message):
@@ -352,6 +413,9 @@ class DatasetSpec(_message.Message):
 
     TASKS_FIELD_NUMBER: _builtins.int
     GENERATOR_FIELD_NUMBER: _builtins.int
+    SPLIT_FIELD_NUMBER: _builtins.int
+    split: _builtins.str
+    """Name of a split of the job's environment, of which the first 100,000 tasks are taken."""
     @_builtins.property
     def tasks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Task]:
         """The tasks themselves. (A job file's `jsonl: PATH` is read by the client and sent as these.)"""
@@ -365,10 +429,11 @@ class DatasetSpec(_message.Message):
         *,
         tasks: _abc.Iterable[Global___Task] | None = ...,
         generator: Global___GeneratorSpec | None = ...,
+        split: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["generator", b"generator"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generator", b"generator", "tasks", b"tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generator", b"generator", "split", b"split", "tasks", b"tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -509,10 +574,18 @@ class RewardSpec(_message.Message):
     FUNCTION_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
     REFERENCE_FIELD_NUMBER: _builtins.int
+    ENVIRONMENT_FIELD_NUMBER: _builtins.int
     function: _builtins.str
-    """Name of a reward function, as RewardService.ListFunctions says it."""
+    """Name of a reward function, as RewardService.ListFunctions says it. Exactly one of this and
+    `environment` is set.
+    """
     reference: _builtins.str
     """The reference handed to the function, with {name} for the task's fields. Empty: no reference."""
+    environment: _builtins.str
+    """Name of an environment that scores completions of the job's own tasks in a single turn: it is told
+    the task's fields, the chat and the completion. Excludes `parameters` and `reference`. Needs
+    `prompt.messages`.
+    """
     @_builtins.property
     def parameters(self) -> _struct_pb2.Struct:
         """Its parameters. Absent: its defaults."""
@@ -523,10 +596,11 @@ class RewardSpec(_message.Message):
         function: _builtins.str = ...,
         parameters: _struct_pb2.Struct | None = ...,
         reference: _builtins.str = ...,
+        environment: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["function", b"function", "parameters", b"parameters", "reference", b"reference"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["environment", b"environment", "function", b"function", "parameters", b"parameters", "reference", b"reference"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -998,6 +1072,7 @@ class Job(_message.Message):
     BEST_EVALUATION_FIELD_NUMBER: _builtins.int
     BEST_CHECKPOINT_FIELD_NUMBER: _builtins.int
     SWEEP_FIELD_NUMBER: _builtins.int
+    PROBLEMS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name `projects/{p}/jobs/{j}`."""
     state: Global___JobState.ValueType
@@ -1048,6 +1123,12 @@ class Job(_message.Message):
     def best_evaluation(self) -> Global___EvaluationCompleted:
         """The best evaluation of `evaluation.dataset`. Absent: none yet."""
 
+    @_builtins.property
+    def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What a RUNNING job waits for now because it is away, each for a person to read and naming it: a
+        trainer, a sampler, the reward service, an environment. Empty: nothing.
+        """
+
     def __init__(
         self,
         *,
@@ -1067,10 +1148,11 @@ class Job(_message.Message):
         best_evaluation: Global___EvaluationCompleted | None = ...,
         best_checkpoint: _builtins.str = ...,
         sweep: _builtins.str = ...,
+        problems: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["best_evaluation", b"best_evaluation", "create_time", b"create_time", "first_evaluation", b"first_evaluation", "last_evaluation", b"last_evaluation", "queue", b"queue", "spec", b"spec", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "best_checkpoint", b"best_checkpoint", "best_evaluation", b"best_evaluation", "create_time", b"create_time", "first_evaluation", b"first_evaluation", "last_evaluation", b"last_evaluation", "last_event", b"last_event", "metrics", b"metrics", "name", b"name", "queue", b"queue", "spec", b"spec", "state", b"state", "state_reason", b"state_reason", "step", b"step", "sweep", b"sweep", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "best_checkpoint", b"best_checkpoint", "best_evaluation", b"best_evaluation", "create_time", b"create_time", "first_evaluation", b"first_evaluation", "last_evaluation", b"last_evaluation", "last_event", b"last_event", "metrics", b"metrics", "name", b"name", "problems", b"problems", "queue", b"queue", "spec", b"spec", "state", b"state", "state_reason", b"state_reason", "step", b"step", "sweep", b"sweep", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1339,7 +1421,9 @@ class Warning(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     """Stable name of what went wrong, "STEP_RECOVERED", "TRAINER_UNAVAILABLE",
-    "REWARD_UNAVAILABLE", "SAMPLER_UNAVAILABLE", "LOGPROB_GAP" or "CHECKPOINT_FAILED".
+    "REWARD_UNAVAILABLE", "SAMPLER_UNAVAILABLE", "ENVIRONMENT_UNAVAILABLE", "ENVIRONMENT_FAILED" (a
+    rollout was given up), "ENVIRONMENT_CHANGED" (since the job began it has other tasks),
+    "LOGPROB_GAP" or "CHECKPOINT_FAILED".
     """
     message: _builtins.str
     """For a person to read."""

@@ -23,27 +23,48 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
+from rollmesh.api.environment.v1 import environment_service_pb2 as rollmesh_dot_api_dot_environment_dot_v1_dot_environment__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+rollmesh/api/reward/v1/reward_service.proto\x12\x16rollmesh.api.reward.v1\x1a\x1cgoogle/protobuf/struct.proto\"B\n\tScoreItem\x12\x12\n\ncompletion\x18\x01 \x01(\t\x12\x11\n\treference\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x01(\t\"\x7f\n\x0cScoreRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12+\n\nparameters\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x30\n\x05items\x18\x03 \x03(\x0b\x32!.rollmesh.api.reward.v1.ScoreItem\" \n\rScoreResponse\x12\x0f\n\x07rewards\x18\x01 \x03(\x01\"\x16\n\x14ListFunctionsRequest\"S\n\x0eRewardFunction\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x1e\n\x16parameters_schema_json\x18\x03 \x01(\t\"R\n\x15ListFunctionsResponse\x12\x39\n\tfunctions\x18\x01 \x03(\x0b\x32&.rollmesh.api.reward.v1.RewardFunction2\xd3\x01\n\rRewardService\x12T\n\x05Score\x12$.rollmesh.api.reward.v1.ScoreRequest\x1a%.rollmesh.api.reward.v1.ScoreResponse\x12l\n\rListFunctions\x12,.rollmesh.api.reward.v1.ListFunctionsRequest\x1a-.rollmesh.api.reward.v1.ListFunctionsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+rollmesh/api/reward/v1/reward_service.proto\x12\x16rollmesh.api.reward.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x35rollmesh/api/environment/v1/environment_service.proto\"B\n\tScoreItem\x12\x12\n\ncompletion\x18\x01 \x01(\t\x12\x11\n\treference\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x01(\t\"\x7f\n\x0cScoreRequest\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\x12+\n\nparameters\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x30\n\x05items\x18\x03 \x03(\x0b\x32!.rollmesh.api.reward.v1.ScoreItem\" \n\rScoreResponse\x12\x0f\n\x07rewards\x18\x01 \x03(\x01\"\x16\n\x14ListFunctionsRequest\"g\n\x0eRewardFunction\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x1e\n\x16parameters_schema_json\x18\x03 \x01(\t\x12\x12\n\nasks_judge\x18\x04 \x01(\x08\"R\n\x15ListFunctionsResponse\x12\x39\n\tfunctions\x18\x01 \x03(\x0b\x32&.rollmesh.api.reward.v1.RewardFunction\"\x86\x01\n\x10ScoreEachRequest\x12\x35\n\x05\x62\x61tch\x18\x01 \x01(\x0b\x32$.rollmesh.api.reward.v1.ScoreRequestH\x00\x12\x30\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x1e.rollmesh.api.reward.v1.AnswerH\x00\x42\t\n\x07request\"(\n\x06\x41nswer\x12\x10\n\x08question\x18\x01 \x01(\x03\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x89\x01\n\x11ScoreEachResponse\x12\x32\n\x05score\x18\x01 \x01(\x0b\x32!.rollmesh.api.reward.v1.ItemScoreH\x00\x12\x34\n\x08question\x18\x02 \x01(\x0b\x32 .rollmesh.api.reward.v1.QuestionH\x00\x42\n\n\x08response\"\xad\x01\n\tItemScore\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0e\n\x06reward\x18\x02 \x01(\x01\x12?\n\x07rewards\x18\x03 \x03(\x0b\x32..rollmesh.api.reward.v1.ItemScore.RewardsEntry\x12\x10\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x04 \x01(\t\x1a.\n\x0cRewardsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xd0\x01\n\x08Question\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12\x36\n\x08messages\x18\x02 \x03(\x0b\x32$.rollmesh.api.environment.v1.Message\x12\x0f\n\x07\x61\x64\x61pter\x18\x03 \x01(\t\x12\x1b\n\x0epolicy_version\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nbase_model\x18\x05 \x01(\t\x12\x12\n\nmax_tokens\x18\x06 \x01(\x05\x12\x13\n\x0btemperature\x18\x07 \x01(\x01\x42\x11\n\x0f_policy_version\"\x19\n\x17ListEnvironmentsRequest\"\x98\x01\n\x11\x45nvironmentStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07serving\x18\x02 \x01(\x08\x12\x0f\n\x07problem\x18\x03 \x01(\t\x12\x14\n\x0cnum_replicas\x18\x04 \x01(\x05\x12\x13\n\x0bnum_serving\x18\x05 \x01(\x05\x12\x13\n\x0bnum_running\x18\x06 \x01(\x05\x12\x13\n\x0bnum_waiting\x18\x07 \x01(\x05\"[\n\x18ListEnvironmentsResponse\x12?\n\x0c\x65nvironments\x18\x01 \x03(\x0b\x32).rollmesh.api.reward.v1.EnvironmentStatus2\xb0\x03\n\rRewardService\x12T\n\x05Score\x12$.rollmesh.api.reward.v1.ScoreRequest\x1a%.rollmesh.api.reward.v1.ScoreResponse\x12\x64\n\tScoreEach\x12(.rollmesh.api.reward.v1.ScoreEachRequest\x1a).rollmesh.api.reward.v1.ScoreEachResponse(\x01\x30\x01\x12u\n\x10ListEnvironments\x12/.rollmesh.api.reward.v1.ListEnvironmentsRequest\x1a\x30.rollmesh.api.reward.v1.ListEnvironmentsResponse\x12l\n\rListFunctions\x12,.rollmesh.api.reward.v1.ListFunctionsRequest\x1a-.rollmesh.api.reward.v1.ListFunctionsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rollmesh.api.reward.v1.reward_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SCOREITEM']._serialized_start=101
-  _globals['_SCOREITEM']._serialized_end=167
-  _globals['_SCOREREQUEST']._serialized_start=169
-  _globals['_SCOREREQUEST']._serialized_end=296
-  _globals['_SCORERESPONSE']._serialized_start=298
-  _globals['_SCORERESPONSE']._serialized_end=330
-  _globals['_LISTFUNCTIONSREQUEST']._serialized_start=332
-  _globals['_LISTFUNCTIONSREQUEST']._serialized_end=354
-  _globals['_REWARDFUNCTION']._serialized_start=356
-  _globals['_REWARDFUNCTION']._serialized_end=439
-  _globals['_LISTFUNCTIONSRESPONSE']._serialized_start=441
-  _globals['_LISTFUNCTIONSRESPONSE']._serialized_end=523
-  _globals['_REWARDSERVICE']._serialized_start=526
-  _globals['_REWARDSERVICE']._serialized_end=737
+  _globals['_ITEMSCORE_REWARDSENTRY']._loaded_options = None
+  _globals['_ITEMSCORE_REWARDSENTRY']._serialized_options = b'8\001'
+  _globals['_SCOREITEM']._serialized_start=156
+  _globals['_SCOREITEM']._serialized_end=222
+  _globals['_SCOREREQUEST']._serialized_start=224
+  _globals['_SCOREREQUEST']._serialized_end=351
+  _globals['_SCORERESPONSE']._serialized_start=353
+  _globals['_SCORERESPONSE']._serialized_end=385
+  _globals['_LISTFUNCTIONSREQUEST']._serialized_start=387
+  _globals['_LISTFUNCTIONSREQUEST']._serialized_end=409
+  _globals['_REWARDFUNCTION']._serialized_start=411
+  _globals['_REWARDFUNCTION']._serialized_end=514
+  _globals['_LISTFUNCTIONSRESPONSE']._serialized_start=516
+  _globals['_LISTFUNCTIONSRESPONSE']._serialized_end=598
+  _globals['_SCOREEACHREQUEST']._serialized_start=601
+  _globals['_SCOREEACHREQUEST']._serialized_end=735
+  _globals['_ANSWER']._serialized_start=737
+  _globals['_ANSWER']._serialized_end=777
+  _globals['_SCOREEACHRESPONSE']._serialized_start=780
+  _globals['_SCOREEACHRESPONSE']._serialized_end=917
+  _globals['_ITEMSCORE']._serialized_start=920
+  _globals['_ITEMSCORE']._serialized_end=1093
+  _globals['_ITEMSCORE_REWARDSENTRY']._serialized_start=1047
+  _globals['_ITEMSCORE_REWARDSENTRY']._serialized_end=1093
+  _globals['_QUESTION']._serialized_start=1096
+  _globals['_QUESTION']._serialized_end=1304
+  _globals['_LISTENVIRONMENTSREQUEST']._serialized_start=1306
+  _globals['_LISTENVIRONMENTSREQUEST']._serialized_end=1331
+  _globals['_ENVIRONMENTSTATUS']._serialized_start=1334
+  _globals['_ENVIRONMENTSTATUS']._serialized_end=1486
+  _globals['_LISTENVIRONMENTSRESPONSE']._serialized_start=1488
+  _globals['_LISTENVIRONMENTSRESPONSE']._serialized_end=1579
+  _globals['_REWARDSERVICE']._serialized_start=1582
+  _globals['_REWARDSERVICE']._serialized_end=2014
 # @@protoc_insertion_point(module_scope)

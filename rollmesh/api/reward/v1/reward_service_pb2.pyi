@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf.internal import containers as _containers
+from rollmesh.api.environment.v1 import environment_service_pb2 as _environment_service_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -133,22 +134,28 @@ class RewardFunction(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     PARAMETERS_SCHEMA_JSON_FIELD_NUMBER: _builtins.int
+    ASKS_JUDGE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name, e.g. "exact_match"."""
     description: _builtins.str
     """What it rewards, in a sentence or two."""
     parameters_schema_json: _builtins.str
     """JSON Schema of its parameters."""
+    asks_judge: _builtins.bool
+    """Whether it asks a judge, so that only ScoreEach can score with it. One that is made up of others
+    says no, and depends on its parameters.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         description: _builtins.str = ...,
         parameters_schema_json: _builtins.str = ...,
+        asks_judge: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "name", b"name", "parameters_schema_json", b"parameters_schema_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asks_judge", b"asks_judge", "description", b"description", "name", b"name", "parameters_schema_json", b"parameters_schema_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -177,3 +184,288 @@ class ListFunctionsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListFunctionsResponse: _TypeAlias = ListFunctionsResponse  # noqa: Y015
+
+@_typing.final
+class ScoreEachRequest(_message.Message):
+    """A message of the client of ScoreEach."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCH_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def batch(self) -> Global___ScoreRequest:
+        """First, once: what to score."""
+
+    @_builtins.property
+    def answer(self) -> Global___Answer:
+        """Then: what a judge said."""
+
+    def __init__(
+        self,
+        *,
+        batch: Global___ScoreRequest | None = ...,
+        answer: Global___Answer | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "batch", b"batch", "request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "batch", b"batch", "request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["batch", "answer"]  # noqa: Y015
+    _WhichOneofArgType_request: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_request) -> _WhichOneofReturnType_request | None: ...
+
+Global___ScoreEachRequest: _TypeAlias = ScoreEachRequest  # noqa: Y015
+
+@_typing.final
+class Answer(_message.Message):
+    """What a judge said."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUESTION_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    question: _builtins.int
+    """Number of the question."""
+    text: _builtins.str
+    """The judge's text, without special tokens."""
+    def __init__(
+        self,
+        *,
+        question: _builtins.int = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["question", b"question", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Answer: _TypeAlias = Answer  # noqa: Y015
+
+@_typing.final
+class ScoreEachResponse(_message.Message):
+    """A message of the server of ScoreEach."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCORE_FIELD_NUMBER: _builtins.int
+    QUESTION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def score(self) -> Global___ItemScore:
+        """An item is done."""
+
+    @_builtins.property
+    def question(self) -> Global___Question:
+        """A judge is asked."""
+
+    def __init__(
+        self,
+        *,
+        score: Global___ItemScore | None = ...,
+        question: Global___Question | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["question", b"question", "response", b"response", "score", b"score"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["question", b"question", "response", b"response", "score", b"score"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_response: _TypeAlias = _typing.Literal["score", "question"]  # noqa: Y015
+    _WhichOneofArgType_response: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_response) -> _WhichOneofReturnType_response | None: ...
+
+Global___ScoreEachResponse: _TypeAlias = ScoreEachResponse  # noqa: Y015
+
+@_typing.final
+class ItemScore(_message.Message):
+    """What one item is worth."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class RewardsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    REWARD_FIELD_NUMBER: _builtins.int
+    REWARDS_FIELD_NUMBER: _builtins.int
+    FEEDBACK_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Its place in the batch, from 0."""
+    reward: _builtins.float
+    """The reward, finite."""
+    feedback: _builtins.str
+    """Why, for a person to read. May be empty."""
+    @_builtins.property
+    def rewards(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """What it is made up of, by name, each finite. Empty: nothing."""
+
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        reward: _builtins.float = ...,
+        rewards: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        feedback: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feedback", b"feedback", "index", b"index", "reward", b"reward", "rewards", b"rewards"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ItemScore: _TypeAlias = ItemScore  # noqa: Y015
+
+@_typing.final
+class Question(_message.Message):
+    """A function wants to hear what a judge says."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    POLICY_VERSION_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """From 1, its number in this call."""
+    adapter: _builtins.str
+    """Adapter that judges, `projects/{p}/adapters/{a}` of the caller's own project. Empty: a base model."""
+    policy_version: _builtins.int
+    """Its version. Absent: the newest published."""
+    base_model: _builtins.str
+    """Base model that judges, by the name that the fleet serves it under. Empty: the caller's own. Not
+    with `adapter`.
+    """
+    max_tokens: _builtins.int
+    """Most tokens of the judge's answer, ≥ 1."""
+    temperature: _builtins.float
+    """Softmax temperature of the answer, in [0, 2]. 0: greedy."""
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[_environment_service_pb2.Message]:
+        """The chat that the judge is to answer."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        messages: _abc.Iterable[_environment_service_pb2.Message] | None = ...,
+        adapter: _builtins.str = ...,
+        policy_version: _builtins.int | None = ...,
+        base_model: _builtins.str = ...,
+        max_tokens: _builtins.int = ...,
+        temperature: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_policy_version", b"_policy_version", "policy_version", b"policy_version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_policy_version", b"_policy_version", "adapter", b"adapter", "base_model", b"base_model", "max_tokens", b"max_tokens", "messages", b"messages", "number", b"number", "policy_version", b"policy_version", "temperature", b"temperature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__policy_version: _TypeAlias = _typing.Literal["policy_version"]  # noqa: Y015
+    _WhichOneofArgType__policy_version: _TypeAlias = _typing.Literal["_policy_version", b"_policy_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__policy_version) -> _WhichOneofReturnType__policy_version | None: ...
+
+Global___Question: _TypeAlias = Question  # noqa: Y015
+
+@_typing.final
+class ListEnvironmentsRequest(_message.Message):
+    """Request of ListEnvironments."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListEnvironmentsRequest: _TypeAlias = ListEnvironmentsRequest  # noqa: Y015
+
+@_typing.final
+class EnvironmentStatus(_message.Message):
+    """How an environment is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SERVING_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    NUM_REPLICAS_FIELD_NUMBER: _builtins.int
+    NUM_SERVING_FIELD_NUMBER: _builtins.int
+    NUM_RUNNING_FIELD_NUMBER: _builtins.int
+    NUM_WAITING_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name, as jobs and EnvironmentService call it."""
+    serving: _builtins.bool
+    """Whether a replica of it takes work."""
+    problem: _builtins.str
+    """Why not, or what is wrong with some replica. Empty: nothing."""
+    num_replicas: _builtins.int
+    """Replicas that were configured."""
+    num_serving: _builtins.int
+    """Those of them that take work."""
+    num_running: _builtins.int
+    """Episodes and Score calls under way there from here."""
+    num_waiting: _builtins.int
+    """Calls that wait here for room there."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        serving: _builtins.bool = ...,
+        problem: _builtins.str = ...,
+        num_replicas: _builtins.int = ...,
+        num_serving: _builtins.int = ...,
+        num_running: _builtins.int = ...,
+        num_waiting: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "num_replicas", b"num_replicas", "num_running", b"num_running", "num_serving", b"num_serving", "num_waiting", b"num_waiting", "problem", b"problem", "serving", b"serving"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EnvironmentStatus: _TypeAlias = EnvironmentStatus  # noqa: Y015
+
+@_typing.final
+class ListEnvironmentsResponse(_message.Message):
+    """Response of ListEnvironments."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENVIRONMENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def environments(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvironmentStatus]:
+        """All of them, by name."""
+
+    def __init__(
+        self,
+        *,
+        environments: _abc.Iterable[Global___EnvironmentStatus] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["environments", b"environments"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListEnvironmentsResponse: _TypeAlias = ListEnvironmentsResponse  # noqa: Y015

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class RewardServiceStub:
-    """Scores completions with named functions. Text only: tokens never reach a reward.
+    """Scores completions with named functions. Text only: tokens never reach a reward. The same server has
+    an EnvironmentService, which reaches every environment that it knows.
     """
 
     def __init__(self, channel):
@@ -40,6 +41,16 @@ class RewardServiceStub:
                 request_serializer=rollmesh_dot_api_dot_reward_dot_v1_dot_reward__service__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=rollmesh_dot_api_dot_reward_dot_v1_dot_reward__service__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.ScoreEach = channel.stream_stream(
+                '/rollmesh.api.reward.v1.RewardService/ScoreEach',
+                request_serializer=rollmesh_dot_api_dot_reward_dot_v1_dot_reward__service__pb2.ScoreEachRequest.SerializeToString,
+                response_deserializer=rollmesh_dot_api_dot_reward_dot_v1_dot_reward__service__pb2.ScoreEachResponse.FromString,
+                _registered_method=True)
+        self.ListEnvironments = channel.unary_unary(
+                '/rollmesh.api.reward.v1.RewardService/ListEnvironments',
+                request_serializer=rollmesh_dot_api_dot_reward_dot_v1_dot_reward__service__pb2.ListEnvironmentsRequest.SerializeToString,
+                response_deserializer=rollmesh_dot_api_dot_reward_dot_v1_dot_reward__service__pb2.ListEnvironmentsResponse.FromString,
+                _registered_method=True)
         self.ListFunctions = channel.unary_unary(
                 '/rollmesh.api.reward.v1.RewardService/ListFunctions',
                 request_serializer=rollmesh_dot_api_dot_reward_dot_v1_dot_reward__service__pb2.ListFunctionsRequest.SerializeToString,
@@ -48,13 +59,33 @@ class RewardServiceStub:
 
 
 class RewardServiceServicer:
-    """Scores completions with named functions. Text only: tokens never reach a reward.
+    """Scores completions with named functions. Text only: tokens never reach a reward. The same server has
+    an EnvironmentService, which reaches every environment that it knows.
     """
 
     def Score(self, request, context):
         """Scores a batch with one function, in order. INVALID_ARGUMENT: an unknown function, with those that
         exist; wrong parameters, with their names and what they may be; an item that the function cannot
-        score, with its index. RESOURCE_EXHAUSTED: `max_batches` are under way; try again after RetryInfo.
+        score, with its index. FAILED_PRECONDITION: the function asks a judge, which goes by ScoreEach
+        alone. RESOURCE_EXHAUSTED: `max_batches` are under way; try again after RetryInfo.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScoreEach(self, request_iterator, context):
+        """Scores a batch as Score does, and tells each item when it is done, in any order. What a function
+        wants to hear from a judge it asks the caller, who has the models: each `question` is to be
+        answered by one `answer`, in any order, while other items go on. The stream ends when all items are
+        told.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListEnvironments(self, request, context):
+        """The environments that this service was configured with, and how they are now. Describe of
+        EnvironmentService tells what they can do.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -75,6 +106,16 @@ def add_RewardServiceServicer_to_server(servicer, server):
                     request_deserializer=rollmesh_dot_api_dot_reward_dot_v1_dot_reward__service__pb2.ScoreRequest.FromString,
                     response_serializer=rollmesh_dot_api_dot_reward_dot_v1_dot_reward__service__pb2.ScoreResponse.SerializeToString,
             ),
+            'ScoreEach': grpc.stream_stream_rpc_method_handler(
+                    servicer.ScoreEach,
+                    request_deserializer=rollmesh_dot_api_dot_reward_dot_v1_dot_reward__service__pb2.ScoreEachRequest.FromString,
+                    response_serializer=rollmesh_dot_api_dot_reward_dot_v1_dot_reward__service__pb2.ScoreEachResponse.SerializeToString,
+            ),
+            'ListEnvironments': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListEnvironments,
+                    request_deserializer=rollmesh_dot_api_dot_reward_dot_v1_dot_reward__service__pb2.ListEnvironmentsRequest.FromString,
+                    response_serializer=rollmesh_dot_api_dot_reward_dot_v1_dot_reward__service__pb2.ListEnvironmentsResponse.SerializeToString,
+            ),
             'ListFunctions': grpc.unary_unary_rpc_method_handler(
                     servicer.ListFunctions,
                     request_deserializer=rollmesh_dot_api_dot_reward_dot_v1_dot_reward__service__pb2.ListFunctionsRequest.FromString,
@@ -89,7 +130,8 @@ def add_RewardServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RewardService:
-    """Scores completions with named functions. Text only: tokens never reach a reward.
+    """Scores completions with named functions. Text only: tokens never reach a reward. The same server has
+    an EnvironmentService, which reaches every environment that it knows.
     """
 
     @staticmethod
@@ -109,6 +151,60 @@ class RewardService:
             '/rollmesh.api.reward.v1.RewardService/Score',
             rollmesh_dot_api_dot_reward_dot_v1_dot_reward__service__pb2.ScoreRequest.SerializeToString,
             rollmesh_dot_api_dot_reward_dot_v1_dot_reward__service__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScoreEach(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/rollmesh.api.reward.v1.RewardService/ScoreEach',
+            rollmesh_dot_api_dot_reward_dot_v1_dot_reward__service__pb2.ScoreEachRequest.SerializeToString,
+            rollmesh_dot_api_dot_reward_dot_v1_dot_reward__service__pb2.ScoreEachResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListEnvironments(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rollmesh.api.reward.v1.RewardService/ListEnvironments',
+            rollmesh_dot_api_dot_reward_dot_v1_dot_reward__service__pb2.ListEnvironmentsRequest.SerializeToString,
+            rollmesh_dot_api_dot_reward_dot_v1_dot_reward__service__pb2.ListEnvironmentsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RewardServiceStub:
-    """Scores completions with named functions. Text only: tokens never reach a reward."""
+    """Scores completions with named functions. Text only: tokens never reach a reward. The same server has
+    an EnvironmentService, which reaches every environment that it knows.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -36,26 +38,52 @@ class RewardServiceStub:
     Score: _grpc.UnaryUnaryMultiCallable[_reward_service_pb2.ScoreRequest, _reward_service_pb2.ScoreResponse]
     """Scores a batch with one function, in order. INVALID_ARGUMENT: an unknown function, with those that
     exist; wrong parameters, with their names and what they may be; an item that the function cannot
-    score, with its index. RESOURCE_EXHAUSTED: `max_batches` are under way; try again after RetryInfo.
+    score, with its index. FAILED_PRECONDITION: the function asks a judge, which goes by ScoreEach
+    alone. RESOURCE_EXHAUSTED: `max_batches` are under way; try again after RetryInfo.
+    """
+    ScoreEach: _grpc.StreamStreamMultiCallable[_reward_service_pb2.ScoreEachRequest, _reward_service_pb2.ScoreEachResponse]
+    """Scores a batch as Score does, and tells each item when it is done, in any order. What a function
+    wants to hear from a judge it asks the caller, who has the models: each `question` is to be
+    answered by one `answer`, in any order, while other items go on. The stream ends when all items are
+    told.
+    """
+    ListEnvironments: _grpc.UnaryUnaryMultiCallable[_reward_service_pb2.ListEnvironmentsRequest, _reward_service_pb2.ListEnvironmentsResponse]
+    """The environments that this service was configured with, and how they are now. Describe of
+    EnvironmentService tells what they can do.
     """
     ListFunctions: _grpc.UnaryUnaryMultiCallable[_reward_service_pb2.ListFunctionsRequest, _reward_service_pb2.ListFunctionsResponse]
     """The functions that exist, with their parameters."""
 
 @_typing.type_check_only
 class RewardServiceAsyncStub(RewardServiceStub):
-    """Scores completions with named functions. Text only: tokens never reach a reward."""
+    """Scores completions with named functions. Text only: tokens never reach a reward. The same server has
+    an EnvironmentService, which reaches every environment that it knows.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Score: _aio.UnaryUnaryMultiCallable[_reward_service_pb2.ScoreRequest, _reward_service_pb2.ScoreResponse]  # type: ignore[assignment]
     """Scores a batch with one function, in order. INVALID_ARGUMENT: an unknown function, with those that
     exist; wrong parameters, with their names and what they may be; an item that the function cannot
-    score, with its index. RESOURCE_EXHAUSTED: `max_batches` are under way; try again after RetryInfo.
+    score, with its index. FAILED_PRECONDITION: the function asks a judge, which goes by ScoreEach
+    alone. RESOURCE_EXHAUSTED: `max_batches` are under way; try again after RetryInfo.
+    """
+    ScoreEach: _aio.StreamStreamMultiCallable[_reward_service_pb2.ScoreEachRequest, _reward_service_pb2.ScoreEachResponse]  # type: ignore[assignment]
+    """Scores a batch as Score does, and tells each item when it is done, in any order. What a function
+    wants to hear from a judge it asks the caller, who has the models: each `question` is to be
+    answered by one `answer`, in any order, while other items go on. The stream ends when all items are
+    told.
+    """
+    ListEnvironments: _aio.UnaryUnaryMultiCallable[_reward_service_pb2.ListEnvironmentsRequest, _reward_service_pb2.ListEnvironmentsResponse]  # type: ignore[assignment]
+    """The environments that this service was configured with, and how they are now. Describe of
+    EnvironmentService tells what they can do.
     """
     ListFunctions: _aio.UnaryUnaryMultiCallable[_reward_service_pb2.ListFunctionsRequest, _reward_service_pb2.ListFunctionsResponse]  # type: ignore[assignment]
     """The functions that exist, with their parameters."""
 
 class RewardServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Scores completions with named functions. Text only: tokens never reach a reward."""
+    """Scores completions with named functions. Text only: tokens never reach a reward. The same server has
+    an EnvironmentService, which reaches every environment that it knows.
+    """
 
     @_abc_1.abstractmethod
     def Score(
@@ -65,7 +93,30 @@ class RewardServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_reward_service_pb2.ScoreResponse, _abc.Awaitable[_reward_service_pb2.ScoreResponse]]:
         """Scores a batch with one function, in order. INVALID_ARGUMENT: an unknown function, with those that
         exist; wrong parameters, with their names and what they may be; an item that the function cannot
-        score, with its index. RESOURCE_EXHAUSTED: `max_batches` are under way; try again after RetryInfo.
+        score, with its index. FAILED_PRECONDITION: the function asks a judge, which goes by ScoreEach
+        alone. RESOURCE_EXHAUSTED: `max_batches` are under way; try again after RetryInfo.
+        """
+
+    @_abc_1.abstractmethod
+    def ScoreEach(
+        self,
+        request_iterator: _MaybeAsyncIterator[_reward_service_pb2.ScoreEachRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_reward_service_pb2.ScoreEachResponse], _abc.AsyncIterator[_reward_service_pb2.ScoreEachResponse]]:
+        """Scores a batch as Score does, and tells each item when it is done, in any order. What a function
+        wants to hear from a judge it asks the caller, who has the models: each `question` is to be
+        answered by one `answer`, in any order, while other items go on. The stream ends when all items are
+        told.
+        """
+
+    @_abc_1.abstractmethod
+    def ListEnvironments(
+        self,
+        request: _reward_service_pb2.ListEnvironmentsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_reward_service_pb2.ListEnvironmentsResponse, _abc.Awaitable[_reward_service_pb2.ListEnvironmentsResponse]]:
+        """The environments that this service was configured with, and how they are now. Describe of
+        EnvironmentService tells what they can do.
         """
 
     @_abc_1.abstractmethod
