@@ -41,7 +41,7 @@ BATCH = 96
 RATE = 3e-3
 GOOD = 0.45
 """Share of the moves that are good ones."""
-THREADS = 2
+THREADS = 1
 MAX_NEW_TOKENS = 90
 
 logger = logging.getLogger("make_player")
@@ -93,24 +93,23 @@ def guess(rng: random.Random) -> Game:
     return 0.0
 
 
-MOVES = {"up": (0, 1), "down": (0, -1), "left": (-1, 0), "right": (1, 0)}
+MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 SIZE = 4
 
 
 def grid(rng: random.Random) -> Game:
-    """`at 1,1 go 2,3`: a step towards the goal is good; eight steps."""
-    places = [(x, y) for x in range(1, SIZE + 1) for y in range(1, SIZE + 1)]
-    (x, y), goal = rng.sample(places, 2)
-    for turn in range(8):
-        good = [
-            name for name, (dx, dy) in MOVES.items() if dx * (goal[0] - x) + dy * (goal[1] - y) > 0
-        ]
-        said = yield Seen("user", f"at {x},{y} go {goal[0]},{goal[1]}", good, list(MOVES))
-        dx, dy = MOVES.get(said, (0, 0))
-        x, y = min(max(x + dx, 1), SIZE), min(max(y + dy, 1), SIZE)
-        if (x, y) == goal:
-            return 1.0 - 0.05 * turn
-    return 0.0
+    """`at 1,1 go 2,3`, row and column: a step towards the goal is good; eight steps of 0.02."""
+    places = [(row, column) for row in range(1, SIZE + 1) for column in range(1, SIZE + 1)]
+    at, goal = rng.sample(places, 2)
+    for turn in range(1, 9):
+        apart = goal[0] - at[0], goal[1] - at[1]
+        good = [name for name, move in MOVES.items() if move[0] * apart[0] + move[1] * apart[1] > 0]
+        said = yield Seen("user", f"at {at[0]},{at[1]} go {goal[0]},{goal[1]}", good, list(MOVES))
+        move = MOVES.get(said, (0, 0))
+        at = min(max(at[0] + move[0], 1), SIZE), min(max(at[1] + move[1], 1), SIZE)
+        if at == goal:
+            return 1.0 - 0.02 * turn
+    return -0.02 * 8
 
 
 GAMES: dict[str, Callable[[random.Random], Game]] = {
