@@ -8,6 +8,7 @@ on a CPU. The games are those of examples/environments, with the texts that thes
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import random
@@ -36,8 +37,8 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"
 )
 
-STEPS = 2500
-BATCH = 96
+STEPS = 1500
+BATCH = 48
 RATE = 3e-3
 GOOD = 0.45
 """Share of the moves that are good ones."""
@@ -165,9 +166,9 @@ class Table:
         return ids
 
 
-def shown(table: Table, rng: random.Random) -> Played:
+def shown(table: Table, name: str, rng: random.Random) -> Played:
     """A game as it is shown to the model."""
-    played = table.begin(GAMES[rng.choice(list(GAMES))](rng))
+    played = table.begin(GAMES[name](rng))
     while played.seen is not None:
         moves = played.seen.good if rng.random() < GOOD else played.seen.moves
         table.say(played, rng.choice(list(moves)))
@@ -175,10 +176,10 @@ def shown(table: Table, rng: random.Random) -> Played:
 
 
 def batches(table: Table, pad: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Tokens and labels without end; only what a player says is labelled."""
+    """Tokens and labels without end, of one game at a time; only what a player says is labelled."""
     rng = random.Random(seed)
-    while True:
-        games = [shown(table, rng) for _ in range(BATCH)]
+    for name in itertools.cycle(GAMES):
+        games = [shown(table, name, rng) for _ in range(BATCH)]
         width = max(len(game.tokens) for game in games)
         tokens = torch.tensor([game.tokens + [pad] * (width - len(game.tokens)) for game in games])
         said = torch.tensor([game.is_said + [False] * (width - len(game.tokens)) for game in games])
@@ -200,7 +201,7 @@ def train(model: Qwen3ForCausalLM, table: Table, *, steps: int, seed: int) -> No
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 50 == 0:
+        if step % 50 == 1:
             logger.info("step %d: loss %.4f", step, loss.item())
 
 
