@@ -1,6 +1,7 @@
 """`rollmesh environment`."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -182,11 +183,15 @@ def _print_reports(reports: "list[Report]") -> None:
         for column in ("RULE", "VERDICT", "WHY"):
             table.add_column(column, overflow="fold")
         for verdict in report.verdicts:
+            if verdict.skipped_with:
+                continue
             color = _COLORS[verdict.outcome]
-            why = Text(one_line(verdict.text))
-            if verdict.reason:
-                why.append(f"\n{one_line(verdict.reason)}", style=color)
+            why = Text(one_line(verdict.reason or verdict.text), style=color)
             table.add_row(verdict.rule, Text(verdict.outcome, style=color), why)
+        for rule, number in Counter(each.skipped_with for each in report.verdicts).items():
+            if rule:
+                why = Text(f"{number} rules make no sense without {rule}", style="dim")
+                table.add_row("…", Text("skipped", style="dim"), why)
         console = Console()
         console.print(table)
         counts = {

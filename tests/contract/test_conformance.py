@@ -681,4 +681,5 @@ async def test_all_environments_of_a_server_are_checked_and_each_verdict_is_told
 def test_the_text_of_each_rule_is_a_sentence():
     for rule in RULES:
         assert rule.text.endswith(".")
+        assert "\n" not in rule.text
         assert set(rule.needs) <= set(BY_NAME)

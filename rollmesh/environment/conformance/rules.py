@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -22,12 +21,22 @@ Function = Callable[["Subject"], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a rule came to for one environment. `reason`: why, where it did not pass."""
+    """What a rule came to for one environment.
+
+    Attributes:
+        rule: its name.
+        text: the rule.
+        outcome: whether it passed.
+        reason: why, where it did not.
+        skipped_with: a rule without which this one makes no sense; empty: it is not skipped so.
+        seconds: how long that took.
+    """
 
     rule: str
     text: str
     outcome: Outcome
     reason: str
+    skipped_with: str
     seconds: float
 
 
@@ -41,26 +50,28 @@ class Skipped(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A rule, and the names of those without which it makes no sense."""
+    """A rule: in a sentence, in detail, and the names of those that it makes no sense without."""
 
     name: str
     text: str
+    detail: str
     needs: tuple[str, ...]
     function: Function
 
     async def judge(self, subject: Subject, before: Sequence[Verdict]) -> Verdict:
         """What it comes to for `subject`, after the verdicts `before`."""
-        start = time.monotonic()
-        outcome, reason = await self._judge(subject, before)
-        return Verdict(self.name, self.text, outcome, reason, time.monotonic() - start)
-
-    async def _judge(self, subject: Subject, before: Sequence[Verdict]) -> tuple[Outcome, str]:
-        outcomes = {verdict.rule: verdict.outcome for verdict in before}
+        missing = {verdict.rule: verdict for verdict in before if verdict.outcome != "passed"}
         for need in self.needs:
-            if outcomes.get(need) == "failed":
-                return "skipped", f"it makes no sense while {need} fails"
-            if outcomes.get(need) == "skipped":
-                return "skipped", f"it makes no sense where {need} is skipped"
+            if need in missing:
+                first = missing[need].skipped_with or need
+                how = "fails" if missing[first].outcome == "failed" else "is skipped"
+                reason = f"it makes no sense where {first} {how}"
+                return Verdict(self.name, self.text, "skipped", reason, first, 0.0)
+        start = time.monotonic()
+        outcome, reason = await self._judge(subject)
+        return Verdict(self.name, self.text, outcome, reason, "", time.monotonic() - start)
+
+    async def _judge(self, subject: Subject) -> tuple[Outcome, str]:
         try:
             await self.function(subject)
         except Skipped as skipped:
@@ -76,8 +87,9 @@ def rule(*needs: str) -> Callable[[Function], Rule]:
     """The decorated function as a rule, named as it is, that makes sense after `needs`."""
 
     def make(function: Function) -> Rule:
-        text = re.sub(r"\s+", " ", inspect.getdoc(function) or "")
-        return Rule(function.__name__.replace("_", "-"), text, needs, function)
+        text, _, detail = (inspect.getdoc(function) or "").partition("\n\n")
+        name = function.__name__.replace("_", "-")
+        return Rule(name, text, " ".join(detail.split()), needs, function)
 
     return make
 
