@@ -102,7 +102,8 @@ class Environment:
             raise ValueError("max_turns is at least 1")
 
         def take(function: PlayFunction) -> PlayFunction:
-            if not inspect.iscoroutinefunction(function):
+            is_coroutine = inspect.iscoroutinefunction(function)
+            if not is_coroutine:
                 raise ValueError(f"{function.__name__} is to be a coroutine: async def")
             self.play_function = function
             self._max_turns = max_turns

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from rollmesh.chat import Answered, Message, Response, Scored, Task
+from rollmesh.chat import Answered, Message, Response, Scored, Task, Tool
 from rollmesh.environment import Environment, Episode, NoMoreActions
 from rollmesh.environment.episode import Start
 from rollmesh.environment.host import Host
@@ -455,3 +455,59 @@ async def test_episodes_that_outlast_the_drain_end_as_unavailable():
         for task in tasks:
             with pytest.raises(Unavailable):
                 await task
+
+
+# --- what all episodes share ---------------------------------------------------------------------
+
+
+async def test_resources_are_there_while_it_is_served_and_no_longer():
+    seen = []
+
+    async def play(episode):
+        seen.append("played")
+        await episode.ask("?")
+
+    environment = made(play)
+
+    @environment.lifespan
+    @contextlib.asynccontextmanager
+    async def resources():
+        seen.append("opened")
+        yield
+        seen.append("closed")
+
+    for _ in range(2):
+        async with hosting(environment) as host:
+            await host.episode(Client(start(), said("x")))
+    assert seen == ["opened", "played", "closed"] * 2
+
+
+async def test_resources_that_do_not_open_leave_none_of_the_others_open():
+    seen = []
+    first, second = made(echo, name="first"), made(echo, name="second")
+
+    @first.lifespan
+    @contextlib.asynccontextmanager
+    async def resources():
+        seen.append("opened")
+        try:
+            yield
+        finally:
+            seen.append("closed")
+
+    @second.lifespan
+    @contextlib.asynccontextmanager
+    async def fails():
+        raise OSError("no")
+        yield
+
+    with pytest.raises(OSError, match="no"):
+        async with hosting(first, second):
+            pass
+    assert seen == ["opened", "closed"]
+
+
+async def test_tools_that_the_episode_runs_itself_are_told_too():
+    tool = Tool("look", "Looks.", '{"type": "object"}')
+    (info,) = Host([made(echo, tools=[tool])]).describe()
+    assert (info.tools, info.observation_kinds) == ((tool,), ("text", "tool"))

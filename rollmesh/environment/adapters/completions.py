@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from aiohttp import web
 
@@ -106,7 +106,7 @@ def message_of(wire: dict[str, Any]) -> chat.Message:
         for call in wire.get("tool_calls") or ()
     )
     role = "system" if wire["role"] == "developer" else wire["role"]
-    return chat.Message(role, content, calls, wire.get("tool_call_id") or "")
+    return chat.Message(cast("chat.Role", role), content, calls, wire.get("tool_call_id") or "")
 
 
 def tools_of(body: dict[str, Any]) -> tuple[chat.Tool, ...]:

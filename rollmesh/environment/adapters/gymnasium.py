@@ -35,7 +35,7 @@ ACTIONS = {
 }
 """Names of actions, from the environments' documentation, which has them nowhere for programs."""
 
-_COLORED = re.compile(r"\x1b\[([0-9;]*)m(.*?)\x1b\[0m", re.DOTALL)
+_COLORED = re.compile(r"\x1b\[([0-9;]*)m([^\x1b]*)\x1b\[0m")
 _BLUE = "34"
 
 
@@ -130,7 +130,10 @@ def _actions(family: str, space: Any) -> dict[str, int]:
 def _shown(made: Any, observation: Any) -> str:
     """The environment as it shows itself, else the observation, without colors."""
     text = made.render() if made.render_mode == "ansi" else str(observation)
-    return _COLORED.sub(_plain, text).strip("\n").rstrip()
+    count = 1
+    while count:  # Colors may stand in colors.
+        text, count = _COLORED.subn(_plain, text)
+    return text.strip("\n").rstrip()
 
 
 def _plain(match: re.Match[str]) -> str:

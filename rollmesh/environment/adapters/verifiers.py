@@ -13,6 +13,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Self
 
 from verifiers import v1 as vf
+from verifiers.v1.configs.agent import agent_config_fields
 from verifiers.v1.utils import loaders
 
 from rollmesh import chat
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 MAX_CONCURRENT_EPISODES = 64
-"""Each runs servers of its own where its tools are processes."""
+MAX_ANSWER_S = 10.0
+MAX_CONCURRENT_WITH_PROCESSES = 8
+"""Where tools run in processes of each episode: such a process takes 200 MB."""
+MAX_ANSWER_WITH_PROCESSES_S = 60.0
+"""An episode's first answer waits for them to start."""
 HELDOUT_EVERY = 10
 """Each tenth task is held out, as tasksets have no splits."""
-MAX_ANSWER_S = 10.0
-"""The start of an episode is part of its first answer, and that of a tool's process of the start."""
 PROBE_S = 300.0
 """Seconds for the first call of a model, before which tools are started."""
 
@@ -43,7 +46,7 @@ def adapt(name: str, *, num_tasks: int, max_turns: int) -> Environment:
         InvalidRequest: it knows none, or one of several agents, or it cannot be run here.
     """
     for noisy in ("verifiers", "httpx", "aiohttp.access"):  # They tell of every call.
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     played = _Played(name, num_tasks=num_tasks, max_turns=max_turns)
     tools = asyncio.run(played.probe())
     places = range(len(played.tasks))
@@ -62,8 +65,10 @@ def adapt(name: str, *, num_tasks: int, max_turns: int) -> Environment:
             if those
         },
         tools=tools,
-        max_concurrent_episodes=MAX_CONCURRENT_EPISODES,
-        max_answer_s=MAX_ANSWER_S,
+        max_concurrent_episodes=(
+            MAX_CONCURRENT_WITH_PROCESSES if played.has_processes else MAX_CONCURRENT_EPISODES
+        ),
+        max_answer_s=MAX_ANSWER_WITH_PROCESSES_S if played.has_processes else MAX_ANSWER_S,
     )
     environment.lifespan(played.serving)
     if played.is_single_turn and not tools:
@@ -73,32 +78,32 @@ def adapt(name: str, *, num_tasks: int, max_turns: int) -> Environment:
     return environment
 
 
+def _loaded(name: str, num_tasks: int, max_turns: int) -> tuple[Any, list[Any]]:
+    """The environment of a taskset, whose agent chats in this process, and its first tasks."""
+    roles = list(agent_config_fields(loaders.env_config_type(name)()))
+    if len(roles) != 1:
+        raise ValueError(f"it has the agents {', '.join(roles)}, and only one can be the model")
+    agent = {"harness": {"id": CHAT}, "runtime": {"type": "subprocess"}, "max_turns": max_turns}
+    config = loaders.resolve_env_config({"taskset": {"id": name}, roles[0]: agent})
+    env = loaders.load_environment(config)
+    tasks = list(env.taskset.take(num_tasks))
+    if not tasks:
+        raise ValueError("it has no tasks")
+    return env, tasks
+
+
 class _Played:
     """An environment of `verifiers` and what runs it."""
 
     def __init__(self, name: str, *, num_tasks: int, max_turns: int) -> None:
         try:
-            roles = list(vf.configs.agent.agent_config_fields(loaders.env_config_type(name)()))
-        except (ModuleNotFoundError, AttributeError, TypeError) as error:
+            self._env, self.tasks = _loaded(name, num_tasks, max_turns)
+        # What a plugin's import, or a taskset's own configuration, may be wrong with.
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
             raise InvalidRequest(f"spec: verifiers:{name}: {error}", field="spec") from None
-        if len(roles) != 1:
-            raise InvalidRequest(
-                f"spec: verifiers:{name} has the agents {', '.join(roles)}; only environments of "
-                "one agent can be served",
-                field="spec",
-            )
-        agent = {
-            "harness": {"id": CHAT},
-            "runtime": {"type": "subprocess"},
-            "max_turns": max_turns,
-        }
-        config = loaders.resolve_env_config({"taskset": {"id": name}, roles[0]: agent})
         self._name = name
-        self._env: Any = loaders.load_environment(config)
-        self.tasks: list[Any] = list(self._env.taskset.take(num_tasks))
-        if not self.tasks:
-            raise InvalidRequest(f"spec: verifiers:{name} has no tasks", field="spec")
         self.is_single_turn = type(self._env) is vf.SingleAgentEnv
+        self.has_processes = bool(type(self.tasks[0]).toolsets(self._env.taskset.config.task))
         self._completions = Completions()
 
     @contextlib.asynccontextmanager
