@@ -40,8 +40,8 @@ class Environment:
         tasks: by split, e.g. "train" and "heldout": what the user says, or tasks, or `Generated`.
         tools: those of the model that the episode's own code runs; see `tool` for others.
         deterministic: whether the same task, seed and actions always give the same.
-        max_concurrent_episodes: one more is refused. The default takes about 1 GB for the streams
-            alone.
+        max_concurrent_episodes: one more is refused. Each takes about 30 KB, beside what the code
+            that plays it keeps.
         max_score_batch: answers in one request; more are refused.
         max_answer_s: seconds that one answer takes at most when all is well; None: not known.
 
