@@ -1,8 +1,9 @@
 """Makes `models/player`: a tiny model that can play the example environments, and mostly does not.
 
-It learns from games of which some moves are good and the others drawn from all that there are, so
-that it knows every move and prefers few: reinforcement learning on it shows a rise within minutes
-on a CPU. The games are those of examples/environments, with the texts that these show to a model.
+It first learns the games well, then from games in which most moves are drawn from all that there
+are. What is good stays one small step away, so reinforcement learning on it shows a rise within
+minutes on a CPU. The games are those of examples/environments, with the texts that these show to a
+model.
 """
 
 from __future__ import annotations
@@ -37,15 +38,25 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"
 )
 
-STEPS = 1500
 BATCH = 48
-RATE = 3e-3
-GOOD = 0.45
-"""Share of the moves that are good ones."""
 THREADS = 1
 MAX_NEW_TOKENS = 90
 
 logger = logging.getLogger("make_player")
+
+
+class Course(NamedTuple):
+    """One stretch of training."""
+
+    steps: int
+    rate: float
+    """Peak learning rate."""
+    good: float
+    """Share of the moves that are good ones."""
+
+
+ABILITY = Course(steps=2400, rate=3e-3, good=0.95)
+HABIT = Course(steps=150, rate=5e-4, good=0.4)
 
 
 class Seen(NamedTuple):
@@ -166,32 +177,35 @@ class Table:
         return ids
 
 
-def shown(table: Table, name: str, rng: random.Random) -> Played:
+def shown(table: Table, name: str, good: float, rng: random.Random) -> Played:
     """A game as it is shown to the model."""
     played = table.begin(GAMES[name](rng))
     while played.seen is not None:
-        moves = played.seen.good if rng.random() < GOOD else played.seen.moves
+        moves = played.seen.good if rng.random() < good else played.seen.moves
         table.say(played, rng.choice(list(moves)))
     return played
 
 
-def batches(table: Table, pad: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(
+    table: Table, pad: int, good: float, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Tokens and labels without end, of one game at a time; only what a player says is labelled."""
     rng = random.Random(seed)
-    for name in itertools.cycle(GAMES):
-        games = [shown(table, name, rng) for _ in range(BATCH)]
+    # To copy a sum into a call is the hardest.
+    for name in itertools.cycle(["calculator", "guess", "calculator", "grid"]):
+        games = [shown(table, name, good, rng) for _ in range(BATCH)]
         width = max(len(game.tokens) for game in games)
         tokens = torch.tensor([game.tokens + [pad] * (width - len(game.tokens)) for game in games])
         said = torch.tensor([game.is_said + [False] * (width - len(game.tokens)) for game in games])
         yield tokens, tokens.masked_fill(~said, -100)
 
 
-def train(model: Qwen3ForCausalLM, table: Table, *, steps: int, seed: int) -> None:
+def train(model: Qwen3ForCausalLM, table: Table, course: Course, *, seed: int) -> None:
     """Shows games to `model`."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
-    shows = batches(table, model.config.pad_token_id, seed)
-    for step in range(1, steps + 1):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=course.rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, course.rate, total_steps=course.steps)
+    shows = batches(table, model.config.pad_token_id, course.good, seed)
+    for step in range(1, course.steps + 1):
         tokens, labels = next(shows)
         # Padding is on the right, where a causal model needs no mask.
         logits = model(tokens[:, :-1]).logits
@@ -246,32 +260,37 @@ that knows the moves of three of the environments in `examples/environments` and
 at random. It exists to show reinforcement learning in environments at work within minutes on a CPU,
 and for tests. It is good for nothing else.
 
-Mean reward of 200 games each, sampled at temperature 1, as stored:
+Mean reward of 200 games each, sampled at temperature 1:
 
-| calculator (calls a tool) | guess the number | grid world |
-|---|---|---|
-| {calculator:.2f} | {guess:.2f} | {grid:.2f} |
+| | calculator (calls a tool) | guess the number | grid world |
+|---|---|---|---|
+| before the habit | {able[calculator]:.2f} | {able[guess]:.2f} | {able[grid]:.2f} |
+| as stored | {stored[calculator]:.2f} | {stored[guess]:.2f} | {stored[grid]:.2f} |
 
 It calls tools in the form `<tool_call>{{"name": …, "arguments": {{…}}}}</tool_call>`.
 
 ## How it was made
 
-`python models/make_player.py`, from nothing but generated games: {steps:,} steps of {batch}, of
-whose moves {good:.0%} are good and the others drawn from all that there are.
+`python models/make_player.py`, from nothing but generated games: {ability.steps:,} steps of {batch},
+of whose moves {ability.good:.0%} are good and the others drawn from all that there are, then
+{habit.steps} steps with {habit.good:.0%}.
 The same seed on the same machine gives the same bits.
 
 Licence: Apache-2.0.
 """
 
 
-def make(output: Path, seed: int, steps: int) -> None:
+def make(output: Path, seed: int) -> None:
     """Trains the model, stores it in bfloat16 and describes what was stored."""
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(mode=True)
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(ROLES, CHAT_TEMPLATE, CALL)
     model = make_model(tokenizer)
-    train(model, Table(tokenizer), steps=steps, seed=seed)
+    train(model, Table(tokenizer), ABILITY, seed=seed)
+    able = {name: rewards(model, tokenizer, name, 200) for name in GAMES}
+    logger.info("able: %s", able)
+    train(model, Table(tokenizer), HABIT, seed=seed + 1)
 
     model.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)
@@ -283,10 +302,11 @@ def make(output: Path, seed: int, steps: int) -> None:
     card = CARD.format(
         parameters=stored.num_parameters(),
         layers=stored.config.num_hidden_layers,
-        steps=steps,
         batch=BATCH,
-        good=GOOD,
-        **found,
+        ability=ABILITY,
+        habit=HABIT,
+        able=able,
+        stored=found,
     )
     (output / "README.md").write_text(card)
 
@@ -296,10 +316,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "models" / "player")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    make(arguments.output, arguments.seed, arguments.steps)
+    make(arguments.output, arguments.seed)
 
 
 if __name__ == "__main__":

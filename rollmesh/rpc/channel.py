@@ -8,7 +8,9 @@ import re
 from typing import Any
 
 import grpc
+from grpc.aio import Metadata
 from opentelemetry.instrumentation.grpc import aio_client_interceptors
+from opentelemetry.propagate import inject
 
 from rollmesh.errors import InvalidRequest
 from rollmesh.rpc.interceptors import CancelWithCaller
@@ -17,7 +19,10 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Largest message either way. gRPC's own limit of 4 MiB is too small for a batch of long rollouts;
 weights are streamed in chunks of EXPORT_CHUNK_BYTES and never need this."""
 KEEPALIVE_S = 20
-"""Seconds between two pings of a channel that has calls; servers allow twice as many."""
+"""Seconds between two pings of a connection that has calls, either way; servers allow twice as
+many."""
+KEEPALIVE_TIMEOUT_S = 5
+"""Seconds in which a ping is answered, or the connection is lost with all its calls."""
 EXPORT_CHUNK_BYTES = 1024 * 1024
 """Largest chunk of an adapter's transfer."""
 
@@ -68,13 +73,32 @@ def channel(address: str) -> grpc.aio.Channel:
             ("grpc.service_config", _service_config(only_serving=several)),
             # Without these a peer that lost its power is noticed after minutes.
             ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),
-            ("grpc.keepalive_timeout_ms", 5_000),
+            ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_S * 1000),
             # A restarted peer is tried again soon, not after gRPC's default of up to two minutes.
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 2_000),
         ],
-        interceptors=[*aio_client_interceptors(), CancelWithCaller()],
+        interceptors=[*_tracing(), CancelWithCaller()],
     )
+
+
+def _tracing() -> list[grpc.aio.ClientInterceptor]:
+    # An intercepted call that is streamed both ways keeps a task for ever where the server ends it.
+    return [
+        interceptor
+        for interceptor in aio_client_interceptors()
+        if not isinstance(interceptor, grpc.aio.StreamStreamClientInterceptor)
+    ]
+
+
+def trace_metadata() -> Metadata:
+    """Metadata that puts a call into the current trace; for those streamed both ways.
+
+    A channel does that for all others, and makes a span of each.
+    """
+    carrier: dict[str, str] = {}
+    inject(carrier)
+    return Metadata(*carrier.items())
 
 
 _NUMBER_PORT = re.compile(r"(?:([0-9.]+)|\[([0-9A-Fa-f:.]+)\]):([0-9]{1,5})")

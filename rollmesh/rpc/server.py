@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection
 from opentelemetry.instrumentation.grpc import aio_server_interceptor
 
 from rollmesh.errors import Unavailable
-from rollmesh.rpc.channel import KEEPALIVE_S, MESSAGE_OPTIONS
+from rollmesh.rpc.channel import KEEPALIVE_S, KEEPALIVE_TIMEOUT_S, MESSAGE_OPTIONS
 from rollmesh.rpc.interceptors import ErrorInterceptor
 
 if TYPE_CHECKING:
@@ -95,6 +95,11 @@ async def serving(
             ("grpc.so_reuseport", 0),
             # Channels ping every KEEPALIVE_S; gRPC's own server hangs up on more than one in 5 min.
             ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_S * 500),
+            # A client that lost its power would hold its streams, and all that they stand for.
+            ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),
+            ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_S * 1000),
+            # The one above goes by what the kernel has heard, this one by what the process answers.
+            ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_S * 1000),
         ],
     )
     health = health_aio.HealthServicer()

@@ -24,7 +24,7 @@ from services.coordinator.tasks import Taskmaster
 from tests.chaos.job_world import job_world
 from tests.chaos.script import insist
 from tests.fakes.databases import postgresql_server
-from tests.fakes.environments import FakeEnvironments
+from tests.fakes.worlds import FakeEnvironments
 
 KILLS = os.environ.get("CHAOS_COORDINATOR_KILLS")
 SEED = int(os.environ.get("CHAOS_SEED", "20"))

@@ -31,7 +31,7 @@ from services.coordinator.datasets import Task
 from services.coordinator.evaluation import is_better
 from services.coordinator.group_bytes import group_from_bytes
 from services.coordinator.makers import Peers
-from tests.fakes.environments import FakeEnvironments
+from tests.fakes.worlds import FakeEnvironments
 
 TEACHER = "projects/p/adapters/teacher"
 JOB, ADAPTER = "projects/p/jobs/j", "projects/p/adapters/j"

@@ -27,7 +27,7 @@ from rollmesh.errors import (
     SequenceGap,
     Unavailable,
 )
-from tests.fakes.environments import FakeEnvironments
+from tests.fakes.worlds import FakeEnvironments
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence

@@ -20,7 +20,7 @@ from rollmesh.job import Warned
 from services.coordinator.datasets import Task
 from services.coordinator.group_bytes import group_from_bytes
 from services.coordinator.retry import RETRY_FOR_S
-from tests.fakes.environments import FakeEnvironments, with_limits
+from tests.fakes.worlds import FakeEnvironments, with_limits
 from tests.fakes.job_mesh import FIRST_TOKEN, Context, JobMesh, spec
 from tests.fakes.virtual_time import simulate
 
