@@ -5,19 +5,30 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
+from grpc.aio import Metadata
 from opentelemetry.instrumentation.grpc import aio_client_interceptors
+from opentelemetry.propagate import inject
 
 from rollmesh.errors import InvalidRequest
 from rollmesh.rpc.interceptors import CancelWithCaller
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rollmesh.config import TlsConfig
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Largest message either way. gRPC's own limit of 4 MiB is too small for a batch of long rollouts;
 weights are streamed in chunks of EXPORT_CHUNK_BYTES and never need this."""
 KEEPALIVE_S = 20
 """Seconds between two pings of a channel that has calls; servers allow twice as many."""
+STRANGERS_KEEPALIVE_S = 310
+"""The same, of a server that is not ours: most hang up on who pings it more than once in 5 min."""
+KEEPALIVE_TIMEOUT_S = 5
+"""Seconds in which a ping, or whatever is sent at all, has to be acknowledged."""
 EXPORT_CHUNK_BYTES = 1024 * 1024
 """Largest chunk of an adapter's transfer."""
 
@@ -64,17 +75,86 @@ def channel(address: str) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(
         _target_of_several(address) if several else address,
         options=[
-            *MESSAGE_OPTIONS,
+            *_options(KEEPALIVE_S),
             ("grpc.service_config", _service_config(only_serving=several)),
-            # Without these a peer that lost its power is noticed after minutes.
-            ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),
-            ("grpc.keepalive_timeout_ms", 5_000),
-            # A restarted peer is tried again soon, not after gRPC's default of up to two minutes.
-            ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.max_reconnect_backoff_ms", 2_000),
         ],
-        interceptors=[*aio_client_interceptors(), CancelWithCaller()],
+        interceptors=[*_tracing(), CancelWithCaller()],
     )
+
+
+def channel_to_stranger(
+    address: str, tls: TlsConfig | None = None, *, authority: str = ""
+) -> grpc.aio.Channel:
+    """An open channel to a server that is not ours, over a connection of its own; close it.
+
+    It is traced, and nothing is retried by itself. `tls` None: plaintext. `authority`: host:port
+    that the server is known by; empty: `address`.
+
+    Raises:
+        InvalidRequest: a file of `tls` cannot be read.
+    """
+    options: list[tuple[str, str | int]] = [
+        *_options(STRANGERS_KEEPALIVE_S),
+        ("grpc.enable_retries", 0),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    if authority:
+        options.append(("grpc.default_authority", authority))
+    interceptors = [*_tracing(), CancelWithCaller()]
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
+    name = tls.server_name or (authority or address).rpartition(":")[0].strip("[]")
+    options.append(("grpc.ssl_target_name_override", name))
+    return grpc.aio.secure_channel(
+        address,
+        grpc.ssl_channel_credentials(
+            root_certificates=_read(tls.ca_file, "tls.ca_file"),
+            private_key=_read(tls.key_file, "tls.key_file"),
+            certificate_chain=_read(tls.certificate_file, "tls.certificate_file"),
+        ),
+        options=options,
+        interceptors=interceptors,
+    )
+
+
+def _options(keepalive_s: int) -> list[tuple[str, int]]:
+    return [
+        *MESSAGE_OPTIONS,
+        # Without these a peer that lost its power is noticed after minutes.
+        ("grpc.keepalive_time_ms", keepalive_s * 1000),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_S * 1000),
+        # A restarted peer is tried again soon, not after gRPC's default of up to two minutes.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+    ]
+
+
+def _read(path: Path | None, field: str) -> bytes | None:
+    try:
+        return None if path is None else path.read_bytes()
+    except OSError as error:
+        raise InvalidRequest(
+            f"{field}: {path}: {error.strerror}", field=field, value=path
+        ) from None
+
+
+def _tracing() -> list[grpc.aio.ClientInterceptor]:
+    # An intercepted call that is streamed both ways keeps a task for ever where the server ends it.
+    return [
+        interceptor
+        for interceptor in aio_client_interceptors()
+        if not isinstance(interceptor, grpc.aio.StreamStreamClientInterceptor)
+    ]
+
+
+def trace_metadata() -> Metadata:
+    """Metadata that puts a call into the current trace; for those streamed both ways.
+
+    A channel does that for all others, and makes a span of each.
+    """
+    carrier: dict[str, str] = {}
+    inject(carrier)
+    return Metadata(*carrier.items())
 
 
 _NUMBER_PORT = re.compile(r"(?:([0-9.]+)|\[([0-9A-Fa-f:.]+)\]):([0-9]{1,5})")
