@@ -98,10 +98,9 @@ def channel_to_stranger(
         ("grpc.enable_retries", 0),
         ("grpc.use_local_subchannel_pool", 1),
     ]
-    if authority:
-        options.append(("grpc.default_authority", authority))
     interceptors = [*_tracing(), CancelWithCaller()]
     if tls is None:
+        options.append(("grpc.default_authority", authority or address))
         return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
     name = tls.server_name or (authority or address).rpartition(":")[0].strip("[]")
     options.append(("grpc.ssl_target_name_override", name))

@@ -107,13 +107,13 @@ class Game(EnvironmentServiceServicer):
         try:
             start = (await anext(request_iterator)).start
             await self._obey(start.task_id, context)
-            yield seen(f"seed {start.seed}")
+            await context.write(seen(f"seed {start.seed}"))
             async for request in request_iterator:
                 action = request.action.content
                 await self._obey(action, context)
                 if action == "leave":
                     return
-                yield outcome(action)
+                await context.write(outcome(action))
                 if action == "leave soon":
                     return
                 if action == "done":
@@ -121,7 +121,8 @@ class Game(EnvironmentServiceServicer):
                         await asyncio.Event().wait()
                     return
             if start.task_id != "shrug":
-                yield pb.EpisodeResponse(reward=0.5, done=start.task_id != "goes on")
+                done = start.task_id != "goes on"
+                await context.write(pb.EpisodeResponse(reward=0.5, done=done))
         finally:
             self.open -= 1
 

@@ -44,8 +44,8 @@ class Routed:
 
 def environment(*ports, name="game", **changes):
     """The configuration of an environment at ports of this machine."""
-    addresses = [f"127.0.0.1:{port}" for port in ports]
-    values = {"name": name, "addresses": addresses, "remote_name": "game", **changes}
+    places = [f"127.0.0.1:{port}" for port in ports]
+    values = {"name": name, "addresses": places, "remote_name": "game", **changes}
     return EnvironmentConfig.parse(values, source="test")
 
 

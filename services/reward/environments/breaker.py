@@ -52,4 +52,5 @@ class Breaker:
         """Why it is open; empty: it is not."""
         if self.open_until is None:
             return ""
-        return f"{self._num_failures} calls in a row failed there, the last: {self._last}"
+        calls = "1 call" if self._num_failures == 1 else f"{self._num_failures} calls in a row"
+        return f"{calls} failed there, the last: {self._last}"

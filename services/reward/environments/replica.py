@@ -86,6 +86,11 @@ class Replica:
         return self.info is not None
 
     @property
+    def silent(self) -> bool:
+        """Whether its last poll got no answer."""
+        return self._silent_since is not None
+
+    @property
     def problem(self) -> str:
         """Why it takes no work; empty: it does."""
         return (self.refusal or self.breaker.problem) if self.up else self._problem

@@ -186,6 +186,6 @@ class Run:
             f"environment {replica.environment!r} at {replica.place}: no answer in {within_s:g} s"
         )
         context = {"environment": replica.environment, "replica": replica.place}
-        if not replica.up:
+        if replica.silent:
             return EnvironmentUnavailable(f"{message}; the replica: {replica.problem}", **context)
         return EnvironmentTimeout(message, **context)
