@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rollmesh.errors import MeshError
     from services.coordinator.fleet.membership import Fleet
 
+
 class Limits:
     """Limits that run only while something about a fleet is amiss."""
 

@@ -36,6 +36,10 @@ SUSPECT_PAUSE_S = 0.05
 DESCRIBE_INTERVAL_S = 3.0
 """A server behind a fixed address may be exchanged for another without ever seeming away."""
 DESCRIBE_TIMEOUT_S = 5.0
+MOST_UNHEARD = 256
+"""Calls begun at a replica and not heard of: neither answered nor followed by an answered poll.
+Servers made of gRPC's core drop calls at random when more than 1,000 have come that they have not
+begun to work on, and answer no poll in time while they have that many before it."""
 LONGEST_FULL_S = 1.0
 """For which a replica that says RESOURCE_EXHAUSTED is left alone, whatever it says itself."""
 
@@ -70,9 +74,12 @@ class Replica:
         self._changed = changed
         self._problem = "not heard of yet"
         self._tells_health = True
-        self._silent_since: float | None = None
+        self._silent_s = 0.0
+        self._before_silence: chat.EnvironmentInfo | None = None
+        self._num_answers = 0
         self._suspected = asyncio.Event()
         self._runs: set[Run] = set()
+        self._unheard: set[Run] = set()
         self._num = dict.fromkeys(Kind, 0)
 
     @property
@@ -88,7 +95,7 @@ class Replica:
     @property
     def silent(self) -> bool:
         """Whether its last poll got no answer."""
-        return self._silent_since is not None
+        return self._silent_s > 0
 
     @property
     def problem(self) -> str:
@@ -124,7 +131,7 @@ class Replica:
 
     def has_room(self, kind: Kind, now: float) -> bool:
         """Whether it has room for one more such call."""
-        if now < self.full_until:
+        if now < self.full_until or len(self._unheard) >= MOST_UNHEARD:
             return False
         if kind is Kind.READ:
             return True
@@ -137,12 +144,14 @@ class Replica:
         """Take a place there."""
         run = Run(self, kind, trial=self.breaker.begin())
         self._runs.add(run)
+        self._unheard.add(run)
         self._num[kind] += 1
         return run
 
     def leave(self, run: Run) -> None:
         """Give the place back."""
         self._runs.discard(run)
+        self._unheard.discard(run)
         self._num[run.kind] -= 1
         if not run.refused:
             # Whatever it had said, there is room now.
@@ -153,6 +162,15 @@ class Replica:
         """It said RESOURCE_EXHAUSTED."""
         now = asyncio.get_running_loop().time()
         self.full_until = now + min(retry_after_s, LONGEST_FULL_S)
+
+    def answered(self, run: Run) -> None:
+        """A call was answered: whatever its health does, it has not stalled."""
+        self._num_answers += 1
+        if run in self._unheard:
+            self._heard_of({run})
+        if self._before_silence is not None:
+            # It is the same server still: nothing has begun there since.
+            self._in(self._before_silence)
 
     def suspect(self, problem: str) -> None:
         """A call failed: it is out until its next good poll, which comes soon."""
@@ -177,13 +195,14 @@ class Replica:
             await self._connection.close()
 
     async def _poll(self) -> None:
-        info = self.info
+        info, num_answers, unheard = self.info, self._num_answers, set(self._unheard)
         try:
             async with _answering(POLL_TIMEOUT_S):
                 serves = await self._serves()
                 if not self._tells_health:
                     info = await self._describe()
-            self._silent_since = None
+            self._silent_s = 0.0
+            self._heard_of(unheard)
             if not serves:
                 self._out("it says NOT_SERVING")
                 return
@@ -191,11 +210,15 @@ class Replica:
                 async with _answering(DESCRIBE_TIMEOUT_S):
                     info = await self._describe()
         except _Silent as silent:
-            self._is_silent(str(silent))
+            # A server, or we, may have so much to do that a poll takes its time.
+            if self._num_answers == num_answers:
+                stalled = self.info or self._before_silence
+                self._is_silent(str(silent), POLL_TIMEOUT_S + POLL_INTERVAL_S)
+                self._before_silence = stalled
         except EnvironmentFailed as error:  # It answers, and is not what it should be.
             self._out(str(error))
         except MeshError as error:
-            self._is_silent(str(error))
+            self._is_silent(str(error), POLL_INTERVAL_S)
         else:
             self._in(info)
 
@@ -232,16 +255,25 @@ class Replica:
                 await self._suspected.wait()
                 await asyncio.sleep(SUSPECT_PAUSE_S)
 
+    def _heard_of(self, runs: set[Run]) -> None:
+        was_full = len(self._unheard) >= MOST_UNHEARD
+        self._unheard -= runs
+        if was_full and runs:
+            self._changed()
+
     def _in(self, info: chat.EnvironmentInfo) -> None:
         if info == self.info:
             return
         if self.info is None:
             log.info("environment %s: the replica at %s serves", self.environment, self.place)
         self.info = info
+        self._silent_s = 0.0
+        self._before_silence = None
         self._changed()
 
     def _out(self, problem: str) -> None:
         self._problem = problem
+        self._before_silence = None
         if self.info is not None:
             log.warning(
                 "environment %s: the replica at %s is out: %s",
@@ -252,15 +284,17 @@ class Replica:
             self.info = None
             self._changed()
 
-    def _is_silent(self, problem: str) -> None:
-        """It does not answer: what runs there waits for it, though not for ever."""
+    def _is_silent(self, problem: str, for_s: float) -> None:
+        """It did not answer a poll: what runs there waits for it, though not for ever.
+
+        `for_s`: what the poll took, had we nothing else to do: a service that is busy itself must
+        not lose patience with others.
+        """
         self._out(problem)
         # Whatever answers next is as good as new.
         self.breaker.went_well()
-        now = asyncio.get_running_loop().time()
-        if self._silent_since is None:
-            self._silent_since = now
-        if now - self._silent_since >= self._config.patience_s:
+        self._silent_s += for_s
+        if self._silent_s >= self._config.patience_s:
             self.break_off(lambda: self._given_up(problem))
 
     def _given_up(self, problem: str) -> EnvironmentUnavailable:

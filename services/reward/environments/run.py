@@ -107,6 +107,7 @@ class Run:
                 self.refused = True
                 self.replica.is_full(found.retry_after_s)
             raise found from error
+        self.replica.answered(self)
         if self._trial:
             self.settle(None)
             self._settled, self._trial = False, False
