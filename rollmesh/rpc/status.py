@@ -50,6 +50,10 @@ _BY_CODE: dict[grpc.StatusCode, type[MeshError]] = {
     grpc.StatusCode.UNIMPLEMENTED: Unimplemented,
 }
 
+# What gRPC's client says, with INTERNAL, when a message could not be sent because the call had
+# ended meanwhile. What it ended with is lost.
+_ENDED_WHILE_WRITING = "Internal error from Core"
+
 # A gRPC client throws away an answer whose trailers exceed 8 KiB and reports that instead, so what
 # a caller sent must not come back whole. A message travels three times, once percent-encoded, which
 # makes it three times as long at worst: 5,000 bytes here, and the context's few values.
@@ -94,6 +98,8 @@ def to_error(call: grpc.aio.AioRpcError) -> MeshError:
             if any(other.Unpack(retry) for other in status.details):
                 error.retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
             return error
+    if call.details() == _ENDED_WHILE_WRITING:
+        return Unavailable("the call ended while a message was sent")
     message = f"{call.code().name}: {call.details()}"
     return _BY_CODE.get(call.code(), InternalError)(message)
 
