@@ -83,36 +83,43 @@ def channel(address: str) -> grpc.aio.Channel:
 
 
 def channel_to_stranger(
-    address: str, tls: TlsConfig | None = None, *, authority: str = ""
+    address: str,
+    credentials: grpc.ChannelCredentials | None = None,
+    *,
+    authority: str = "",
+    server_name: str = "",
 ) -> grpc.aio.Channel:
     """An open channel to a server that is not ours, over a connection of its own; close it.
 
-    It is traced, and nothing is retried by itself. `tls` None: plaintext. `authority`: host:port
-    that the server is known by; empty: `address`.
-
-    Raises:
-        InvalidRequest: a file of `tls` cannot be read.
+    It is traced, and nothing is retried by itself. `credentials` None: plaintext. `authority`:
+    host:port that the server is known by; empty: `address`. `server_name`: that its certificate is
+    for; empty: the host of the authority.
     """
     options: list[tuple[str, str | int]] = [
         *_options(STRANGERS_KEEPALIVE_S),
         ("grpc.enable_retries", 0),
         ("grpc.use_local_subchannel_pool", 1),
     ]
+    authority = authority or address
     interceptors = [*_tracing(), CancelWithCaller()]
-    if tls is None:
-        options.append(("grpc.default_authority", authority or address))
+    if credentials is None:
+        options.append(("grpc.default_authority", authority))
         return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
-    name = tls.server_name or (authority or address).rpartition(":")[0].strip("[]")
+    name = server_name or authority.rpartition(":")[0].strip("[]")
     options.append(("grpc.ssl_target_name_override", name))
-    return grpc.aio.secure_channel(
-        address,
-        grpc.ssl_channel_credentials(
-            root_certificates=_read(tls.ca_file, "tls.ca_file"),
-            private_key=_read(tls.key_file, "tls.key_file"),
-            certificate_chain=_read(tls.certificate_file, "tls.certificate_file"),
-        ),
-        options=options,
-        interceptors=interceptors,
+    return grpc.aio.secure_channel(address, credentials, options=options, interceptors=interceptors)
+
+
+def read_credentials(tls: TlsConfig) -> grpc.ChannelCredentials:
+    """What the files of `tls` hold.
+
+    Raises:
+        InvalidRequest: one of them cannot be read.
+    """
+    return grpc.ssl_channel_credentials(
+        root_certificates=_read(tls.ca_file, "tls.ca_file"),
+        private_key=_read(tls.key_file, "tls.key_file"),
+        certificate_chain=_read(tls.certificate_file, "tls.certificate_file"),
     )
 
 

@@ -94,7 +94,8 @@ def to_error(call: grpc.aio.AioRpcError) -> MeshError:
     info, retry = ErrorInfo(), RetryInfo()
     for detail in status.details if status else ():
         if detail.Unpack(info) and info.domain == DOMAIN and info.reason in BY_REASON:
-            error = BY_REASON[info.reason](status.message, **dict(info.metadata))
+            error = BY_REASON[info.reason](status.message)
+            error.context = dict(info.metadata)  # whose keys may be anything
             if any(other.Unpack(retry) for other in status.details):
                 error.retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
             return error

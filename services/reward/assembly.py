@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rollmesh.client import EnvironmentClient, HealthClient
-from rollmesh.rpc.channel import channel_to_stranger
+from rollmesh.rpc.channel import channel_to_stranger, read_credentials
 from services.reward.environments.addresses import Resolver
 from services.reward.environments.failures import first_of_several
 from services.reward.environments.local import ServedHere
@@ -18,7 +19,9 @@ from services.reward.environments.router import Router
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
+    from rollmesh.config import TlsConfig
     from services.reward.environments.config import EnvironmentConfig
+    from services.reward.environments.ports import Connect
     from services.reward.ports import LocalEnvironment
 
 
@@ -34,7 +37,10 @@ async def routing(
     with Resolver() as resolve:
         router = Router(
             [
-                *(RemoteEnvironment(config, connect, resolve) for config in environments),
+                *(
+                    RemoteEnvironment(config, connector(config.tls), resolve)
+                    for config in environments
+                ),
                 *map(ServedHere, here),
             ]
         )
@@ -47,13 +53,25 @@ async def routing(
                     watching.cancel()
 
 
-def connect(config: EnvironmentConfig, place: str, authority: str) -> Connection:
-    """To a replica; its health over a connection of its own, which many streams cannot fill."""
-    calls = channel_to_stranger(place, config.tls, authority=authority)
-    health = channel_to_stranger(place, config.tls, authority=authority)
+def connector(tls: TlsConfig | None) -> Connect:
+    """Connects to replicas; the health of each over a connection of its own, free of streams.
 
-    async def close() -> None:
-        await calls.close()
-        await health.close()
+    Raises:
+        InvalidRequest: a file of `tls` cannot be read.
+    """
+    opened = partial(
+        channel_to_stranger,
+        credentials=read_credentials(tls) if tls else None,
+        server_name=tls.server_name if tls else "",
+    )
 
-    return Connection(EnvironmentClient(calls), HealthClient(health), close)
+    def connect(place: str, authority: str) -> Connection:
+        calls, health = opened(place, authority=authority), opened(place, authority=authority)
+
+        async def close() -> None:
+            await calls.close()
+            await health.close()
+
+        return Connection(EnvironmentClient(calls), HealthClient(health), close)
+
+    return connect

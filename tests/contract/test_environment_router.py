@@ -21,7 +21,7 @@ from rollmesh.errors import (
     Unavailable,
     Unimplemented,
 )
-from rollmesh.rpc.status import to_error
+from rollmesh.rpc.status import to_error, to_status
 from tests.fakes.games import Game, served
 from tests.fakes.routing import answers, environment, routed, say, until
 
@@ -209,6 +209,23 @@ async def test_a_failure_says_whose_it_is(call, word, error):
 async def test_what_was_unavailable_for_a_moment_is_tried_again(world, call, word):
     await call(world, word)
     assert world.game.tried[word] == 2
+
+
+class Insolent(Game):
+    """Tells of its failures what would break whoever takes it for an argument."""
+
+    async def GetTask(self, request, context):
+        error = NotFound("no")
+        error.context = {"message": "x", "self": "y", "field": "task_id", "odd": "z" * 1000}
+        await context.abort_with_status(to_status(error))
+
+
+async def test_of_what_an_environment_says_of_a_failure_only_what_is_known_goes_on():
+    async with playing(Insolent()) as world:
+        with pytest.raises(NotFound) as raised:
+            await get(world, "t0")
+        assert raised.value.context.keys() == {"environment", "replica", "field"}
+        assert raised.value.context["field"] == "task_id"
 
 
 async def test_an_episode_that_has_begun_is_not_begun_again(world):

@@ -15,7 +15,7 @@ import grpc
 import pytest
 
 from rollmesh.errors import EnvironmentUnavailable, InvalidRequest
-from services.reward.assembly import connect
+from services.reward.assembly import connector
 from services.reward.environments.addresses import Resolver
 from tests.fakes.games import Game, register, served, served_plainly
 from tests.fakes.routing import answers, environment, routed, say, until
@@ -321,5 +321,5 @@ async def test_without_one_part_of_its_tls_an_environment_is_not_reached(certifi
 def test_a_file_of_the_tls_that_is_not_there_is_named(tmp_path):
     config = environment(1, tls={"ca_file": tmp_path / "nothing.pem"})
     with pytest.raises(InvalidRequest, match=r"nothing\.pem: No such file") as raised:
-        connect(config, "127.0.0.1:1", "game:1")
+        connector(config.tls)
     assert raised.value.context["field"] == "tls.ca_file"

@@ -27,6 +27,7 @@ class FakeServer:
 
     def __init__(self, *, tells_health=True, **changes):
         self.state = "serving"
+        self.health_state = None  # of its health alone
         self.tells_health = tells_health
         self.info = replace(INFO, **changes)
         self.scoring = []
@@ -37,7 +38,7 @@ class FakeServer:
         self._released = {}
 
     async def check(self):
-        await self._poll()
+        await self._poll(self.health_state)
         if not self.tells_health:
             raise Unimplemented("no health here")
         return self.state != "draining"
@@ -63,7 +64,8 @@ class FakeServer:
         who = item.messages[-1].content
         self.begun.append(who)
         if who in self.raises:
-            raise self.raises[who]
+            error = self.raises[who]
+            raise type(error)(str(error))  # anew: what is raised grows a traceback each time
         self.scoring.append(who)
         try:
             await self._released.setdefault(who, asyncio.Event()).wait()
@@ -82,12 +84,12 @@ class FakeServer:
     async def close(self):
         self.closed = True
 
-    async def _poll(self):
+    async def _poll(self, state=None):
         self.num_polls += 1
-        await self._reach()
+        await self._reach(state)
 
-    async def _reach(self):
-        match self.state:
+    async def _reach(self, state=None):
+        match state or self.state:
             case "silent":
                 await asyncio.Event().wait()
             case "gone":
@@ -106,7 +108,7 @@ class World:
             EnvironmentConfig.parse(values, source="test"), self.connect, self.resolve
         )
 
-    def connect(self, config, place, authority):
+    def connect(self, place, authority):
         server = self.servers[place]
         return Connection(server, server, server.close)
 

@@ -234,6 +234,16 @@ def test_of_many_problems_a_few_are_told():
     world.play(scenario)
 
 
+def test_of_a_long_problem_the_beginning_is_told():
+    world = World(FakeServer(name="g" * 63), remote_name="a" * 1000)
+
+    async def scenario():
+        await world.until(lambda: "has no environment" in world.status.problem)
+        assert len(world.status.problem) < 400
+
+    world.play(scenario)
+
+
 # --- what runs there, and what waits --------------------------------------------------------------
 
 
@@ -252,6 +262,44 @@ def test_what_runs_at_a_replica_that_stalls_is_given_up_after_its_patience():
         with pytest.raises(EnvironmentUnavailable, match="no answer within 1 s"):
             await running
         assert server.scoring == []
+
+    world.play(scenario)
+
+
+def test_a_replica_that_answers_calls_has_not_stalled_whatever_its_health_does():
+    server = FakeServer()
+    world = World(server, patience_s=1)
+
+    async def scenario():
+        await world.serves()
+        loop = asyncio.get_running_loop()
+        server.health_state = "silent"
+        until = loop.time() + 20
+        while loop.time() < until:
+            server.release("a")
+            assert len(await world.score("a")) == 1
+            assert world.status.serving
+            await asyncio.sleep(0.5)
+        assert await world.serves(0) <= NOTICED_S
+
+    world.play(scenario)
+
+
+def test_a_replica_that_seemed_stalled_is_back_when_a_call_is_answered():
+    server = FakeServer()
+    world = World(server, patience_s=60)
+
+    async def scenario():
+        await world.serves()
+        running = world.score("a")
+        await world.until(lambda: server.scoring == ["a"])
+        server.health_state = "silent"
+        await world.serves(0)
+        await asyncio.sleep(10)
+        assert not world.status.serving
+        server.release("a")
+        await running
+        assert world.status.serving
 
     world.play(scenario)
 

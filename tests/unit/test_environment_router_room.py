@@ -17,6 +17,7 @@ from rollmesh.errors import (
 )
 from services.reward.environments.breaker import Breaker
 from services.reward.environments.config import BreakerConfig, EnvironmentConfig
+from services.reward.environments.replica import MOST_UNHEARD
 from tests.fakes.replicas import FakeServer, World, settled
 
 
@@ -78,6 +79,40 @@ def test_one_call_more_than_may_wait_is_refused_with_how_many_do():
         for who in "abc":
             server.release(who)
         await asyncio.gather(*calls)
+
+    world.play(scenario)
+
+
+def test_calls_that_come_at_once_are_sent_little_by_little_and_none_is_refused_for_that():
+    server = FakeServer()
+    world = World(server, max_waiting=0, max_concurrent=1000)
+
+    async def scenario():
+        await world.serves()
+        calls = [world.score("a") for _ in range(1000)]
+        await settled()
+        assert len(server.scoring) == MOST_UNHEARD
+        with pytest.raises(Overloaded):
+            await world.score("a")
+        polls = server.num_polls
+        await world.until(lambda: len(server.scoring) == 1000)
+        assert server.num_polls - polls >= 3, "each answered poll says that the server keeps up"
+        server.release("a")
+        await asyncio.gather(*calls)
+
+    world.play(scenario)
+
+
+def test_answers_make_room_for_further_calls_without_a_poll():
+    server = FakeServer()
+    world = World(server)
+    server.release("a")
+
+    async def scenario():
+        await world.serves()
+        polls = server.num_polls
+        await asyncio.gather(*(world.score("a") for _ in range(1000)))
+        assert server.num_polls - polls <= 1
 
     world.play(scenario)
 
@@ -290,6 +325,24 @@ def test_while_the_only_replica_is_left_alone_calls_wait_and_then_fail_with_the_
         with pytest.raises(EnvironmentUnavailable, match="1 call failed there"):
             await world.score("b")
         assert server.begun == ["a"]
+
+    world.play(scenario)
+
+
+def test_reading_says_nothing_of_how_a_replica_works():
+    server = FakeServer()
+    world = World(server, breaker={"failures": 3, "open_s": 60})
+    server.raises["a"] = InternalError("boom")
+
+    async def scenario():
+        await world.serves()
+        for _ in range(3):
+            assert world.status.serving
+            with pytest.raises(EnvironmentFailed):
+                await world.score("a")
+            if world.status.serving:
+                await world.environment.get_task("t0")
+        assert not world.status.serving
 
     world.play(scenario)
 

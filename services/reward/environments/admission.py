@@ -41,8 +41,8 @@ class Admission:
     def __init__(self, config: EnvironmentConfig, replicas: Replicas) -> None:
         self._config = config
         self._replicas = replicas
-        # Bounded by max_waiting, and calls that had a place before. Ordered dictionaries, whose
-        # first entry is found at once however many went before it.
+        # Bounded by max_waiting, the free places, and calls that had a place before. Ordered
+        # dictionaries, whose first entry is found at once however many went before it.
         self._queues: dict[Kind, collections.OrderedDict[_Waiter, None]] = {
             kind: collections.OrderedDict() for kind in Kind
         }
@@ -66,7 +66,7 @@ class Admission:
 
         Raises:
             EnvironmentUnavailable: no replica has taken work for patience_s.
-            Overloaded: max_waiting calls wait.
+            Overloaded: max_waiting calls of the kind wait.
         """
         begun = time.perf_counter()
         run = await self._entered(kind, avoid, again=again)
@@ -91,8 +91,8 @@ class Admission:
         self._note_whether_any_works(now)
         if self._is_hopeless(now):
             raise self._unavailable()
-        if not again and self.num_waiting >= self._config.max_waiting:
-            raise self._overloaded()
+        if not again and len(queue) >= self._config.max_waiting + self._num_free(kind, now):
+            raise self._overloaded(len(queue))
         waiter = _Waiter(kind, 0 if again else next(self._numbers), avoid)
         queue[waiter] = None
         if again:
@@ -103,8 +103,7 @@ class Admission:
         except asyncio.CancelledError:
             # It may have been given its place in the very moment in which it was given up.
             if not waiter.granted.cancelled() and waiter.granted.exception() is None:
-                with waiter.granted.result() as run:
-                    run.settle(asyncio.CancelledError())
+                waiter.granted.result().give_back()
             raise
         finally:
             queue.pop(waiter, None)
@@ -146,6 +145,11 @@ class Admission:
             key=lambda replica: (replica is avoid, replica.num_running, replica.last_begun),
             default=None,
         )
+
+    def _num_free(self, kind: Kind, now: float) -> int:
+        """Calls that wait for their turn alone, and not for room."""
+        working = (replica for replica in self._replicas if replica.takes_work(now))
+        return sum(replica.num_free(kind, now) for replica in working)
 
     def _begin(self, replica: Replica, kind: Kind) -> Run:
         replica.last_begun = next(self._begun)
@@ -191,8 +195,8 @@ class Admission:
             environment=name,
         )
 
-    def _overloaded(self) -> Overloaded:
-        name, num_waiting = self._config.name, self.num_waiting
+    def _overloaded(self, num_waiting: int) -> Overloaded:
+        name = self._config.name
         return Overloaded(
             f"environment {name!r}: {num_waiting} calls wait for room there, the most that may",
             environment=name,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ITS_OWN = (EnvironmentFailed, EnvironmentTimeout, EnvironmentUnavailable)
 """What an environment is to blame for."""
+_KNOWN = ("field", "value", "allowed")
 
 
 def told(
@@ -42,7 +43,9 @@ def told(
         kind = EnvironmentTimeout
     elif error.status == "RESOURCE_EXHAUSTED":
         kind = Overloaded
-    context = {**error.context, "environment": environment, "replica": place}
+    # Of what an environment says only what is known: it may say anything.
+    context = {key: value for key, value in error.context.items() if key in _KNOWN}
+    context |= {"environment": environment, "replica": place}
     found = kind(f"environment {environment!r} at {place}: {error}", **context)
     if error.retry_after_s and found.retry_after_s:
         found.retry_after_s = error.retry_after_s

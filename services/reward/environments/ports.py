@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from rollmesh import chat
-    from services.reward.environments.config import EnvironmentConfig
 
     Requests = AsyncIterator[chat.Start | chat.Message]
     Tell = Callable[[chat.Response], Awaitable[None]]
@@ -84,9 +83,9 @@ class Connection:
 
 
 class Connect(Protocol):
-    """Makes connections."""
+    """Makes connections to replicas of one environment."""
 
-    def __call__(self, config: EnvironmentConfig, place: str, authority: str) -> Connection:
+    def __call__(self, place: str, authority: str) -> Connection:
         """To `place` (IP:port), which the configuration calls `authority` (host:port)."""
         ...
 

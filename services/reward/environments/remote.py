@@ -186,8 +186,7 @@ class RemoteEnvironment:
     async def _info(self) -> chat.EnvironmentInfo:
         """What the environment is, once that is known."""
         while self._replicas.agreed is None:
-            with await self._admission.enter(Kind.READ):
-                pass
+            (await self._admission.enter(Kind.READ)).give_back()
         return self._replicas.agreed
 
     def _check_split(self, split: str, info: chat.EnvironmentInfo) -> None:

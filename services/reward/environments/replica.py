@@ -60,7 +60,9 @@ class Replica:
         connection: Connection,
         *,
         changed: Callable[[], None],
+        freed: Callable[[], None],
     ) -> None:
+        """`changed` is called when it comes or goes, `freed` when there is room again."""
         self.environment = config.name
         self.place = place
         self.info: chat.EnvironmentInfo | None = None
@@ -72,6 +74,7 @@ class Replica:
         self._config = config
         self._connection = connection
         self._changed = changed
+        self._freed = freed
         self._problem = "not heard of yet"
         self._tells_health = True
         self._silent_s = 0.0
@@ -131,14 +134,19 @@ class Replica:
 
     def has_room(self, kind: Kind, now: float) -> bool:
         """Whether it has room for one more such call."""
-        if now < self.full_until or len(self._unheard) >= MOST_UNHEARD:
-            return False
+        return len(self._unheard) < MOST_UNHEARD and self.num_free(kind, now) > 0
+
+    def num_free(self, kind: Kind, now: float) -> int:
+        """Such calls for which it has room, though not all at once."""
+        if now < self.full_until:
+            return 0
         if kind is Kind.READ:
-            return True
-        if self.num_running >= self._config.max_concurrent:
-            return False
+            return self._config.max_concurrent
+        free = self._config.max_concurrent - self.num_running
         most = self.info.limits.max_concurrent_episodes if self.info else 0
-        return kind is Kind.SCORE or not most or self.num_episodes < most
+        if kind is Kind.EPISODE and most:
+            free = min(free, most - self.num_episodes)
+        return max(free, 0)
 
     def begin(self, kind: Kind) -> Run:
         """Take a place there."""
@@ -156,7 +164,7 @@ class Replica:
         if not run.refused:
             # Whatever it had said, there is room now.
             self.full_until = 0.0
-        self._changed()
+        self._freed()
 
     def is_full(self, retry_after_s: float) -> None:
         """It said RESOURCE_EXHAUSTED."""
@@ -195,9 +203,10 @@ class Replica:
             await self._connection.close()
 
     async def _poll(self) -> None:
-        info, num_answers, unheard = self.info, self._num_answers, set(self._unheard)
+        info, unheard = self.info, set(self._unheard)
         try:
-            async with _answering(POLL_TIMEOUT_S):
+            # A server, or we, may have so much to do that a poll takes its time.
+            async with _answering(POLL_TIMEOUT_S, signs=lambda: self._num_answers):
                 serves = await self._serves()
                 if not self._tells_health:
                     info = await self._describe()
@@ -210,11 +219,9 @@ class Replica:
                 async with _answering(DESCRIBE_TIMEOUT_S):
                     info = await self._describe()
         except _Silent as silent:
-            # A server, or we, may have so much to do that a poll takes its time.
-            if self._num_answers == num_answers:
-                stalled = self.info or self._before_silence
-                self._is_silent(str(silent), POLL_TIMEOUT_S + POLL_INTERVAL_S)
-                self._before_silence = stalled
+            stalled = self.info or self._before_silence
+            self._is_silent(str(silent), POLL_TIMEOUT_S + POLL_INTERVAL_S)
+            self._before_silence = stalled
         except EnvironmentFailed as error:  # It answers, and is not what it should be.
             self._out(str(error))
         except MeshError as error:
@@ -259,7 +266,7 @@ class Replica:
         was_full = len(self._unheard) >= MOST_UNHEARD
         self._unheard -= runs
         if was_full and runs:
-            self._changed()
+            self._freed()
 
     def _in(self, info: chat.EnvironmentInfo) -> None:
         if info == self.info:
@@ -310,9 +317,11 @@ class _Silent(Exception):
 
 
 @contextlib.asynccontextmanager
-async def _answering(within_s: float) -> AsyncIterator[None]:
+async def _answering(
+    within_s: float, *, signs: Callable[[], object] = lambda: None
+) -> AsyncIterator[None]:
     try:
-        async with in_ticks(within_s):
+        async with in_ticks(within_s, signs=signs):
             yield
     except TimeoutError:
         raise _Silent(f"no answer within {within_s:g} s") from None

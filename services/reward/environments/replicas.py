@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 RESOLVE_INTERVAL_S = 2.0
 MOST_PROBLEMS = 3
 """Replicas whose problems are told; of the others only how many they are."""
+LONGEST_PROBLEM = 300
+"""Characters of each: what they say is the servers' own."""
 
 
 class Replicas:
@@ -61,12 +63,11 @@ class Replicas:
 
     def problem(self) -> str:
         """What is wrong with those that take no work; empty: nothing."""
-        problems = [f"{address}: {problem}" for address, problem in self._unresolved.items()]
-        problems += [
-            f"{replica.place}: {replica.problem}"
-            for replica in self
-            if replica.problem and not replica.leaving
+        where = [
+            *self._unresolved.items(),
+            *((each.place, each.problem) for each in self if not each.leaving),
         ]
+        problems = [f"{place}: {problem[:LONGEST_PROBLEM]}" for place, problem in where if problem]
         num_more = len(problems) - MOST_PROBLEMS
         more = [f"and {num_more} more"] if num_more > 0 else []
         return "; ".join([*problems[:MOST_PROBLEMS], *more])
@@ -102,8 +103,10 @@ class Replicas:
             await asyncio.sleep(RESOLVE_INTERVAL_S)
 
     def _add(self, place: str, authority: str) -> Replica:
-        connection = self._connect(self._config, place, authority)
-        replica = Replica(self._config, place, connection, changed=self._changed)
+        connection = self._connect(place, authority)
+        replica = Replica(
+            self._config, place, connection, changed=self._changed, freed=self._notify
+        )
         self._replicas[place] = replica
         return replica
 
@@ -116,6 +119,9 @@ class Replicas:
             if refusal and not replica.refusal:
                 log.warning("%s at %s: %s", self._config.name, replica.place, refusal)
             replica.refusal = refusal
+        self._notify()
+
+    def _notify(self) -> None:
         for listener in self._listeners:
             listener()
 

@@ -69,6 +69,11 @@ class Run:
         self.settle(error)
         self.replica.leave(self)
 
+    def give_back(self) -> None:
+        """Nothing was called after all."""
+        self.settle(asyncio.CancelledError())
+        self.replica.leave(self)
+
     @property
     def port(self) -> EnvironmentPort:
         """The environment there."""
@@ -159,7 +164,7 @@ class Run:
         if self._settled:
             return
         self._settled = True
-        if error is None:
+        if error is None and self.kind is not Kind.READ:
             self.replica.breaker.went_well()
         elif isinstance(error, ITS_OWN):
             now = asyncio.get_running_loop().time()
