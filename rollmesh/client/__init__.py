@@ -14,7 +14,7 @@ from rollmesh.client.adapters import AdapterClient
 from rollmesh.client.checkpoints import CheckpointClient
 from rollmesh.client.environment import EnvironmentClient, Episode
 from rollmesh.client.fleet import FleetClient
-from rollmesh.client.health import HealthClient
+from rollmesh.client.health import HealthClient, HealthProbe
 from rollmesh.client.jobs import JobClient
 from rollmesh.client.reward import RewardClient
 from rollmesh.client.sampler import SamplerClient
@@ -35,6 +35,7 @@ __all__ = [
     "Episode",
     "FleetClient",
     "HealthClient",
+    "HealthProbe",
     "JobClient",
     "RewardClient",
     "SamplerClient",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -82,32 +83,48 @@ def channel(address: str) -> grpc.aio.Channel:
     )
 
 
-def channel_to_stranger(
-    address: str,
-    credentials: grpc.ChannelCredentials | None = None,
-    *,
-    authority: str = "",
-    server_name: str = "",
-) -> grpc.aio.Channel:
-    """An open channel to a server that is not ours, over a connection of its own; close it.
+@dataclass(frozen=True, slots=True)
+class Stranger:
+    """A server that is not ours. Each channel to it has a connection of its own.
 
-    It is traced, and nothing is retried by itself. `credentials` None: plaintext. `authority`:
-    host:port that the server is known by; empty: `address`. `server_name`: that its certificate is
-    for; empty: the host of the authority.
+    `address`: host:port to connect to. `authority`: that it is known by; empty: the same.
+    `credentials` None: plaintext. `server_name`: that its certificate is for; empty: the host of
+    the authority.
     """
-    options: list[tuple[str, str | int]] = [
-        *_options(STRANGERS_KEEPALIVE_S),
-        ("grpc.enable_retries", 0),
-        ("grpc.use_local_subchannel_pool", 1),
-    ]
-    authority = authority or address
-    interceptors = [*_tracing(), CancelWithCaller()]
-    if credentials is None:
-        options.append(("grpc.default_authority", authority))
-        return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
-    name = server_name or authority.rpartition(":")[0].strip("[]")
-    options.append(("grpc.ssl_target_name_override", name))
-    return grpc.aio.secure_channel(address, credentials, options=options, interceptors=interceptors)
+
+    address: str
+    authority: str = ""
+    credentials: grpc.ChannelCredentials | None = None
+    server_name: str = ""
+
+    def channel(self) -> grpc.aio.Channel:
+        """An open channel, traced, on which nothing is retried by itself; close it yourself."""
+        interceptors = [*_tracing(), CancelWithCaller()]
+        if self.credentials is None:
+            return grpc.aio.insecure_channel(
+                self.address, options=self._options(), interceptors=interceptors
+            )
+        return grpc.aio.secure_channel(
+            self.address, self.credentials, options=self._options(), interceptors=interceptors
+        )
+
+    def threaded_channel(self) -> grpc.Channel:
+        """The same for use beside the event loop, not traced."""
+        if self.credentials is None:
+            return grpc.insecure_channel(self.address, options=self._options())
+        return grpc.secure_channel(self.address, self.credentials, options=self._options())
+
+    def _options(self) -> list[tuple[str, str | int]]:
+        options: list[tuple[str, str | int]] = [
+            *_options(STRANGERS_KEEPALIVE_S),
+            ("grpc.enable_retries", 0),
+            ("grpc.use_local_subchannel_pool", 1),
+        ]
+        authority = self.authority or self.address
+        if self.credentials is None:
+            return [*options, ("grpc.default_authority", authority)]
+        name = self.server_name or authority.rpartition(":")[0].strip("[]")
+        return [*options, ("grpc.ssl_target_name_override", name)]
 
 
 def read_credentials(tls: TlsConfig) -> grpc.ChannelCredentials:

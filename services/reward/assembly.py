@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from functools import partial
 from typing import TYPE_CHECKING
 
-from rollmesh.client import EnvironmentClient, HealthClient
-from rollmesh.rpc.channel import channel_to_stranger, read_credentials
+from rollmesh.client import EnvironmentClient, HealthProbe
+from rollmesh.rpc.channel import Stranger, read_credentials
 from services.reward.environments.addresses import Resolver
 from services.reward.environments.failures import first_of_several
 from services.reward.environments.local import ServedHere
@@ -54,24 +53,22 @@ async def routing(
 
 
 def connector(tls: TlsConfig | None) -> Connect:
-    """Connects to replicas; the health of each over a connection of its own, free of streams.
+    """Connects to replicas, for calls, and beside these and the event loop for their health.
 
     Raises:
         InvalidRequest: a file of `tls` cannot be read.
     """
-    opened = partial(
-        channel_to_stranger,
-        credentials=read_credentials(tls) if tls else None,
-        server_name=tls.server_name if tls else "",
-    )
+    credentials = read_credentials(tls) if tls else None
+    server_name = tls.server_name if tls else ""
 
     def connect(place: str, authority: str) -> Connection:
-        calls, health = opened(place, authority=authority), opened(place, authority=authority)
+        server = Stranger(place, authority, credentials, server_name)
+        calls, health = server.channel(), server.threaded_channel()
 
         async def close() -> None:
             await calls.close()
-            await health.close()
+            health.close()
 
-        return Connection(EnvironmentClient(calls), HealthClient(health), close)
+        return Connection(EnvironmentClient(calls), HealthProbe(health), close)
 
     return connect

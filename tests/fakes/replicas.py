@@ -34,6 +34,7 @@ class FakeServer:
         self.begun = []
         self.raises = {}
         self.num_polls = 0
+        self.num_answers = 0
         self.closed = False
         self._released = {}
 

@@ -285,6 +285,22 @@ def test_a_replica_that_answers_calls_has_not_stalled_whatever_its_health_does()
     world.play(scenario)
 
 
+def test_an_answer_that_a_busy_loop_has_not_come_to_is_one():
+    server = FakeServer()
+    world = World(server)
+
+    async def scenario():
+        await world.serves()
+        server.health_state = "silent"
+        for _ in range(20):
+            await asyncio.sleep(0.9)
+            server.num_answers += 1
+            assert world.status.serving
+        assert await world.serves(0) <= NOTICED_S
+
+    world.play(scenario)
+
+
 def test_a_replica_that_seemed_stalled_is_back_when_a_call_is_answered():
     server = FakeServer()
     world = World(server, patience_s=60)

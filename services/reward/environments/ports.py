@@ -66,7 +66,9 @@ class EnvironmentPort(Protocol):
 
 
 class HealthPort(Protocol):
-    """`rollmesh.client.HealthClient`."""
+    """`rollmesh.client.HealthProbe`."""
+
+    num_answers: int
 
     async def check(self) -> bool:
         """Whether the server takes work; raises Unimplemented or NotFound where it does not say."""

@@ -205,8 +205,7 @@ class Replica:
     async def _poll(self) -> None:
         info, unheard = self.info, set(self._unheard)
         try:
-            # A server, or we, may have so much to do that a poll takes its time.
-            async with _answering(POLL_TIMEOUT_S, signs=lambda: self._num_answers):
+            async with _answering(POLL_TIMEOUT_S, signs=self._signs):
                 serves = await self._serves()
                 if not self._tells_health:
                     info = await self._describe()
@@ -228,6 +227,10 @@ class Replica:
             self._is_silent(str(error), POLL_INTERVAL_S)
         else:
             self._in(info)
+
+    def _signs(self) -> tuple[int, int]:
+        """A server, or we, may have so much to do that a poll takes its time."""
+        return self._num_answers, self._connection.health.num_answers
 
     async def _serves(self) -> bool:
         self._tells_health = True
