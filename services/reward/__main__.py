@@ -11,6 +11,8 @@ from rollmesh.config import from_command_line, run
 from services.reward.config import RewardConfig
 
 if TYPE_CHECKING:
+    import grpc
+
     from services.reward.registry import Registry
 
 log = logging.getLogger("services.reward")
@@ -23,12 +25,17 @@ def main() -> None:
 
 async def serve(config: RewardConfig, registry: type[Registry] | None = None) -> None:
     """Serve until the process is told to end; `registry` None: the plain one."""
+    from rollmesh.api.environment.v1.environment_service_pb2_grpc import (
+        add_EnvironmentServiceServicer_to_server,
+    )
     from rollmesh.api.reward.v1 import reward_service_pb2 as pb
     from rollmesh.api.reward.v1.reward_service_pb2_grpc import (
         add_RewardServiceServicer_to_server,
     )
     from rollmesh.rpc.server import serving, terminated
     from rollmesh.telemetry import log_fields, telemetry
+    from services.reward import environment_servicer
+    from services.reward.assembly import routing
     from services.reward.functions import FUNCTIONS
     from services.reward.registry import Registry as PlainRegistry
     from services.reward.servicer import RewardServicer
@@ -38,20 +45,32 @@ async def serve(config: RewardConfig, registry: type[Registry] | None = None) ->
     with telemetry("reward", config.telemetry):
         async with (
             Workers(config.num_workers, config.item_timeout_s) as workers,
-            serving(
-                lambda server: add_RewardServiceServicer_to_server(
-                    RewardServicer(made(FUNCTIONS, workers, max_batches=config.max_batches)),
-                    server,
-                ),
-                services=[pb.DESCRIPTOR.services_by_name["RewardService"].full_name],
+            routing(config.environments) as router,
+        ):
+
+            def register(server: grpc.aio.Server) -> None:
+                functions = made(FUNCTIONS, workers, max_batches=config.max_batches)
+                add_RewardServiceServicer_to_server(
+                    RewardServicer(functions, router.list_environments), server
+                )
+                add_EnvironmentServiceServicer_to_server(
+                    environment_servicer.EnvironmentServicer(router), server
+                )
+
+            async with serving(
+                register,
+                services=[
+                    pb.DESCRIPTOR.services_by_name["RewardService"].full_name,
+                    environment_servicer.SERVICE,
+                ],
                 address=config.listen,
                 drain_s=config.drain_s,
-            ) as running,
-        ):
-            await running.ready()
-            with log_fields(port=running.port):
-                log.info("serving")
-            await terminated()
+            ) as running:
+                await running.ready()
+                with log_fields(port=running.port):
+                    log.info("serving")
+                await terminated()
+                router.end(config.drain_s)
 
 
 if __name__ == "__main__":

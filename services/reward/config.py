@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator
 
 from rollmesh.config import Address, Config
 from rollmesh.telemetry import TelemetryConfig
+from services.reward.environments.config import EnvironmentConfig
 
 
 class RewardConfig(Config):
@@ -23,5 +24,16 @@ class RewardConfig(Config):
     """Processor time in seconds that one item may take in such a process."""
     max_batches: PositiveInt = 1024
     """Batches scored or waiting at once; one more is refused with OVERLOADED."""
+    environments: list[EnvironmentConfig] = []
+    """Environments that others serve, which calls of EnvironmentService are sent on to."""
     telemetry: TelemetryConfig = TelemetryConfig()
     """Traces, metrics and logs."""
+
+    @field_validator("environments")
+    @classmethod
+    def _names_once(cls, environments: list[EnvironmentConfig]) -> list[EnvironmentConfig]:
+        names = [each.name for each in environments]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"there are two of the name {', '.join(twice)}")
+        return environments

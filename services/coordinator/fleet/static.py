@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from rollmesh import chat, types
 from rollmesh.errors import MeshError
-from services.coordinator.fleet.limits import in_ticks
+from rollmesh.ticks import in_ticks
 from services.coordinator.fleet.membership import FleetMember, Info, Port
 from services.coordinator.fleet.refusals import Refusals
 
