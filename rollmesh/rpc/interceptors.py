@@ -51,6 +51,12 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 handler.request_deserializer,
                 handler.response_serializer,
             )
+        if handler.stream_stream is not None:
+            return grpc.stream_stream_rpc_method_handler(
+                _stream(handler.stream_stream, method),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
         return handler
 
 

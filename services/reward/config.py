@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from rollmesh.config import Address, Config
 from rollmesh.telemetry import TelemetryConfig
+
+
+class SandboxConfig(Config):
+    """Where Python that a model wrote is run (code_tests); without one it is not run at all."""
+
+    tool: Literal["auto", "bubblewrap", "nsjail", "none"] = "auto"
+    """What makes the sandboxes. With `auto` the first of bubblewrap and nsjail that is there and
+    passes its test at start; where none does, functions that need one are refused. One that is
+    named must pass, or the service does not start."""
+    max_runs: PositiveInt = 2
+    """Programs that run at once; more of them wait."""
+    max_cpu_s: Annotated[float, Field(gt=0, le=600)] = 30.0
+    """Most seconds of processor time that a caller may ask for one program."""
+    max_memory_mib: Annotated[int, Field(ge=32, le=65536)] = 1024
+    """Most memory in MiB that a caller may ask for one program."""
 
 
 class RewardConfig(Config):
@@ -18,10 +33,12 @@ class RewardConfig(Config):
     drain_s: NonNegativeFloat = 10.0
     """Seconds that calls under way get to finish when the service is told to end."""
     num_workers: PositiveInt = 2
-    """Processes for functions whose time may explode (regex_match, math_match)."""
+    """Processes for functions whose time may explode, such as regex_match and math_match."""
     item_timeout_s: Annotated[float, Field(gt=0, le=60)] = 2.0
     """Processor time in seconds that one item may take in such a process."""
     max_batches: PositiveInt = 1024
     """Batches scored or waiting at once; one more is refused with OVERLOADED."""
+    sandbox: SandboxConfig = SandboxConfig()
+    """Where Python that a model wrote is run."""
     telemetry: TelemetryConfig = TelemetryConfig()
     """Traces, metrics and logs."""

@@ -12,6 +12,8 @@ from rollmesh.api.reward.v1 import reward_service_pb2 as pb
 from rollmesh.api.reward.v1.reward_service_pb2_grpc import RewardServiceServicer
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     import grpc
 
     from services.reward.registry import Registry
@@ -31,6 +33,15 @@ class RewardServicer(RewardServiceServicer):
         items = convert.score_items_from_pb(request.items)
         return pb.ScoreResponse(
             rewards=await self._registry.score(request.function, parameters, items)
+        )
+
+    async def ScoreEach(  # type: ignore[override] # it writes by itself, as grpc.aio allows
+        self, request_iterator: AsyncIterator[pb.ScoreEachRequest], context: Context
+    ) -> None:
+        """Scores a batch, each item for itself."""
+        await self._registry.score_each(
+            convert.score_each_requests_from_pb(request_iterator),
+            lambda said: context.write(convert.score_each_response_to_pb(said)),
         )
 
     async def ListFunctions(

@@ -14,11 +14,13 @@ import resource
 import signal
 import sys
 import traceback
+from dataclasses import asdict
 from typing import Any
 
 from rollmesh.errors import InvalidRequest
 from rollmesh.types import ScoreItem
 from services.reward.functions import FUNCTIONS
+from services.reward.functions.function import scored
 
 MAX_MEMORY_BYTES = 1 << 30
 """Memory of one process. The largest request is 64 MiB, and sympy itself takes about 100."""
@@ -32,8 +34,13 @@ def main() -> None:
     with os.fdopen(os.dup(sys.stdout.fileno()), "w") as answers:
         # A library that prints must not break the protocol.
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        prepared = set()
         for line in sys.stdin.buffer:
             request = json.loads(line)
+            function = FUNCTIONS[request["function"]]
+            if function.prepare is not None and function.name not in prepared:
+                function.prepare()
+                prepared.add(function.name)
             # Nobody handles the signal on purpose: its default is to end the process.
             signal.setitimer(signal.ITIMER_PROF, limit_s)
             answer = _answer(request)
@@ -44,8 +51,10 @@ def main() -> None:
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     function = FUNCTIONS[request["function"]]
     parameters = function.parameters.model_validate(request["parameters"])
+    score: Any = function.score
     try:
-        return {"reward": function.score(ScoreItem(**request["item"]), parameters)}
+        worth = scored(score(ScoreItem(**request["item"]), parameters))
+        return {"scored": asdict(worth)}
     except InvalidRequest as error:
         return {"invalid": str(error), "context": error.context}
     except MemoryError:

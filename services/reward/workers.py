@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from rollmesh.chat import Scored
 from rollmesh.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -34,11 +35,12 @@ class Workers:
     """Runs isolated functions on single items; an async context manager.
 
     Args:
-        count: processes at most.
+        count: processes at most, each of which scores one item at a time.
         item_timeout_s: processor time that one item may take.
     """
 
     def __init__(self, count: int, item_timeout_s: float) -> None:
+        self.count = count
         self._turn = asyncio.Semaphore(count)
         self._idle: list[Process] = []
         self._item_timeout_s = item_timeout_s
@@ -55,8 +57,8 @@ class Workers:
         while self._idle:
             await _end(self._idle.pop())
 
-    async def score(self, function: str, parameters: Mapping[str, Any], item: ScoreItem) -> float:
-        """The reward that `function` gives to `item`.
+    async def score(self, function: str, parameters: Mapping[str, Any], item: ScoreItem) -> Scored:
+        """What `function` says of `item`.
 
         Raises:
             InvalidRequest: as the function says.
@@ -74,7 +76,7 @@ class Workers:
             if not line:
                 raise Stuck(self._why(await process.wait()))
             self._idle.append(process)
-        return _reward(json.loads(line))
+        return _worth(json.loads(line))
 
     async def _process(self) -> Process:
         while self._idle:
@@ -116,10 +118,10 @@ async def _end(process: Process) -> None:
     await process.wait()
 
 
-def _reward(answer: dict[str, Any]) -> float:
+def _worth(answer: dict[str, Any]) -> Scored:
     match answer:
-        case {"reward": float(reward)}:
-            return reward
+        case {"scored": worth}:
+            return Scored(**worth)
         case {"invalid": message, "context": context}:
             raise InvalidRequest(message, **context)
         case {"stuck": why}:
