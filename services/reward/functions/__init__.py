@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from services.reward.functions.code import CodeTests, code_tests
 from services.reward.functions.combination import Weighted, parts_of, weighted
 from services.reward.functions.form import (
     FormatMatch,
@@ -25,6 +26,7 @@ from services.reward.functions.text import ExactMatch, Length, exact_match, leng
 FUNCTIONS: dict[str, RewardFunction[Any]] = {
     function.name: function
     for function in (
+        RewardFunction(code_tests, CodeTests, needs_sandbox=True),
         RewardFunction(exact_match, ExactMatch),
         RewardFunction(format_match, FormatMatch),
         RewardFunction(json_schema, JsonSchema, isolated=True, reward_when_stuck=0.0),

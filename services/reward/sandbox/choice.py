@@ -64,7 +64,12 @@ async def sandbox(config: SandboxConfig) -> AsyncIterator[Choice]:
 
 async def _proved(name: str, made: Runtime, config: SandboxConfig) -> Choice:
     try:
-        chosen = Sandbox(TOOLS[name](made), max_runs=config.max_runs)
+        chosen = Sandbox(
+            TOOLS[name](made),
+            max_runs=config.max_runs,
+            max_cpu_s=config.max_cpu_s,
+            max_memory_bytes=config.max_memory_mib << 20,
+        )
         problem = await weakness(chosen)
     except MeshError as error:
         return str(error)

@@ -40,10 +40,21 @@ class Sandbox:
     Args:
         tool: what makes the sandboxes.
         max_runs: places: programs that compute at once.
+        max_cpu_s: most processor time that a caller may ask for a program.
+        max_memory_bytes: most memory.
     """
 
-    def __init__(self, tool: Tool, *, max_runs: int) -> None:
+    def __init__(
+        self,
+        tool: Tool,
+        *,
+        max_runs: int,
+        max_cpu_s: float = 30.0,
+        max_memory_bytes: int = 1 << 30,
+    ) -> None:
         self.tool = tool
+        self.max_cpu_s = max_cpu_s
+        self.max_memory_bytes = max_memory_bytes
         self.count = max_runs
         self._turns = asyncio.Semaphore(max_runs)
         self._free = list(range(max_runs))
