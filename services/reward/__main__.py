@@ -31,6 +31,7 @@ async def serve(config: RewardConfig, registry: type[Registry] | None = None) ->
     from rollmesh.telemetry import log_fields, telemetry
     from services.reward.functions import FUNCTIONS
     from services.reward.registry import Registry as PlainRegistry
+    from services.reward.sandbox import sandbox
     from services.reward.servicer import RewardServicer
     from services.reward.workers import Workers
 
@@ -38,9 +39,17 @@ async def serve(config: RewardConfig, registry: type[Registry] | None = None) ->
     with telemetry("reward", config.telemetry):
         async with (
             Workers(config.num_workers, config.item_timeout_s) as workers,
+            sandbox(config.sandbox) as untrusted,
             serving(
                 lambda server: add_RewardServiceServicer_to_server(
-                    RewardServicer(made(FUNCTIONS, workers, max_batches=config.max_batches)),
+                    RewardServicer(
+                        made(
+                            FUNCTIONS,
+                            workers,
+                            max_batches=config.max_batches,
+                            sandbox=untrusted,
+                        )
+                    ),
                     server,
                 ),
                 services=[pb.DESCRIPTOR.services_by_name["RewardService"].full_name],
@@ -49,7 +58,7 @@ async def serve(config: RewardConfig, registry: type[Registry] | None = None) ->
             ) as running,
         ):
             await running.ready()
-            with log_fields(port=running.port):
+            with log_fields(port=running.port, sandbox=str(untrusted)):
                 log.info("serving")
             await terminated()
 

@@ -200,6 +200,7 @@ def _about_item(index: int) -> Iterator[None]:
         yield
     except (InvalidRequest, FailedPrecondition) as error:
         field = error.context.get("field", "")
-        if not field.startswith("parameters."):
+        # Parameters are the batch's, and answers the call's.
+        if not field.startswith(("parameters.", "answer")):
             field = f"items[{index}].{field}".rstrip(".")
         raise type(error)(f"{field}: {error}", **{**error.context, "field": field}) from None

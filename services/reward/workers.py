@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from rollmesh.chat import Scored
-from rollmesh.errors import InvalidRequest
+from rollmesh.errors import BY_REASON
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
@@ -61,7 +61,7 @@ class Workers:
         """What `function` says of `item`.
 
         Raises:
-            InvalidRequest: as the function says.
+            MeshError: as the function says.
             Stuck: it took too much time or memory, or brought its process down.
         """
         request = {"function": function, "parameters": parameters, "item": asdict(item)}
@@ -122,8 +122,8 @@ def _worth(answer: dict[str, Any]) -> Scored:
     match answer:
         case {"scored": worth}:
             return Scored(**worth)
-        case {"invalid": message, "context": context}:
-            raise InvalidRequest(message, **context)
+        case {"error": reason, "message": message, "context": context}:
+            raise BY_REASON[reason](message, **context)
         case {"stuck": why}:
             raise Stuck(why)
         case _:

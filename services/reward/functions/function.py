@@ -82,8 +82,8 @@ class RewardFunction(Generic[P]):
             where time and memory are bounded. Not for a coroutine.
         reward_when_stuck: reward of a completion on which an isolated function exceeds its bounds.
             None: the batch is refused.
-        prepare: of an isolated function, what its process does once before it is first used, and
-            which is not the item's time: a slow import.
+        prepare: of an isolated function, what its process does before, and which is not the item's
+            time: a slow import. It is called each time.
         asks_judge: whether it uses Means.ask.
         needs_sandbox: whether it uses Means.sandbox.
         parts: the functions that it is made up of, in its parameters.

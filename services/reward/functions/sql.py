@@ -65,6 +65,9 @@ def sql_match(item: ScoreItem, parameters: SqlMatch) -> Scored:
     database, query = _reference(item.reference, parameters)
     try:
         expected = _rows(database, query, parameters.max_rows)
+    except _BadDatabase as bad:
+        field = "parameters.database" if parameters.database else "reference"
+        raise InvalidRequest(str(bad), field=field, value=database[:100]) from None
     except _Bad as bad:
         raise InvalidRequest(
             f"the query of the reference cannot be run: {bad}",
@@ -89,6 +92,10 @@ class _Bad(Exception):
     """A query cannot be run; the message says why."""
 
 
+class _BadDatabase(Exception):
+    """A database cannot be made; the message says why."""
+
+
 def _reference(reference: str, parameters: SqlMatch) -> tuple[str, str]:
     """The database, and the query."""
     if parameters.database:
@@ -111,7 +118,7 @@ def _rows(database: str, query: str, max_rows: int) -> Rows:
     """What `query` finds in a new `database`.
 
     Raises:
-        InvalidRequest: the database cannot be made.
+        _BadDatabase: the database cannot be made.
         _Bad: the query cannot be run.
     """
     connection = sqlite3.connect(":memory:")
@@ -122,15 +129,13 @@ def _rows(database: str, query: str, max_rows: int) -> Rows:
         _bound(connection)
         try:
             connection.executescript(database)
-        except sqlite3.Error as error:
-            raise InvalidRequest(
-                f"the database cannot be made: {error}", field="reference", value=database[:100]
-            ) from None
+        except (sqlite3.Error, sqlite3.Warning, MemoryError, ValueError) as error:
+            raise _BadDatabase(f"the database cannot be made: {error}") from None
         connection.set_authorizer(_authorize)
         _bound(connection)
         try:
             rows = connection.execute(query).fetchmany(max_rows + 1)
-        except (sqlite3.Error, sqlite3.Warning, MemoryError) as error:
+        except (sqlite3.Error, sqlite3.Warning, MemoryError, ValueError) as error:
             raise _Bad(f"{type(error).__name__}: {error}") from None
         if len(rows) > max_rows:
             raise _Bad(f"more than {max_rows} rows")

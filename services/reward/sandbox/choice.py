@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from typing import TYPE_CHECKING, TypeAlias
 
 from rollmesh.errors import FailedPrecondition, MeshError
-from rollmesh.telemetry import log_fields
 from services.reward.sandbox.runtime import runtime
 from services.reward.sandbox.sandbox import Sandbox
 from services.reward.sandbox.self_test import weakness
@@ -26,8 +24,6 @@ TOOLS: Mapping[str, Callable[[Runtime], Tool]] = {"bubblewrap": Bubblewrap, "nsj
 
 Choice: TypeAlias = "Sandbox | str"
 """The sandbox, or why there is none."""
-
-log = logging.getLogger(__name__)
 
 
 @contextlib.asynccontextmanager
@@ -48,8 +44,6 @@ async def sandbox(config: SandboxConfig) -> AsyncIterator[Choice]:
         for name in TOOLS if config.tool == "auto" else (config.tool,):
             chosen = await _proved(name, made, config)
             if isinstance(chosen, Sandbox):
-                with log_fields(tool=name):
-                    log.info("there is a sandbox")
                 yield chosen
                 return
             problems.append(chosen)
@@ -58,7 +52,6 @@ async def sandbox(config: SandboxConfig) -> AsyncIterator[Choice]:
         raise FailedPrecondition(
             f"sandbox.tool: {config.tool} cannot be used: {problem}", field="sandbox.tool"
         )
-    log.warning("no sandbox, so what a model wrote cannot be run: %s", problem)
     yield problem
 
 

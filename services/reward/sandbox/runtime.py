@@ -27,10 +27,12 @@ PYTHON = "/usr/bin/python3"
 DEVICES = ("/dev/null", "/dev/random", "/dev/urandom", "/dev/zero")
 """Those of the host that there are in the sandbox too."""
 _PREFIX = "rollmesh-sandbox-"
-# Not needed to run programs, or for developers, or for packages that are not there.
+# Not needed to run programs, or for packages that are not there, or of no use without a network,
+# a terminal or a database.
 _LEFT_OUT = shutil.ignore_patterns(
-    "site-packages", "dist-packages", "config-*", "test", "tests", "idlelib", "tkinter",
-    "_tkinter*", "turtle*", "ensurepip", "venv", "lib2to3", "pydoc_data", "*.opt-?.pyc", "_test*",
+    "site-packages", "dist-packages", "config-*", "test", "tests", "idlelib", "tkinter", "turtle*",
+    "ensurepip", "venv", "lib2to3", "distutils", "pydoc_data", "*.opt-?.pyc", "_tkinter*", "_test*",
+    "_ssl*", "_hashlib*", "readline*", "_curses*", "_dbm*", "_gdbm*", "nis*",
 )  # fmt: skip
 
 
@@ -104,8 +106,7 @@ def _fill(root: Path) -> None:
     for library in {Path(sysconfig.get_path(name, vars=base)) for name in ("stdlib", "platstdlib")}:
         inside = root / "usr" / library.relative_to(sys.base_prefix)
         shutil.copytree(library, inside, ignore=_LEFT_OUT, dirs_exist_ok=True)
-    extensions = [str(path) for path in (root / "usr").rglob("*.so")]
-    for name, source in _shared_libraries([str(python), *extensions]):
+    for name, source in _shared_libraries(python, [*(root / "usr").rglob("*.so")]):
         # The loader has its place; all others are found by LD_LIBRARY_PATH.
         target = root / name[1:] if name.startswith("/") else root / "usr/lib" / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -113,17 +114,19 @@ def _fill(root: Path) -> None:
     _compile(root / "usr/lib")
 
 
-def _shared_libraries(objects: Sequence[str]) -> set[tuple[str, str]]:
-    """What they are linked with: the name that it is asked for by, and its file."""
-    said = subprocess.run(  # noqa: S603 - our own interpreter's files
-        ["ldd", *objects],  # noqa: S607
+def _shared_libraries(python: Path, extensions: Sequence[Path]) -> set[tuple[str, str]]:
+    """What they are linked with: the name that each is asked for by, and its file."""
+    # What ldd does, for all of them at once: the loader says what it loads, and runs nothing.
+    said = subprocess.run(  # noqa: S603 - our own interpreter
+        [str(python)],
         check=True,
         capture_output=True,
         text=True,
+        env={"LD_TRACE_LOADED_OBJECTS": "1", "LD_PRELOAD": " ".join(map(str, extensions))},
     ).stdout
-    return set(re.findall(r"^\s+(\S+) => (/\S+) \(", said, re.MULTILINE)) | {
-        (loader, loader) for loader in re.findall(r"^\s+(/\S+) \(", said, re.MULTILINE)
-    }
+    found = set(re.findall(r"^\s+(\S+) => (/\S+) \(", said, re.MULTILINE))
+    loaders = re.findall(r"^\s+(/\S+) \(", said, re.MULTILINE)
+    return found | {(name, name) for name in loaders if Path(name) not in extensions}
 
 
 def _compile(library: Path) -> None:

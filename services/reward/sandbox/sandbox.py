@@ -59,6 +59,9 @@ class Sandbox:
         self._turns = asyncio.Semaphore(max_runs)
         self._free = list(range(max_runs))
 
+    def __str__(self) -> str:
+        return self.tool.name
+
     @contextlib.asynccontextmanager
     async def place(self) -> AsyncIterator[Place]:
         """A place of its own, once it is its turn."""
@@ -189,7 +192,7 @@ class Running:
     async def read_line(self) -> bytes:
         """The next line of its standard output, with its end; without where that is the last.
 
-        Empty: there is none. It has ended; or said more than it may, or took too long, and is ended.
+        Empty: there is none. It has ended; or it said too much or took too long, and is ended.
         """
         try:
             async with asyncio.timeout_at(self._deadline()):

@@ -6,7 +6,7 @@ service has died meanwhile, and whatever fails before is no doing of the program
 is secret: the program runs in the same process.
 """
 
-# ruff: noqa: I002, PLC0415, PTH109, PTH123 - imports take time, and the program inherits futures
+# ruff: noqa: PLC0415, PTH109, PTH123 - imports take time, and the program inherits futures
 
 
 def _taken_in() -> str:

@@ -21,7 +21,11 @@ async def run_case(place: Place, code: str, case: Case, limits: Limits) -> str:
     if found == wanted:
         return ""
     number = next(
-        (index for index, pair in enumerate(zip(found, wanted, strict=False)) if pair[0] != pair[1]),
+        (
+            index
+            for index, pair in enumerate(zip(found, wanted, strict=False))
+            if pair[0] != pair[1]
+        ),
         min(len(found), len(wanted)),
     )
     return f"line {number + 1} is {_line(found, number)}, not {_line(wanted, number)}"

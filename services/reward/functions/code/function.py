@@ -38,8 +38,8 @@ class CodeTests(Config):
     """What the completion is to define though Python has it already, e.g. `sum`. Other names that
     the tests use and nobody else defines need not be told."""
     in_place: bool = False
-    """Whether tests see what the completion does to lists, dicts and sets that they hand to it. Then
-    it could also change what they compare with."""
+    """Whether tests see what the completion does to lists, dicts and sets that they hand to it.
+    Then it could also change what they compare with."""
     cpu_s: Annotated[float, Field(gt=0)] = 5.0
     """Processor time in seconds that the completion has for one test or case, rounded up. Then it
     fails; so it does when it waits for 10 s beyond that."""
@@ -60,7 +60,9 @@ async def code_tests(item: ScoreItem, parameters: CodeTests, means: Means) -> Sc
     code = fenced(item.completion) if parameters.find == "fence" else None
     async with means.sandbox.place() as place:
         tally = _Tally(stops=parameters.reward == "all")
-        await _judge(tally, place, item.completion if code is None else code, reference, parameters, limits)
+        await _judge(
+            tally, place, item.completion if code is None else code, reference, parameters, limits
+        )
     return tally.scored()
 
 

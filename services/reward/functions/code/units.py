@@ -18,7 +18,7 @@ from services.reward.functions.code.reference import MAX_TESTS
 from services.reward.sandbox import Program
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
     from services.reward.functions.code.reference import CodeReference
     from services.reward.sandbox import Limits, Place, Running
@@ -40,7 +40,7 @@ async def run_tests(
     *,
     names: tuple[str, ...],
     in_place: bool,
-) -> AsyncIterator[tuple[str, str]]:
+) -> AsyncGenerator[tuple[str, str]]:
     """Each test's name and what went wrong (empty: nothing), as they end.
 
     The first is ("", N): there are N tests. Those that are not told have failed.

@@ -9,9 +9,12 @@ from __future__ import annotations
 import os
 import sys
 from types import ModuleType
-from typing import Any
 
-from peer import Peer
+from peer import Peer  # type: ignore[import-not-found] # it lies beside it there
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 null = os.open("/dev/null", os.O_RDWR)
 questions = os.fdopen(os.dup(0), encoding="utf-8", newline="\n")

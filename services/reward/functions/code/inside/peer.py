@@ -10,10 +10,14 @@ from __future__ import annotations
 import builtins
 import json
 import math
-from typing import Any, Callable, Iterator, Mapping
+
+TYPE_CHECKING = False  # typing takes longer to import than all of this
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from typing import Any
 
 
-class Ended(BaseException):  # noqa: N818 - what has happened, which no test is to handle
+class Ended(BaseException):
     """The other side is gone; the message says why."""
 
 
@@ -30,7 +34,7 @@ class Remote:
     def _ask(self, op: str, *values: object) -> Any:
         return self.__dict__["_peer"].ask(op, self, *values)
 
-    def __call__(self, *args: object, **kwargs: object) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:  # noqa: D102
         return self.__dict__["_peer"].call(self, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -106,7 +110,7 @@ class Peer:
         """Call it there. With `in_place`, lists, dicts and sets then hold what they hold there."""
         value, after = self.ask("call", function, list(args), kwargs)
         if self.in_place:
-            for mine, theirs in zip(args, after):
+            for mine, theirs in zip(args, after, strict=False):
                 _take_over(mine, theirs)
         return value
 

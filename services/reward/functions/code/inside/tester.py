@@ -12,29 +12,36 @@ import builtins
 import json
 import os
 import sys
-from typing import Any, Callable, NamedTuple
 
-from peer import Ended, Peer, Remote
+from peer import Ended, Peer, Remote  # type: ignore[import-not-found] # it lies beside it there
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 
 class Invalid(Exception):
     """The tests cannot be run, whatever the completion is."""
 
 
-class Test(NamedTuple):
+class Test:
     """One test: code to run, a function in it to call then, and what the completion has to have."""
 
-    name: str
-    setup: ast.Module
-    tree: ast.Module
-    function: str
-    names: list[str]
+    def __init__(
+        self, name: str, setup: ast.Module, tree: ast.Module, function: str, names: list[str]
+    ) -> None:
+        self.name = name
+        self.setup = setup
+        self.tree = tree
+        self.function = function
+        self.names = names
 
 
 class Telling(ast.NodeTransformer):
     """Makes `assert a == b` tell both where it fails."""
 
-    def visit_Assert(self, node: ast.Assert) -> ast.stmt | list[ast.stmt]:  # noqa: N802
+    def visit_Assert(self, node: ast.Assert) -> ast.stmt | list[ast.stmt]:
         """As ast.NodeTransformer says."""
         test = node.test
         if node.msg is not None or not isinstance(test, ast.Compare) or len(test.ops) != 1:
@@ -151,7 +158,7 @@ def run(test: Test, order: dict[str, Any], service: Service) -> str:
     service.say("N")
     try:
         peer.ask("begin", order["in_place"])
-        there = {"__name__": "tests", "__told__": told}
+        there: dict[str, Any] = {"__name__": "tests", "__told__": told}
         there |= here(peer, test.names)
         is_used = any(not isinstance(there.get(name), Remote | None) for name in test.names)
         num_asked = peer.num_asked
