@@ -7,25 +7,18 @@ import textwrap
 
 import pytest
 
-from rollmesh.errors import FailedPrecondition, InvalidRequest
+from rollmesh.errors import InvalidRequest
 from rollmesh.types import ScoreItem
 from services.reward.functions.code import CodeTests, code_tests
 from services.reward.sandbox import Sandbox
-from services.reward.sandbox.choice import TOOLS
 from services.reward.sandbox.runtime import runtime
+from tests.fakes.sandboxes import first_tool
 
 
 @pytest.fixture(scope="module")
 def sandbox():
     with runtime() as made:
-        problems = []
-        for tool in TOOLS.values():
-            try:
-                yield Sandbox(tool(made), max_runs=1, max_cpu_s=10, max_memory_bytes=1 << 29)
-                return
-            except FailedPrecondition as missing:
-                problems.append(str(missing))
-        pytest.skip("; ".join(problems))
+        yield Sandbox(first_tool(made), max_runs=1, max_cpu_s=10, max_memory_bytes=1 << 29)
 
 
 @pytest.fixture
@@ -81,7 +74,8 @@ ADD = "def add(a, b):\n    return a + b\n"
         ),
         pytest.param(
             ADD,
-            "def check(candidate):\n  for n in range(5): assert candidate(n, n) == 2 * n\ncheck(add)",
+            "def check(candidate):\n  for n in range(5): assert candidate(n, n) == 2 * n\n"
+            "check(add)",
             {},
             1,
             id="a checker that is handed the function",
@@ -116,7 +110,8 @@ ADD = "def add(a, b):\n    return a + b\n"
             id="an exception that is wanted",
         ),
         pytest.param(
-            "class Stack(list):\n  push = list.append\n  @property\n  def size(self): return len(self)",
+            "class Stack(list):\n  push = list.append\n"
+            "  @property\n  def size(self): return len(self)",
             "s = Stack()\ns.push(1)\ns.push(2)\nassert s.size == 2",
             {},
             0,
@@ -161,7 +156,8 @@ else: assert False""",
         pytest.param(
             "def f(x): return x",
             "from decimal import Decimal\nfrom fractions import Fraction\n"
-            "for x in [None, True, 2**100, -0.5, float('inf'), 'ü\\n', b'\\x00', 1j, (1, [2]), {1: {2}},"
+            "for x in [None, True, 2**100, -0.5, float('inf'), 'ü\\n', b'\\x00', 1j, (1, [2]),"
+            " {1: {2}},"
             " frozenset([3]), range(3), Decimal('1.10'), Fraction(1, 3), [], {}, set()]:\n"
             "  assert f(x) == x and type(f(x)) is type(x), x\n"
             "assert f(float('nan')) != f(float('nan'))",
@@ -317,7 +313,8 @@ WRONG = {"tests": ["assert add(1, 2) == 3", "assert add(20, 22) == 42"]}
         ),
         pytest.param(
             "import threading, os, time\n"
-            "threading.Thread(target=lambda: (time.sleep(0.01), os._exit(0)), daemon=True).start()\n"
+            "late = lambda: (time.sleep(0.01), os._exit(0))\n"
+            "threading.Thread(target=late, daemon=True).start()\n"
             "def add(a, b):\n  time.sleep(5)",
             id="leaving in the middle",
         ),
@@ -344,8 +341,8 @@ WRONG = {"tests": ["assert add(1, 2) == 3", "assert add(20, 22) == 42"]}
             id="closing all",
         ),
         pytest.param(
-            "def add(a, b):\n  class T: pass\n  T.__name__ = 'Decimal'\n  T.__module__ = 'decimal'\n"
-            "  return T()",
+            "def add(a, b):\n  class T: pass\n"
+            "  T.__name__, T.__module__ = 'Decimal', 'decimal'\n  return T()",
             id="a number that is none",
         ),
     ],

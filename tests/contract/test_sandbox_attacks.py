@@ -17,6 +17,7 @@ from rollmesh.errors import FailedPrecondition
 from services.reward.sandbox import Limits, Program, Sandbox
 from services.reward.sandbox.choice import TOOLS
 from services.reward.sandbox.runtime import runtime
+from tests.fakes.sandboxes import processes_of, until_gone
 
 LIMITS = Limits(
     cpu_s=1,
@@ -49,7 +50,7 @@ def attack(sandbox, made):
     async def attack(text, limits=LIMITS, stdin=b""):
         program = Program({"main.py": textwrap.dedent(text).encode()})
         outcome = await sandbox.run(program, limits=limits, stdin=stdin)
-        assert left_over(made) == []
+        await until_gone(made.folder)
         after = await sandbox.run(Program({"main.py": b"print(6 * 7)"}), limits=LIMITS)
         assert (after.status, after.code, after.stdout) == ("exited", 0, b"42\n")
         return outcome
@@ -66,19 +67,6 @@ def canary():
         file.chmod(0o666)
         Path(folder).chmod(0o777)
         yield file
-
-
-def left_over(made):
-    """Processes of a sandbox: whoever makes one names its folder, and who is in it runs stage.py."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            line = (entry / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if str(made.folder).encode() in line or b"Runs first in the sandbox" in line:
-            found.append(line)
-    return found
 
 
 REFUSED = """
@@ -515,11 +503,11 @@ async def test_a_caller_that_goes_away_ends_its_run_at_once(sandbox, made):
 
     task = asyncio.create_task(run())
     await begun.wait()
-    assert left_over(made)
+    assert processes_of(made.folder)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert left_over(made) == []
+    await until_gone(made.folder)
 
 
 async def test_places_are_taken_in_order_of_arrival(made, sandbox):

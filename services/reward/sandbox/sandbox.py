@@ -117,7 +117,7 @@ class Place:
         with ours, theirs:
             ours.setblocking(False)  # noqa: FBT003 - so it is called
             python = ("-s", "-S", "-P", "-B", "-X", "utf8", "-c", _STAGE, str(theirs.fileno()))
-            with self._sandbox.tool.command(limits, theirs.fileno(), python) as command:
+            with self._sandbox.tool.command(self._user, limits, theirs.fileno(), python) as command:
                 process = await asyncio.create_subprocess_exec(
                     *command.arguments,
                     stdin=asyncio.subprocess.PIPE,
@@ -128,9 +128,6 @@ class Place:
                     env={},
                     cwd="/",
                     start_new_session=True,
-                    user=self._user,
-                    group=self._user,
-                    extra_groups=None if self._user is None else [],
                 )
             theirs.close()
             try:
