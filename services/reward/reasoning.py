@@ -37,9 +37,9 @@ LEFT_OUT = frozenset({"codeio", "composite"})
 _FORMULA = re.compile(r"[A-Za-z0-9\s+*/^(),.-]{0,2000}")
 _BITS = re.compile(r"[0-9a-fA-Fx\s+*&|^~<>()-]{0,2000}")
 _FUNCTIONS = frozenset({
-    "Abs", "Rational", "acos", "acosh", "acot", "acsc", "asec", "asin", "asinh", "atan", "atanh",
-    "cos", "cosh", "cot", "coth", "csc", "csch", "erf", "exp", "ln", "log", "pi", "sec", "sech",
-    "sin", "sinh", "sqrt", "tan", "tanh",
+    "Abs", "Ci", "Ei", "Integral", "Rational", "Si", "acos", "acosh", "acot", "acsc", "asec",
+    "asin", "asinh", "atan", "atanh", "cos", "cosh", "cot", "coth", "csc", "csch", "erf", "erfi",
+    "exp", "gamma", "ln", "log", "pi", "sec", "sech", "sin", "sinh", "sqrt", "tan", "tanh",
 })  # fmt: skip
 
 

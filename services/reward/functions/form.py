@@ -25,7 +25,7 @@ class FormatMatch(Config):
     """Parameters of format_match."""
 
     tags: Annotated[tuple[Tag, ...], Field(min_length=1, max_length=16)] = ("think", "answer")
-    """The sections, each once and in this order, as <think>…</think>."""
+    """The sections, each once and in this order, as `<think>…</think>`."""
     only: bool = True
     """Whether nothing but white space may stand before, between and after them."""
 
@@ -39,8 +39,8 @@ class FormatMatch(Config):
 def format_match(item: ScoreItem, parameters: FormatMatch) -> Scored:
     """1 where the completion has the given sections, each once and in order; else 0.
 
-    A section stands between a tag and its end, as in <think>…</think><answer>…</answer>. No tag of
-    any of them stands in another one. The reference is not read.
+    A section stands between a tag and its end, as in `<think>…</think><answer>…</answer>`. No tag
+    of any of them stands in another one. The reference is not read.
     """
     text, position = item.completion, 0
     for tag in parameters.tags:

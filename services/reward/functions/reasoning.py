@@ -30,7 +30,7 @@ class ReasoningGym(Config):
     config: dict[str, Any] = {}
     """What the tasks are configured with, as their dataset takes it; without `seed` and `size`."""
     find: Literal["tag", "whole"] = "tag"
-    """Where in the completion the answer is: within its last <answer>…</answer>, and without such
+    """Where in the completion the answer is: within its last `<answer>…</answer>`, and without such
     nowhere; or the whole of it."""
 
 
@@ -50,7 +50,7 @@ def reasoning_gym(item: ScoreItem, parameters: ReasoningGym) -> float:
     try:
         entry = given if index is None else tasks[index]
         # An entry that came through JSON is not always what it was.
-        tasks.score_answer("0", entry)
+        tasks.score_answer(entry["answer"], entry)
     except _ITS_ERRORS as error:
         raise InvalidRequest(
             f"{parameters.dataset} cannot score by it: {type(error).__name__}: {error}"[:500],
