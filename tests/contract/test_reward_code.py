@@ -183,12 +183,21 @@ else: assert False""",
             id="in place",
         ),
         pytest.param(
-            "n = 0\ndef f():\n  global n\n  n += 1\n  return n",
+            "import sys\nsys.n = 0 if not hasattr(sys, 'n') else sys.n\n"
+            "def f():\n  sys.n += 1\n  return sys.n",
             {"tests": ["assert f() == 1", "assert f() == 1 and f() == 2"]},
             {},
             1,
             id="each test has a completion of its own",
         ),
+        pytest.param(
+            "print('at first', flush=True)\ndef f():\n  print('then', flush=True)\n  return 1",
+            "assert f() == 1",
+            {},
+            1,
+            id="printing does no harm",
+        ),
+        pytest.param("def f(): return input()", "assert f() == ''", {}, 0, id="nothing to read"),
         pytest.param(
             "print(int(input()) + 1)",
             {"cases": [{"stdin": "1\n", "stdout": "2"}, {"stdin": "2\n", "stdout": "4\n"}]},
@@ -364,7 +373,12 @@ async def test_a_program_is_judged_by_its_output_alone(worth):
 
 async def test_arguments_that_a_completion_changes_do_not_change_what_it_is_compared_with(worth):
     cheat = "def sort(x):\n  x.clear()\n  return x"
-    assert (await worth(cheat, "x = [2, 1]\nassert sort(x) == sorted(x)")).reward == 0
+    test = "x = [2, 1]\nassert sort(x) == sorted(x)"
+    assert (await worth(cheat, test)).reward == 0
+    insist = "import __main__\n__main__.peer.in_place = True\n"
+    assert (await worth(insist + cheat, test)).reward == 0
+    # Where they are to be seen, they are.
+    assert (await worth(cheat, test, in_place=True)).reward == 1
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,17 @@ async def test_what_does_not_belong_is_refused(registry, says, match, field):
     assert caught.value.context["field"] == field
 
 
+async def test_a_caller_that_has_no_more_to_say_is_told_of_the_question_that_waits(registry):
+    caller = Caller(batch("llm_judge", JUDGE, "a", "b"))
+    call = asyncio.ensure_future(score_each(registry, caller))
+    await caller.questions.get()
+    await caller.questions.get()
+    caller.say(None)
+    with pytest.raises(InvalidRequest, match="none to question 1") as caught:
+        await call
+    assert caught.value.context["field"] == "answer"
+
+
 async def test_a_question_is_answered_once(registry):
     caller = Caller(batch("llm_judge", JUDGE, "a", "b"))
     call = asyncio.ensure_future(score_each(registry, caller))

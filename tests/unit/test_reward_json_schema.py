@@ -91,6 +91,13 @@ def test_a_schema_refers_to_nothing_outside_of_it(reference):
     assert caught.value.context["field"] == "parameters.schema"
 
 
+def test_a_schema_that_lies_in_a_file_is_not_read(tmp_path):
+    file = tmp_path / "schema.json"
+    file.write_text("{}")
+    with pytest.raises(InvalidRequest, match="not within it"):
+        worth("1", schema={"$ref": file.as_uri()})
+
+
 def test_a_schema_refers_to_its_own_parts():
     tree = {
         "$ref": "#/$defs/tree",
