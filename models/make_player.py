@@ -271,9 +271,9 @@ It calls tools in the form `<tool_call>{{"name": …, "arguments": {{…}}}}</to
 
 ## How it was made
 
-`python models/make_player.py`, from nothing but generated games: {ability.steps:,} steps of {batch},
-of whose moves {ability.good:.0%} are good and the others drawn from all that there are, then
-{habit.steps} steps with {habit.good:.0%}.
+`python models/make_player.py`, from nothing but generated games: {ability.steps:,} steps of
+{batch}, of whose moves {ability.good:.0%} are good and the others drawn from all that there are,
+then {habit.steps} steps with {habit.good:.0%}.
 The same seed on the same machine gives the same bits.
 
 Licence: Apache-2.0.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -385,6 +385,15 @@ class ScoreItem:
     completion: str
     reference: str = ""
     prompt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreBatch:
+    """Completions to score with one function."""
+
+    function: str
+    parameters: Mapping[str, Any]
+    items: Sequence[ScoreItem]
 
 
 @dataclass(frozen=True, slots=True)

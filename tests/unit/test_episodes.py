@@ -20,9 +20,9 @@ from rollmesh.job import Warned
 from services.coordinator.datasets import Task
 from services.coordinator.group_bytes import group_from_bytes
 from services.coordinator.retry import RETRY_FOR_S
-from tests.fakes.worlds import FakeEnvironments, with_limits
 from tests.fakes.job_mesh import FIRST_TOKEN, Context, JobMesh, spec
 from tests.fakes.virtual_time import simulate
+from tests.fakes.worlds import FakeEnvironments, with_limits
 
 SEEDS = range(8)
 WORLD = {"dataset": {"split": "train"}, "prompt": None, "reward": None}
