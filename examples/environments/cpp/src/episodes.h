@@ -1,0 +1,42 @@
+// Streams of episodes, on gRPC's callback API: an episode holds no thread.
+#pragma once
+
+#include <grpcpp/grpcpp.h>
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <unordered_set>
+
+#include "game.h"
+
+namespace calculator {
+
+using EpisodeReactor = grpc::ServerBidiReactor<api::EpisodeRequest, api::EpisodeResponse>;
+
+class Episode;
+
+// The episodes under way, so that there is a bound to them, and so that they can be told to end.
+class Episodes {
+ public:
+  explicit Episodes(std::size_t max_running) : max_running_(max_running) {}
+
+  // The reactor of a new stream. It deletes itself.
+  EpisodeReactor* Begin();
+
+  // Ends all with UNAVAILABLE, and each that comes.
+  void Stop();
+
+  std::size_t max_running() const { return max_running_; }
+
+ private:
+  friend class Episode;
+  void Ended(Episode* episode);
+
+  const std::size_t max_running_;
+  std::mutex mutex_;
+  bool stopping_ = false;
+  std::unordered_set<std::shared_ptr<Episode>> running_;
+};
+
+}  // namespace calculator

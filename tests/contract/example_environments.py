@@ -1,0 +1,183 @@
+"""The example environments of other languages: what each needs, its build, its process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+
+from rollmesh.client import EnvironmentClient
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+
+FOLDER = Path(__file__).parents[2] / "examples" / "environments"
+START_S = 60
+"""Seconds that a process gets to serve, and to end: against hanging, nothing that is promised."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One folder of examples/environments. `needs`: programs on the path, or files."""
+
+    language: str
+    environment: str
+    command: tuple[str, ...]
+    needs: tuple[str, ...]
+    plays: bool = True
+    """Whether it has episodes; else it scores single turns."""
+
+    @property
+    def folder(self) -> Path:
+        return FOLDER / self.language
+
+    @property
+    def missing(self) -> list[str]:
+        return [
+            need
+            for need in self.needs
+            if not (Path(need).exists() if need.startswith("/") else shutil.which(need))
+        ]
+
+
+EXAMPLES = {
+    example.environment: example
+    for example in (
+        Example("node", "guess-the-number", ("node", "main.js"), ("make", "node", "npm")),
+        Example(
+            "go",
+            "grid-world",
+            ("build/grid-world",),
+            (
+                *("make", "go", "protoc", "protoc-gen-go", "protoc-gen-go-grpc"),
+                "/usr/share/gocode/src/google.golang.org/grpc",
+                "/usr/share/gocode/src/google.golang.org/protobuf",
+            ),
+        ),
+        Example(
+            "java",
+            "word-ladder",
+            ("build/word-ladder",),
+            ("make", "javac", "java", "protoc", "/usr/share/java/grpc-netty.jar"),
+        ),
+        Example(
+            "cpp",
+            "calculator",
+            ("build/calculator",),
+            (
+                *("make", "g++", "pkg-config", "protoc", "grpc_cpp_plugin"),
+                "/usr/include/grpcpp/grpcpp.h",
+                "/usr/include/nlohmann/json.hpp",
+            ),
+        ),
+        Example(
+            "rust",
+            "sort-letters",
+            ("build/sort-letters",),
+            ("make", "cargo", "protoc"),
+            plays=False,
+        ),
+    )
+}
+PLAYED = [name for name, example in EXAMPLES.items() if example.plays]
+
+
+@dataclass
+class Running:
+    """A process that serves an example, and a client of it."""
+
+    example: Example
+    process: asyncio.subprocess.Process
+    address: str
+    channel: grpc.aio.Channel
+    client: EnvironmentClient = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.client = EnvironmentClient(self.channel)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of main memory that it occupies."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
+        return int(line.split()[1]) * 1024
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+
+async def start(example: Example, *options: str) -> asyncio.subprocess.Process:
+    program = example.command[0]
+    path = str(example.folder / program) if "/" in program else program
+    return await asyncio.create_subprocess_exec(
+        *(path, *example.command[1:], *options),
+        cwd=example.folder,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+
+@contextlib.asynccontextmanager
+async def serving(example: Example, options: Sequence[str] = ()) -> AsyncIterator[Running]:
+    """The example from when it says where it listens; afterwards it is told to end, and does well.
+
+    It has said one line, whatever happened to it; nothing of it is left in any case.
+    """
+    process = await start(example, "--listen", "127.0.0.1:0", *options)
+    try:
+        async with asyncio.timeout(START_S):
+            line = (await process.stdout.readline()).decode()
+        assert line.startswith("listening on 127.0.0.1:"), (await process.communicate())[1]
+        async with grpc.aio.insecure_channel(line.split()[-1]) as opened:
+            yield Running(example, process, line.split()[-1], opened)
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(START_S):
+            more, errors = await process.communicate()
+        assert (process.returncode, more.decode(), errors.decode()) == (0, "", "")
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def built(example: Example) -> None:
+    """Build it by its own Makefile; skip the test where what that needs is missing."""
+    if missing := example.missing:
+        pytest.skip(f"{example.folder.name}: not installed: {', '.join(missing)}")
+    if example.language == "rust":
+        status, output = await made(example, "fetch")
+        if status:
+            pytest.skip(
+                f"rust: its crates are out of reach, and vendor.sh has not been run: {output}"
+            )
+    begin = time.monotonic()
+    status, output = await made(example, "-j2")
+    assert status == 0, output
+    print(f"{example.language} built in {time.monotonic() - begin:.1f} s")
+
+
+async def made(example: Example, *arguments: str) -> tuple[int, str]:
+    """What `make` in its folder ends with, and says."""
+    make = await asyncio.create_subprocess_exec(
+        *("make", *arguments),
+        cwd=example.folder,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        output, _ = await make.communicate()
+    finally:
+        if make.returncode is None:
+            make.terminate()
+            await make.wait()
+    return make.returncode, output.decode()
