@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import shutil
 import signal
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import grpc
 import pytest
@@ -17,7 +18,7 @@ import pytest
 from rollmesh.client import EnvironmentClient
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator
 
 
 FOLDER = Path(__file__).parents[2] / "examples" / "environments"
@@ -115,39 +116,55 @@ class Running:
         self.process.send_signal(signal.SIGTERM)
 
 
-async def start(example: Example, *options: str) -> asyncio.subprocess.Process:
-    program = example.command[0]
+@contextlib.asynccontextmanager
+async def started(
+    example: Example, *options: str, errors: IO[bytes]
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """The example's process. What it says on standard error goes to a file: a pipe fills up."""
+    program, *arguments = example.command
     path = str(example.folder / program) if "/" in program else program
-    return await asyncio.create_subprocess_exec(
-        *(path, *example.command[1:], *options),
+    process = await asyncio.create_subprocess_exec(
+        *(path, *arguments, *options),
         cwd=example.folder,
         stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
+        stderr=errors,
     )
-
-
-@contextlib.asynccontextmanager
-async def serving(example: Example, options: Sequence[str] = ()) -> AsyncIterator[Running]:
-    """The example from when it says where it listens; afterwards it is told to end, and does well.
-
-    It has said one line, whatever happened to it; nothing of it is left in any case.
-    """
-    process = await start(example, "--listen", "127.0.0.1:0", *options)
     try:
-        async with asyncio.timeout(START_S):
-            line = (await process.stdout.readline()).decode()
-        assert line.startswith("listening on 127.0.0.1:"), (await process.communicate())[1]
-        async with grpc.aio.insecure_channel(line.split()[-1]) as opened:
-            yield Running(example, process, line.split()[-1], opened)
-        if process.returncode is None:
-            process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(START_S):
-            more, errors = await process.communicate()
-        assert (process.returncode, more.decode(), errors.decode()) == (0, "", "")
+        yield process
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+async def ended(example: Example, *options: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of a process that ends by itself."""
+    with tempfile.TemporaryFile() as errors:
+        async with started(example, *options, errors=errors) as process:
+            out, _ = await asyncio.wait_for(process.communicate(), START_S)
+        errors.seek(0)
+        return process.returncode, out.decode(), errors.read().decode()
+
+
+@contextlib.asynccontextmanager
+async def serving(example: Example, *options: str) -> AsyncIterator[Running]:
+    """The example from when it says where it listens; afterwards it is told to end, and does well.
+
+    It has said one line, whatever happened to it; nothing of it is left in any case.
+    """
+    listen = ("--listen", "127.0.0.1:0")
+    with tempfile.TemporaryFile() as errors:
+        async with started(example, *listen, *options, errors=errors) as process:
+            line = (await asyncio.wait_for(process.stdout.readline(), START_S)).decode()
+            errors.seek(0)
+            assert line.startswith("listening on 127.0.0.1:"), (line, errors.read())
+            async with grpc.aio.insecure_channel(line.split()[-1]) as opened:
+                yield Running(example, process, line.split()[-1], opened)
+            if process.returncode is None:
+                process.send_signal(signal.SIGTERM)
+            more, _ = await asyncio.wait_for(process.communicate(), START_S)
+            errors.seek(0)
+            assert (process.returncode, more) == (0, b""), (process.returncode, more, errors.read())
 
 
 async def built(example: Example) -> None:
@@ -157,9 +174,7 @@ async def built(example: Example) -> None:
     if example.language == "rust":
         status, output = await made(example, "fetch")
         if status:
-            pytest.skip(
-                f"rust: its crates are out of reach, and vendor.sh has not been run: {output}"
-            )
+            pytest.skip(f"rust: crates out of reach, and vendor.sh has not been run: {output}")
     begin = time.monotonic()
     status, output = await made(example, "-j2")
     assert status == 0, output

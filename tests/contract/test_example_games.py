@@ -268,6 +268,27 @@ async def test_answers_are_scored_in_their_order_and_as_one_by_one(client):
 
 
 @of("sort-letters")
+@pytest.mark.parametrize(
+    ("answer", "reward"),
+    [
+        ("abcd", 1),
+        (" abcd\n", 1),
+        ("abdc", 0.25),
+        ("dcba", 0),
+        ("abc", 0.375),
+        ("abcde", 0.4),
+        ("", 0),
+        ("äöü", 0),
+    ],
+)
+async def test_an_answer_is_worth_its_places_and_that_it_is_right(client, answer, reward):
+    task = chat.Task("row", fields={"letters": "dbca"})
+    [scored] = await client.score("", [chat.Answered(task, [assistant(answer)])])
+    assert scored.reward == pytest.approx(reward)
+    assert sum(scored.rewards.values()) == pytest.approx(reward)
+
+
+@of("sort-letters")
 async def test_tasks_of_a_jobs_own_are_scored_by_their_fields(client):
     task = chat.Task("row-7", fields={"letters": "cabz", "source": "elsewhere"})
     [scored] = await client.score("", [chat.Answered(task, [assistant(" abcz\n")])])
@@ -278,7 +299,7 @@ async def test_tasks_of_a_jobs_own_are_scored_by_their_fields(client):
 @pytest.mark.parametrize(
     ("task", "message", "error", "says"),
     [
-        (chat.Task("x"), assistant("a"), errors.NotFound, "no 'x'"),
+        (chat.Task("x"), assistant("a"), errors.NotFound, 'no "x"'),
         (chat.Task("x", fields={"letters": ""}), assistant("a"), errors.InvalidRequest, "letters"),
         (
             chat.Task("x", fields={"letters": "Ab"}),

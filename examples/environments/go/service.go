@@ -123,14 +123,8 @@ func (s *service) GetTask(_ context.Context, r *pb.GetTaskRequest) (*pb.GetTaskR
 // Episode is one walk. It returns, and so gives its place back, as soon as the walk is over, the
 // client has gone or its deadline has passed, or the process is told to end.
 func (s *service) Episode(stream pb.EnvironmentService_EpisodeServer) error {
-	select {
-	case s.places <- struct{}{}:
-		defer func() { <-s.places }()
-	default:
-		return status.Errorf(codes.ResourceExhausted, "%d episodes are under way", cap(s.places))
-	}
 	requests := receive(stream)
-	first, err := s.next(requests)
+	first, err := s.next(stream.Context(), requests)
 	if err == io.EOF {
 		return invalid("the stream ended before start")
 	}
@@ -141,11 +135,12 @@ func (s *service) Episode(stream pb.EnvironmentService_EpisodeServer) error {
 	if err != nil {
 		return err
 	}
+	defer func() { <-s.places }()
 	if err := stream.Send(observed(outcome{observation: w.look()})); err != nil {
 		return err
 	}
 	for {
-		request, err := s.next(requests)
+		request, err := s.next(stream.Context(), requests)
 		if err == io.EOF { // No more actions come.
 			return stream.Send(&pb.EpisodeResponse{Done: true, Truncated: true})
 		}
@@ -166,6 +161,8 @@ func (s *service) Episode(stream pb.EnvironmentService_EpisodeServer) error {
 	}
 }
 
+// begin takes a place, which whoever called it gives back. Start is read before it is refused: clients
+// that are still sending it when the stream ends may not learn why.
 func (s *service) begin(request *pb.EpisodeRequest) (*walk, error) {
 	start := request.GetStart()
 	if start == nil {
@@ -181,7 +178,12 @@ func (s *service) begin(request *pb.EpisodeRequest) (*walk, error) {
 	if err != nil {
 		return nil, err
 	}
-	return newWalk(t, start.Seed), nil
+	select {
+	case s.places <- struct{}{}:
+		return newWalk(t, start.Seed), nil
+	default:
+		return nil, status.Errorf(codes.ResourceExhausted, "%d episodes are under way", cap(s.places))
+	}
 }
 
 type received struct {
@@ -209,10 +211,12 @@ func receive(stream pb.EnvironmentService_EpisodeServer) <-chan received {
 	return requests
 }
 
-func (s *service) next(requests <-chan received) (*pb.EpisodeRequest, error) {
+func (s *service) next(ctx context.Context, requests <-chan received) (*pb.EpisodeRequest, error) {
 	select {
 	case next := <-requests:
 		return next.request, next.err
+	case <-ctx.Done(): // The client has gone, or its deadline has passed.
+		return nil, status.FromContextError(ctx.Err()).Err()
 	case <-s.stopping:
 		return nil, status.Error(codes.Unavailable, "the environment is stopping")
 	}

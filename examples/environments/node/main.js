@@ -14,6 +14,8 @@ const { EnvironmentService } = require('./service');
 
 const PROTOS = path.join(__dirname, '../../../protos');
 const SERVICE = 'rollmesh.api.environment.v1.EnvironmentService';
+const USAGE = `usage: node main.js [--listen HOST:PORT] [--max-episodes N]
+  port 0: a free one; N: episodes at once, 1 or more`;
 // Milliseconds that calls other than episodes have to end when the process is told to.
 const DRAIN_MS = 2000;
 
@@ -70,11 +72,11 @@ function options() {
     });
     const maxEpisodes = Number(values['max-episodes']);
     if (!/^.+:\d+$/.test(values.listen) || !(Number.isInteger(maxEpisodes) && maxEpisodes > 0)) {
-      throw new Error('--listen HOST:PORT (port 0: a free one), --max-episodes N (1 or more)');
+      throw new Error('an option has no such value');
     }
     return { listen: values.listen, maxEpisodes };
   } catch (error) {
-    console.error(error.message);
+    console.error(`${error.message}\n${USAGE}`);
     return process.exit(2);
   }
 }

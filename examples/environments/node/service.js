@@ -40,7 +40,7 @@ class EnvironmentService {
         checkName(environment);
         return { task: findTask(id) };
       }),
-      Episode: (call) => this.#begin(call),
+      Episode: (call) => new Episode(call, this),
     };
   }
 
@@ -68,30 +68,32 @@ class EnvironmentService {
     return { environments: [environment] };
   }
 
-  #begin(call) {
-    const full = this.#running.size >= this.maxEpisodes;
-    const episode = new Episode(call, () => this.#running.delete(episode));
-    this.#running.add(episode);
-    if (this.#stopping) {
-      episode.fail(stopped());
-    } else if (full) {
+  // Takes an episode up, unless it has to be refused. `start` was read before that: clients that are
+  // still sending it when the stream ends may not learn why.
+  admit(episode) {
+    if (this.#stopping) throw stopped();
+    if (this.#running.size === this.maxEpisodes) {
       const details = `${this.maxEpisodes} episodes are under way`;
-      episode.fail(new Refusal(status.RESOURCE_EXHAUSTED, details));
+      throw new Refusal(status.RESOURCE_EXHAUSTED, details);
     }
+    this.#running.add(episode);
+  }
+
+  release(episode) {
+    this.#running.delete(episode);
   }
 }
 
 // One stream, one episode.
 class Episode {
   #call;
-  #onEnd;
+  #service;
   #ended = false;
   #game; // From `start` on.
 
-  // `onEnd` is called once, when the episode is over, however that came.
-  constructor(call, onEnd) {
+  constructor(call, service) {
     this.#call = call;
-    this.#onEnd = onEnd;
+    this.#service = service;
     call.on('data', (request) => this.#guarded(() => this.#receive(request)));
     call.on('end', () => this.#guarded(() => this.#halfClosed()));
     // The client has gone, or its deadline has passed.
@@ -120,7 +122,9 @@ class Episode {
       checkName(start.environment);
       const seed = BigInt(start.seed);
       if (seed < 0n) throw invalid(`start.seed: ${seed} is negative`);
-      this.#game = new Game(findTask(start.task_id).id, seed);
+      const game = new Game(findTask(start.task_id).id, seed);
+      this.#service.admit(this);
+      this.#game = game;
       this.#answer({ observation: this.#game.look() });
     } else if (kind === 'action') {
       if (!this.#game) throw invalid('request: an action before start');
@@ -153,7 +157,7 @@ class Episode {
   #end() {
     if (this.#ended) return false;
     this.#ended = true;
-    this.#onEnd();
+    this.#service.release(this);
     return true;
   }
 }

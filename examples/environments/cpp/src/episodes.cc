@@ -1,5 +1,6 @@
 #include "episodes.h"
 
+#include <atomic>
 #include <optional>
 #include <string>
 #include <vector>
@@ -8,24 +9,17 @@
 
 namespace calculator {
 
-namespace {
-
-const grpc::Status kStopping(grpc::StatusCode::UNAVAILABLE, "the environment is stopping");
-
-// A stream that is refused at once.
-class Refused final : public EpisodeReactor {
- public:
-  explicit Refused(const grpc::Status& status) { Finish(status); }
-  void OnDone() override { delete this; }
-};
-
-}  // namespace
-
 // gRPC calls the On… methods, from threads of its own and OnCancel beside the others, until OnDone.
-// `Episodes` keeps it alive until then.
-class Episode final : public EpisodeReactor, public std::enable_shared_from_this<Episode> {
+class Episode final : public EpisodeReactor {
  public:
-  explicit Episode(Episodes* all) : all_(all) { StartRead(&request_); }
+  static Episode* Open(Episodes* all) {
+    const auto episode = std::make_shared<Episode>(all);
+    episode->self_ = episode;
+    episode->StartRead(&episode->request_);
+    return episode.get();
+  }
+
+  explicit Episode(Episodes* all) : all_(all) {}
 
   void OnReadDone(bool ok) override {
     if (!ok) {  // The client has no more actions, or has gone.
@@ -46,14 +40,21 @@ class Episode final : public EpisodeReactor, public std::enable_shared_from_this
 
   void OnCancel() override { End(grpc::Status::CANCELLED); }
 
-  void OnDone() override { all_->Ended(this); }
+  void OnDone() override { const std::shared_ptr<Episode> last = std::move(self_); }
 
   // Ends the stream, unless it has ended.
   void End(const grpc::Status& status) {
-    if (!ended_.exchange(true)) Finish(status);
+    if (Over()) Finish(status);
   }
 
  private:
+  // Whether it was not over yet. Its place is free before the client knows that it is over.
+  bool Over() {
+    if (ended_.exchange(true)) return false;
+    all_->Release(self_);
+    return true;
+  }
+
   grpc::Status Begin(const api::Start& start) {
     if (game_) return Invalid("request: a second start");
     if (grpc::Status named = CheckName(start.environment()); !named.ok()) return named;
@@ -62,6 +63,7 @@ class Episode final : public EpisodeReactor, public std::enable_shared_from_this
     }
     std::optional<Task> task = FindTask(start.task_id());
     if (!task) return NotFound("start.task_id", start.task_id());
+    if (grpc::Status admitted = all_->Admit(self_); !admitted.ok()) return admitted;
     game_.emplace(std::move(*task));
     Answer(game_->Look());
     return grpc::Status::OK;
@@ -81,32 +83,37 @@ class Episode final : public EpisodeReactor, public std::enable_shared_from_this
     response_ = std::move(response);
     if (!response_.done()) {
       StartWrite(&response_);
-    } else if (!ended_.exchange(true)) {
+    } else if (Over()) {
       StartWriteAndFinish(&response_, {}, grpc::Status::OK);
     }
   }
 
   Episodes* const all_;
+  std::shared_ptr<Episode> self_;  // Until OnDone.
   std::atomic<bool> ended_ = false;
   std::optional<Game> game_;  // From `start` on.
   api::EpisodeRequest request_;
   api::EpisodeResponse response_;
 };
 
-EpisodeReactor* Episodes::Begin() {
+EpisodeReactor* Episodes::Open() { return Episode::Open(this); }
+
+// `start` was read before that: clients that are still sending it when the stream ends may not learn
+// why.
+grpc::Status Episodes::Admit(const std::shared_ptr<Episode>& episode) {
   std::lock_guard lock(mutex_);
-  if (stopping_) return new Refused(kStopping);
+  if (stopping_) return Stopping();
   if (running_.size() == max_running_) {
-    return new Refused({grpc::StatusCode::RESOURCE_EXHAUSTED,
-                        std::to_string(max_running_) + " episodes are under way"});
+    return {grpc::StatusCode::RESOURCE_EXHAUSTED,
+            std::to_string(max_running_) + " episodes are under way"};
   }
-  return running_.insert(std::make_shared<Episode>(this)).first->get();
+  running_.insert(episode);
+  return grpc::Status::OK;
 }
 
-void Episodes::Ended(Episode* episode) {
-  std::shared_ptr<Episode> last;  // Destroyed after the lock is given back.
+void Episodes::Release(const std::shared_ptr<Episode>& episode) {
   std::lock_guard lock(mutex_);
-  last = std::move(running_.extract(episode->shared_from_this()).value());
+  running_.erase(episode);
 }
 
 void Episodes::Stop() {
@@ -116,8 +123,8 @@ void Episodes::Stop() {
     stopping_ = true;
     all.assign(running_.begin(), running_.end());
   }
-  // Outside the lock: ending one may call `Ended` from here.
-  for (const std::shared_ptr<Episode>& episode : all) episode->End(kStopping);
+  // Without the lock: an episode that ends calls `Release`.
+  for (const std::shared_ptr<Episode>& episode : all) episode->End(Stopping());
 }
 
 }  // namespace calculator

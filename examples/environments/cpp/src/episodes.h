@@ -3,7 +3,6 @@
 
 #include <grpcpp/grpcpp.h>
 
-#include <atomic>
 #include <memory>
 #include <mutex>
 #include <unordered_set>
@@ -22,7 +21,7 @@ class Episodes {
   explicit Episodes(std::size_t max_running) : max_running_(max_running) {}
 
   // The reactor of a new stream. It deletes itself.
-  EpisodeReactor* Begin();
+  EpisodeReactor* Open();
 
   // Ends all with UNAVAILABLE, and each that comes.
   void Stop();
@@ -31,7 +30,10 @@ class Episodes {
 
  private:
   friend class Episode;
-  void Ended(Episode* episode);
+
+  // Takes an episode up, or says why not.
+  grpc::Status Admit(const std::shared_ptr<Episode>& episode);
+  void Release(const std::shared_ptr<Episode>& episode);
 
   const std::size_t max_running_;
   std::mutex mutex_;

@@ -20,6 +20,10 @@ inline grpc::Status NotFound(const std::string& field, const std::string& value)
   return {grpc::StatusCode::NOT_FOUND, field + ": there is no " + Quoted(value)};
 }
 
+inline grpc::Status Stopping() {
+  return {grpc::StatusCode::UNAVAILABLE, "the environment is stopping"};
+}
+
 inline grpc::Status CheckName(const std::string& environment) {
   if (environment.empty() || environment == kName) return grpc::Status::OK;
   return NotFound("environment", environment);

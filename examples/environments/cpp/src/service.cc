@@ -35,7 +35,9 @@ grpc::Status Page(const api::ListTasksRequest& request, api::ListTasksResponse* 
   if (const std::string& token = request.page_token(); !token.empty()) {
     start = token.starts_with(prefix) ? ParseIndex(token.substr(prefix.size()), split->count)
                                       : std::nullopt;
-    if (!start) return Invalid("page_token: " + Quoted(token) + " was not made here for this split");
+    if (!start || *start == 0) {
+      return Invalid("page_token: " + Quoted(token) + " was not made here for this split");
+    }
   }
   const int size = request.page_size() == 0 ? kDefaultPage : std::min(request.page_size(), kMaxPage);
   const int end = std::min(split->count, *start + size);
@@ -103,7 +105,7 @@ grpc::ServerUnaryReactor* Service::GetTask(grpc::CallbackServerContext* context,
 }
 
 EpisodeReactor* Service::Episode(grpc::CallbackServerContext* /*context*/) {
-  return episodes_->Begin();
+  return episodes_->Open();
 }
 
 }  // namespace calculator

@@ -35,7 +35,9 @@ impl Health for HealthService {
     ) -> Result<Response<Self::WatchStream>, Status> {
         let known = matches!(request.get_ref().service.as_str(), "" | SERVICE_NAME);
         let changes = WatchStream::new(self.0.clone()).map(move |serving| {
-            let unknown = HealthCheckResponse { status: ServingStatus::ServiceUnknown.into() };
+            let unknown = HealthCheckResponse {
+                status: ServingStatus::ServiceUnknown.into(),
+            };
             Ok(if known { response(serving) } else { unknown })
         });
         Ok(Response::new(Box::pin(changes)))
@@ -43,6 +45,12 @@ impl Health for HealthService {
 }
 
 fn response(serving: bool) -> HealthCheckResponse {
-    let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
-    HealthCheckResponse { status: status.into() }
+    let status = if serving {
+        ServingStatus::Serving
+    } else {
+        ServingStatus::NotServing
+    };
+    HealthCheckResponse {
+        status: status.into(),
+    }
 }

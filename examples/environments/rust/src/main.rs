@@ -1,5 +1,8 @@
 //! Letters to sort, as an environment of Rollmesh: `sort-letters --listen 127.0.0.1:0`.
 
+// tonic's Status is as large as it is.
+#![allow(clippy::result_large_err)]
+
 mod health;
 mod letters;
 mod service;
@@ -57,10 +60,12 @@ async fn serve(listen: &str) -> Result<(), Box<dyn Error + Send + Sync>> {
         // Without pings of ours, a client that lost its power would keep its connection for ever.
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .http2_keepalive_timeout(Some(Duration::from_secs(5)))
-        .add_service(pb::environment_service_server::EnvironmentServiceServer::new(
-            service::Letters::new(),
+        .add_service(
+            pb::environment_service_server::EnvironmentServiceServer::new(service::Letters::new()),
+        )
+        .add_service(health_pb::health_server::HealthServer::new(
+            health::HealthService(serving),
         ))
-        .add_service(health_pb::health_server::HealthServer::new(health::HealthService(serving)))
         .serve_with_incoming_shutdown(incoming, async move {
             tokio::select! {
                 _ = terminated.recv() => {}

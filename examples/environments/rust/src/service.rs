@@ -23,7 +23,11 @@ pub struct Letters {
 impl Letters {
     pub fn new() -> Self {
         let tasks = letters::tasks();
-        let by_id = tasks.iter().enumerate().map(|(n, task)| (task.id.clone(), n)).collect();
+        let by_id = tasks
+            .iter()
+            .enumerate()
+            .map(|(n, task)| (task.id.clone(), n))
+            .collect();
         Self { tasks, by_id }
     }
 
@@ -39,7 +43,9 @@ impl Letters {
             Some(message) if message.role == "assistant" => &message.content,
             _ => {
                 let field = format!("items[{number}].messages");
-                return Err(invalid(format!("{field}: the last is to be the assistant's")));
+                return Err(invalid(format!(
+                    "{field}: the last is to be the assistant's"
+                )));
             }
         };
         let task = item.task.clone().unwrap_or_default();
@@ -49,7 +55,10 @@ impl Letters {
             Some(letters) => {
                 let field = format!("items[{number}].task.fields.letters");
                 let allowed = format!("1 to {} of a-z", letters::MAX_LETTERS);
-                return Err(invalid(format!("{field}: {} is not {allowed}", quoted(letters))));
+                return Err(invalid(format!(
+                    "{field}: {} is not {allowed}",
+                    quoted(letters)
+                )));
             }
             None => &self.task(&task.id)?.letters,
         };
@@ -87,13 +96,18 @@ impl EnvironmentService for Letters {
             deterministic: true,
             limits: Some(pb::Limits {
                 max_score_batch: MAX_SCORE_BATCH as i32,
-                max_answer_time: Some(prost_types::Duration { seconds: 1, nanos: 0 }),
+                max_answer_time: Some(prost_types::Duration {
+                    seconds: 1,
+                    nanos: 0,
+                }),
                 ..Default::default()
             }),
             splits: SPLITS.into_iter().map(split).collect(),
             ..Default::default()
         };
-        Ok(Response::new(pb::DescribeResponse { environments: vec![environment] }))
+        Ok(Response::new(pb::DescribeResponse {
+            environments: vec![environment],
+        }))
     }
 
     async fn list_tasks(
@@ -104,10 +118,17 @@ impl EnvironmentService for Letters {
         check_name(&request.environment)?;
         let Some(&(split, count)) = SPLITS.iter().find(|(name, _)| *name == request.split) else {
             let found = quoted(&request.split);
-            return Err(invalid(format!("split: {found} is neither train nor heldout")));
+            return Err(invalid(format!(
+                "split: {found} is neither train nor heldout"
+            )));
         };
         let size = match usize::try_from(request.page_size) {
-            Err(_) => return Err(invalid(format!("page_size: {} is negative", request.page_size))),
+            Err(_) => {
+                return Err(invalid(format!(
+                    "page_size: {} is negative",
+                    request.page_size
+                )))
+            }
             Ok(0) => DEFAULT_PAGE,
             Ok(size) => size.min(MAX_PAGE),
         };
@@ -115,8 +136,16 @@ impl EnvironmentService for Letters {
         let end = count.min(start + size);
         let of_split = self.tasks.iter().filter(|task| task.split == split);
         Ok(Response::new(pb::ListTasksResponse {
-            tasks: of_split.skip(start).take(end - start).map(to_proto).collect(),
-            next_page_token: if end < count { format!("{split}:{end}") } else { String::new() },
+            tasks: of_split
+                .skip(start)
+                .take(end - start)
+                .map(to_proto)
+                .collect(),
+            next_page_token: if end < count {
+                format!("{split}:{end}")
+            } else {
+                String::new()
+            },
         }))
     }
 
@@ -127,7 +156,9 @@ impl EnvironmentService for Letters {
         let request = request.into_inner();
         check_name(&request.environment)?;
         let task = self.task(&request.task_id)?;
-        Ok(Response::new(pb::GetTaskResponse { task: Some(to_proto(task)) }))
+        Ok(Response::new(pb::GetTaskResponse {
+            task: Some(to_proto(task)),
+        }))
     }
 
     async fn score(
@@ -138,10 +169,14 @@ impl EnvironmentService for Letters {
         check_name(&request.environment)?;
         if !(1..=MAX_SCORE_BATCH).contains(&request.items.len()) {
             let count = request.items.len();
-            return Err(invalid(format!("items: {count} is not in [1, {MAX_SCORE_BATCH}]")));
+            return Err(invalid(format!(
+                "items: {count} is not in [1, {MAX_SCORE_BATCH}]"
+            )));
         }
         let items = request.items.iter().enumerate();
-        let scored = items.map(|(number, item)| self.score(number, item)).collect::<Result<_, _>>()?;
+        let scored = items
+            .map(|(number, item)| self.score(number, item))
+            .collect::<Result<_, _>>()?;
         Ok(Response::new(pb::ScoreResponse { scored }))
     }
 
@@ -149,7 +184,9 @@ impl EnvironmentService for Letters {
         &self,
         _: Request<Streaming<pb::EpisodeRequest>>,
     ) -> Result<Response<Self::EpisodeStream>, Status> {
-        Err(Status::unimplemented(format!("{NAME} has single turns only")))
+        Err(Status::unimplemented(format!(
+            "{NAME} has single turns only"
+        )))
     }
 }
 
@@ -158,10 +195,17 @@ fn page_start(token: &str, split: &str, count: usize) -> Result<usize, Status> {
     if token.is_empty() {
         return Ok(0);
     }
-    let number = token.strip_prefix(split).and_then(|rest| rest.strip_prefix(':'));
+    let number = token
+        .strip_prefix(split)
+        .and_then(|rest| rest.strip_prefix(':'));
     match number.and_then(|text| text.parse().ok()) {
-        Some(start) if (1..count).contains(&start) && token == format!("{split}:{start}") => Ok(start),
-        _ => Err(invalid(format!("page_token: {} was not made here for {split}", quoted(token)))),
+        Some(start) if (1..count).contains(&start) && token == format!("{split}:{start}") => {
+            Ok(start)
+        }
+        _ => Err(invalid(format!(
+            "page_token: {} was not made here for {split}",
+            quoted(token)
+        ))),
     }
 }
 

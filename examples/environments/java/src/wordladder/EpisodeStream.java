@@ -3,7 +3,6 @@ package wordladder;
 import io.grpc.StatusRuntimeException;
 import io.grpc.stub.ServerCallStreamObserver;
 import io.grpc.stub.StreamObserver;
-import java.util.function.Consumer;
 import rollmesh.api.environment.v1.EnvironmentServiceOuterClass.EpisodeRequest;
 import rollmesh.api.environment.v1.EnvironmentServiceOuterClass.EpisodeResponse;
 import rollmesh.api.environment.v1.EnvironmentServiceOuterClass.Message;
@@ -16,18 +15,15 @@ import rollmesh.api.environment.v1.EnvironmentServiceOuterClass.Start;
 final class EpisodeStream implements StreamObserver<EpisodeRequest> {
   private final ServerCallStreamObserver<EpisodeResponse> client;
   private final Tasks tasks;
-  private final Consumer<EpisodeStream> onEnd;
+  private final Episodes episodes;
   private Ladder ladder; // null before start
   private boolean ended;
 
-  /** {@code onEnd} is called once, when the episode is over, however that came. */
   EpisodeStream(
-      ServerCallStreamObserver<EpisodeResponse> client,
-      Tasks tasks,
-      Consumer<EpisodeStream> onEnd) {
+      ServerCallStreamObserver<EpisodeResponse> client, Tasks tasks, Episodes episodes) {
     this.client = client;
     this.tasks = tasks;
-    this.onEnd = onEnd;
+    this.episodes = episodes;
     // The client has gone, or its deadline has passed.
     client.setOnCancelHandler(this::end);
   }
@@ -85,6 +81,7 @@ final class EpisodeStream implements StreamObserver<EpisodeRequest> {
     if (task == null) {
       throw Refusal.notFound("start.task_id", start.getTaskId());
     }
+    episodes.admit(this);
     ladder = new Ladder(tasks.words, task, start.getSeed());
     answer(EpisodeResponse.newBuilder().addObservation(user(ladder.look())));
   }
@@ -126,7 +123,7 @@ final class EpisodeStream implements StreamObserver<EpisodeRequest> {
   private synchronized void end() {
     if (!ended) {
       ended = true;
-      onEnd.accept(this);
+      episodes.release(this);
     }
   }
 

@@ -1,14 +1,10 @@
 package wordladder;
 
 import com.google.protobuf.Duration;
-import io.grpc.Status;
 import io.grpc.StatusRuntimeException;
 import io.grpc.stub.ServerCallStreamObserver;
 import io.grpc.stub.StreamObserver;
 import java.util.List;
-import java.util.Set;
-import java.util.concurrent.ConcurrentHashMap;
-import java.util.concurrent.Semaphore;
 import rollmesh.api.environment.v1.EnvironmentServiceGrpc.EnvironmentServiceImplBase;
 import rollmesh.api.environment.v1.EnvironmentServiceOuterClass.DescribeRequest;
 import rollmesh.api.environment.v1.EnvironmentServiceOuterClass.DescribeResponse;
@@ -34,14 +30,10 @@ final class LadderService extends EnvironmentServiceImplBase {
   private static final int MAX_PAGE = 1000;
 
   private final Tasks tasks = new Tasks();
-  private final int maxEpisodes;
-  private final Semaphore places;
-  private final Set<EpisodeStream> running = ConcurrentHashMap.newKeySet();
-  private volatile boolean stopping;
+  private final Episodes episodes;
 
-  LadderService(int maxEpisodes) {
-    this.maxEpisodes = maxEpisodes;
-    this.places = new Semaphore(maxEpisodes);
+  LadderService(Episodes episodes) {
+    this.episodes = episodes;
   }
 
   @Override
@@ -56,7 +48,7 @@ final class LadderService extends EnvironmentServiceImplBase {
             .setDeterministic(true)
             .setLimits(
                 Limits.newBuilder()
-                    .setMaxConcurrentEpisodes(maxEpisodes)
+                    .setMaxConcurrentEpisodes(episodes.maxRunning())
                     .setMaxTurns(Ladder.MAX_TURNS)
                     .setMaxAnswerTime(Duration.newBuilder().setSeconds(1)))
             .addSplits(split("train"))
@@ -90,35 +82,7 @@ final class LadderService extends EnvironmentServiceImplBase {
 
   @Override
   public StreamObserver<EpisodeRequest> episode(StreamObserver<EpisodeResponse> caller) {
-    boolean full = !places.tryAcquire();
-    EpisodeStream stream =
-        new EpisodeStream(
-            (ServerCallStreamObserver<EpisodeResponse>) caller,
-            tasks,
-            ended -> {
-              running.remove(ended);
-              if (!full) {
-                places.release();
-              }
-            });
-    running.add(stream);
-    if (full) {
-      stream.refuse(
-          Refusal.refused(Status.RESOURCE_EXHAUSTED, maxEpisodes + " episodes are under way"));
-    } else if (stopping) {
-      stream.refuse(stoppingNow());
-    }
-    return stream;
-  }
-
-  /** Ends every episode under way, and each that comes. */
-  void stop() {
-    stopping = true;
-    running.forEach(stream -> stream.refuse(stoppingNow()));
-  }
-
-  private static StatusRuntimeException stoppingNow() {
-    return Refusal.refused(Status.UNAVAILABLE, "the environment is stopping");
+    return new EpisodeStream((ServerCallStreamObserver<EpisodeResponse>) caller, tasks, episodes);
   }
 
   static void checkName(String environment) {

@@ -36,7 +36,7 @@ public final class Main {
       if (maxEpisodes < 1) {
         throw new IllegalArgumentException("--max-episodes");
       }
-      serve(host, new InetSocketAddress(host, port), new LadderService(maxEpisodes));
+      serve(host, new InetSocketAddress(host, port), new Episodes(maxEpisodes));
     } catch (IllegalArgumentException | IndexOutOfBoundsException error) {
       System.err.println(USAGE);
       System.exit(2);
@@ -46,7 +46,7 @@ public final class Main {
     }
   }
 
-  private static void serve(String host, InetSocketAddress address, LadderService service)
+  private static void serve(String host, InetSocketAddress address, Episodes episodes)
       throws IOException, InterruptedException {
     HealthService health = new HealthService();
     Server server =
@@ -59,18 +59,18 @@ public final class Main {
             // Without pings of ours, a client that lost its power would keep its episodes for ever.
             .keepAliveTime(20, TimeUnit.SECONDS)
             .keepAliveTimeout(5, TimeUnit.SECONDS)
-            .addService(service)
+            .addService(new LadderService(episodes))
             .addService(health)
             .build()
             .start();
-    Runtime.getRuntime().addShutdownHook(new Thread(() -> stop(server, service, health)));
+    Runtime.getRuntime().addShutdownHook(new Thread(() -> stop(server, episodes, health)));
     System.out.println("listening on " + host + ":" + server.getPort());
     server.awaitTermination();
   }
 
-  private static void stop(Server server, LadderService service, HealthService health) {
+  private static void stop(Server server, Episodes episodes, HealthService health) {
     health.stop();
-    service.stop();
+    episodes.stop();
     server.shutdown();
     try {
       if (!server.awaitTermination(DRAIN_S, TimeUnit.SECONDS)) {

@@ -5,9 +5,11 @@ import java.io.InputStream;
 import java.io.UncheckedIOException;
 import java.nio.charset.StandardCharsets;
 import java.util.ArrayDeque;
+import java.util.ArrayList;
 import java.util.HashMap;
 import java.util.List;
 import java.util.Map;
+import java.util.stream.IntStream;
 
 /** The words of words.txt, and how many steps lie between any two of them. */
 final class Words {
@@ -20,9 +22,13 @@ final class Words {
     for (int i = 0; i < words.size(); i++) {
       numbers.put(words.get(i), i);
     }
+    List<List<Integer>> near = new ArrayList<>();
+    for (String word : words) {
+      near.add(IntStream.range(0, words.size()).filter(i -> isStep(word, words.get(i))).boxed().toList());
+    }
     steps = new int[words.size()][];
     for (int from = 0; from < words.size(); from++) {
-      steps[from] = stepsFrom(from);
+      steps[from] = stepsFrom(from, near);
     }
   }
 
@@ -39,13 +45,13 @@ final class Words {
     return steps[numbers.get(from)][numbers.get(to)];
   }
 
-  private int[] stepsFrom(int from) {
-    int[] found = new int[words.size()];
+  private static int[] stepsFrom(int from, List<List<Integer>> near) {
+    int[] found = new int[near.size()];
     ArrayDeque<Integer> queue = new ArrayDeque<>(List.of(from));
     while (!queue.isEmpty()) {
       int at = queue.remove();
-      for (int next = 0; next < words.size(); next++) {
-        if (next != from && found[next] == 0 && isStep(words.get(at), words.get(next))) {
+      for (int next : near.get(at)) {
+        if (next != from && found[next] == 0) {
           found[next] = found[at] + 1;
           queue.add(next);
         }
