@@ -12,6 +12,7 @@ from rollmesh import convert
 from rollmesh.api.environment.v1 import environment_service_pb2 as pb
 from rollmesh.api.environment.v1.environment_service_pb2_grpc import EnvironmentServiceStub
 from rollmesh.errors import EnvironmentFailed, EnvironmentTimeout
+from rollmesh.rpc.channel import trace_metadata
 from rollmesh.rpc.status import mesh_errors
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class EnvironmentClient:
         Raises:
             As Episode.act.
         """
-        call = self._stub.Episode()
+        call = self._stub.Episode(metadata=trace_metadata())
         start = pb.Start(environment=environment, task_id=task_id, seed=seed)
         try:
             first = await _answered(call, pb.EpisodeRequest(start=start), answer_s)

@@ -8,7 +8,9 @@ import re
 from typing import Any
 
 import grpc
+from grpc.aio import Metadata
 from opentelemetry.instrumentation.grpc import aio_client_interceptors
+from opentelemetry.propagate import inject
 
 from rollmesh.errors import InvalidRequest
 from rollmesh.rpc.interceptors import CancelWithCaller
@@ -73,8 +75,27 @@ def channel(address: str) -> grpc.aio.Channel:
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 2_000),
         ],
-        interceptors=[*aio_client_interceptors(), CancelWithCaller()],
+        interceptors=[*_tracing(), CancelWithCaller()],
     )
+
+
+def _tracing() -> list[grpc.aio.ClientInterceptor]:
+    # An intercepted call that is streamed both ways keeps a task for ever where the server ends it.
+    return [
+        interceptor
+        for interceptor in aio_client_interceptors()
+        if not isinstance(interceptor, grpc.aio.StreamStreamClientInterceptor)
+    ]
+
+
+def trace_metadata() -> Metadata:
+    """Metadata that puts a call into the current trace; for those streamed both ways.
+
+    A channel does that for all others, and makes a span of each.
+    """
+    carrier: dict[str, str] = {}
+    inject(carrier)
+    return Metadata(*carrier.items())
 
 
 _NUMBER_PORT = re.compile(r"(?:([0-9.]+)|\[([0-9A-Fa-f:.]+)\]):([0-9]{1,5})")
