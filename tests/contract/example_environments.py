@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-import grpc
 import pytest
 
 from rollmesh.client import EnvironmentClient
+from rollmesh.rpc.channel import channel
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    import grpc
 
 
 FOLDER = Path(__file__).parents[2] / "examples" / "environments"
@@ -105,13 +107,6 @@ class Running:
     def __post_init__(self) -> None:
         self.client = EnvironmentClient(self.channel)
 
-    @property
-    def memory(self) -> int:
-        """Bytes of main memory that it occupies."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
-        return int(line.split()[1]) * 1024
-
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
 
@@ -158,7 +153,7 @@ async def serving(example: Example, *options: str) -> AsyncIterator[Running]:
             line = (await asyncio.wait_for(process.stdout.readline(), START_S)).decode()
             errors.seek(0)
             assert line.startswith("listening on 127.0.0.1:"), (line, errors.read())
-            async with grpc.aio.insecure_channel(line.split()[-1]) as opened:
+            async with channel(line.split()[-1]) as opened:
                 yield Running(example, process, line.split()[-1], opened)
             if process.returncode is None:
                 process.send_signal(signal.SIGTERM)

@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rollmesh import chat, errors
 from rollmesh.api.environment.v1 import environment_service_pb2 as pb
 from rollmesh.api.environment.v1.environment_service_pb2_grpc import EnvironmentServiceStub
+from rollmesh.environment.conformance import check
 from rollmesh.job import load_job_file
 from tests.contract.example_environments import EXAMPLES, START_S, built, ended, serving
 
@@ -268,31 +269,20 @@ async def test_an_episode_without_more_actions_is_told_what_it_was_worth(example
     assert (last.done, last.truncated, last.reward) == (True, True, 0)
 
 
-async def test_a_thousand_episodes_at_once_and_not_one_more(example):
-    needs_episodes(example)
-    async with serving(example, "--max-episodes", "1000") as running:
-        before, task = running.memory, await first_task(running)
-        for _ in range(2):  # The second time there is room only if nothing is left of the first.
-            over, begun = asyncio.Event(), asyncio.Semaphore(0)
-
-            async def play(seed, over=over, begun=begun):
-                async with running.client.episode("", task, seed=seed) as episode:
-                    begun.release()
-                    await over.wait()
-                    return await episode.act(NONSENSE)
-
-            async with asyncio.TaskGroup() as group:
-                playing = [group.create_task(play(seed)) for seed in range(1000)]
-                for _ in playing:
-                    await begun.acquire()
-                taken = running.memory - before
-                with pytest.raises(errors.CapacityExhausted, match="1000 episodes are under way"):
-                    async with running.client.episode("", task):
-                        pass
-                over.set()
-        print(f"{example.language}: {before >> 20} MiB, {taken >> 10} B for each of 1,000 episodes")
-        # Bounded: no thread, no buffer, no process for each.
-        assert taken < 1000 * 200_000
+async def test_it_passes_the_conformance_kit(example):
+    options = ("--max-episodes", "1000") if example.plays else ()
+    async with serving(example, *options) as running:
+        [report] = await check(running.address, answer_s=START_S, pid=running.process.pid)
+    told = {verdict.rule: (verdict.outcome, verdict.reason) for verdict in report.verdicts}
+    assert report.passed, {
+        rule: reason for rule, (outcome, reason) in told.items() if outcome == "failed"
+    }
+    passed = {rule for rule, (outcome, _) in told.items() if outcome == "passed"}
+    assert passed >= {"health", "described", "tasks-listed", "offers-no-more", "alive"}
+    if example.plays:
+        assert passed >= {"deterministic", "concurrent", "limit-kept", "nothing-leaks"}
+    else:
+        assert passed >= {"scores-in-order", "score-malformed"}
 
 
 @pytest.mark.parametrize("how", ["cancelled", "deadline", "connection", "half-close", "refused"])

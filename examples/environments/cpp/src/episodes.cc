@@ -1,11 +1,11 @@
 #include "episodes.h"
 
-#include <atomic>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "refusals.h"
+#include "rollmesh/api/environment/v1/environment_service.grpc.pb.h"
 
 namespace calculator {
 
@@ -15,7 +15,7 @@ class Episode final : public EpisodeReactor {
   static Episode* Open(Episodes* all) {
     const auto episode = std::make_shared<Episode>(all);
     episode->self_ = episode;
-    episode->StartRead(&episode->request_);
+    episode->StartRead(&episode->read_);
     return episode.get();
   }
 
@@ -30,12 +30,15 @@ class Episode final : public EpisodeReactor {
       }
       return;
     }
-    const grpc::Status status = request_.has_start() ? Begin(request_.start()) : Act();
+    api::EpisodeRequest request;
+    grpc::Status status = Deserialized::Deserialize(&read_, &request);
+    if (status.ok()) status = request.has_start() ? Begin(request.start()) : Act(request);
     if (!status.ok()) End(status);
   }
 
   void OnWriteDone(bool ok) override {
-    if (ok) StartRead(&request_);  // Else the client has gone, and OnCancel comes.
+    std::lock_guard lock(mutex_);
+    if (ok && !ended_) StartRead(&read_);  // Where it is not ok the client has gone: OnCancel comes.
   }
 
   void OnCancel() override { End(grpc::Status::CANCELLED); }
@@ -44,16 +47,15 @@ class Episode final : public EpisodeReactor {
 
   // Ends the stream, unless it has ended.
   void End(const grpc::Status& status) {
-    if (Over()) Finish(status);
+    std::lock_guard lock(mutex_);
+    if (ended_) return;
+    Over();
+    Finish(status);
   }
 
  private:
-  // Whether it was not over yet. Its place is free before the client knows that it is over.
-  bool Over() {
-    if (ended_.exchange(true)) return false;
-    all_->Release(self_);
-    return true;
-  }
+  using Deserialized = grpc::SerializationTraits<api::EpisodeRequest>;
+  using Serialized = grpc::SerializationTraits<api::EpisodeResponse>;
 
   grpc::Status Begin(const api::Start& start) {
     if (game_) return Invalid("request: a second start");
@@ -69,31 +71,45 @@ class Episode final : public EpisodeReactor {
     return grpc::Status::OK;
   }
 
-  grpc::Status Act() {
-    if (!request_.has_action()) return Invalid("request: neither start nor action is set");
+  grpc::Status Act(const api::EpisodeRequest& request) {
+    if (!request.has_action()) return Invalid("request: neither start nor action is set");
     if (!game_) return Invalid("request: an action before start");
-    if (request_.action().role() != "assistant") {
-      return Invalid("action.role: " + Quoted(request_.action().role()) + " is not assistant");
+    if (request.action().role() != "assistant") {
+      return Invalid("action.role: " + Quoted(request.action().role()) + " is not assistant");
     }
-    Answer(game_->Act(request_.action()));
+    Answer(game_->Act(request.action()));
     return grpc::Status::OK;
   }
 
-  void Answer(api::EpisodeResponse response) {
-    response_ = std::move(response);
-    if (!response_.done()) {
-      StartWrite(&response_);
-    } else if (Over()) {
-      StartWriteAndFinish(&response_, {}, grpc::Status::OK);
+  void Answer(const api::EpisodeResponse& response) {
+    std::lock_guard lock(mutex_);
+    if (ended_) return;
+    bool own_buffer;
+    written_.Clear();
+    Serialized::Serialize(response, &written_, &own_buffer);
+    if (response.done()) {
+      Over();
+      StartWriteAndFinish(&written_, {}, grpc::Status::OK);
+    } else {
+      StartWrite(&written_);
     }
+  }
+
+  // Its place is free before the client knows that it is over.
+  void Over() {
+    ended_ = true;
+    all_->Release(self_);
   }
 
   Episodes* const all_;
   std::shared_ptr<Episode> self_;  // Until OnDone.
-  std::atomic<bool> ended_ = false;
-  std::optional<Game> game_;  // From `start` on.
-  api::EpisodeRequest request_;
-  api::EpisodeResponse response_;
+  std::optional<Game> game_;       // From `start` on.
+  grpc::ByteBuffer read_;
+  grpc::ByteBuffer written_;
+  // Held while an operation is started: none may be after the stream is finished, which another
+  // thread does when the client goes or the process ends.
+  std::mutex mutex_;
+  bool ended_ = false;
 };
 
 EpisodeReactor* Episodes::Open() { return Episode::Open(this); }

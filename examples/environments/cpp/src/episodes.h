@@ -3,6 +3,7 @@
 
 #include <grpcpp/grpcpp.h>
 
+#include <cstddef>
 #include <memory>
 #include <mutex>
 #include <unordered_set>
@@ -11,7 +12,9 @@
 
 namespace calculator {
 
-using EpisodeReactor = grpc::ServerBidiReactor<api::EpisodeRequest, api::EpisodeResponse>;
+// Of bytes: where messages are read, gRPC says the same of bytes that are none as of the client's last
+// word.
+using EpisodeReactor = grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>;
 
 class Episode;
 

@@ -9,7 +9,13 @@
 
 namespace calculator {
 
-class Service final : public api::EnvironmentService::CallbackService {
+using Api = api::EnvironmentService;
+// Api::CallbackService, but for the bytes of Episode.
+using Callbacks = Api::WithCallbackMethod_Describe<
+    Api::WithCallbackMethod_ListTasks<Api::WithCallbackMethod_GetTask<Api::WithCallbackMethod_Score<
+        Api::WithRawCallbackMethod_Episode<Api::Service>>>>>;
+
+class Service final : public Callbacks {
  public:
   explicit Service(Episodes* episodes) : episodes_(episodes) {}
 
