@@ -38,9 +38,7 @@ func main() {
 	defer cancel()
 
 	server := grpc.NewServer(
-		// Rollmesh pings every 20 s; gRPC's own rule is to hang up on more than one in 5 minutes.
-		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
-		// Without pings of ours, a client that lost its power would keep its episodes for ever.
+		// Without pings a client that lost its power would keep its episodes for ever.
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 20 * time.Second, Timeout: 5 * time.Second}),
 	)
 	pb.RegisterEnvironmentServiceServer(server, newService(*maxEpisodes, ended.Done()))

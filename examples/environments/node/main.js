@@ -31,7 +31,7 @@ function main() {
   });
   const server = new grpc.Server({
     'grpc.so_reuseport': 0,
-    // Without pings of ours, a client that lost its power would keep its episodes for ever.
+    // Without pings a client that lost its power would keep its episodes for ever.
     'grpc.keepalive_time_ms': 20_000,
     'grpc.keepalive_timeout_ms': 5_000,
   });

@@ -1,10 +1,9 @@
 // A calculator as an environment of Rollmesh: build/calculator --listen 127.0.0.1:0
-#include <grpcpp/ext/health_check_service_server_builder_option.h>
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/health_check_service_interface.h>
 
-#include <chrono>
 #include <charconv>
+#include <chrono>
 #include <csignal>
 #include <iostream>
 #include <memory>
@@ -65,10 +64,7 @@ int main(int count, char** values) {
   builder.AddListeningPort(options.listen, grpc::InsecureServerCredentials(), &port);
   // Two servers must never share a port by accident: the kernel would split the calls.
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
-  // Rollmesh pings every 20 s; gRPC's own rule is to hang up on more than one in 5 minutes.
-  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 5'000);
-  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
-  // Without pings of ours, a client that lost its power would keep its episodes for ever.
+  // Without pings a client that lost its power would keep its episodes for ever.
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 20'000);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 5'000);
   builder.AddChannelArgument(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);

@@ -57,7 +57,7 @@ async fn serve(listen: &str) -> Result<(), Box<dyn Error + Send + Sync>> {
     let (serves, serving) = watch::channel(true);
     let (told, mut draining) = watch::channel(false);
     let server = Server::builder()
-        // Without pings of ours, a client that lost its power would keep its connection for ever.
+        // Without pings a client that lost its power would keep its connection for ever.
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .http2_keepalive_timeout(Some(Duration::from_secs(5)))
         .add_service(

@@ -53,10 +53,7 @@ public final class Main {
         NettyServerBuilder.forAddress(address)
             // Nothing here waits, so everything runs on the threads that read the sockets.
             .directExecutor()
-            // Rollmesh pings every 20 s; gRPC's own rule is to hang up on more than one in 5 minutes.
-            .permitKeepAliveTime(5, TimeUnit.SECONDS)
-            .permitKeepAliveWithoutCalls(true)
-            // Without pings of ours, a client that lost its power would keep its episodes for ever.
+            // Without pings a client that lost its power would keep its episodes for ever.
             .keepAliveTime(20, TimeUnit.SECONDS)
             .keepAliveTimeout(5, TimeUnit.SECONDS)
             .addService(new LadderService(episodes))
