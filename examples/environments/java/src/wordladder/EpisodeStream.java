@@ -1,5 +1,6 @@
 package wordladder;
 
+import io.grpc.Context;
 import io.grpc.StatusRuntimeException;
 import io.grpc.stub.ServerCallStreamObserver;
 import io.grpc.stub.StreamObserver;
@@ -24,8 +25,10 @@ final class EpisodeStream implements StreamObserver<EpisodeRequest> {
     this.client = client;
     this.tasks = tasks;
     this.episodes = episodes;
-    // The client has gone, or its deadline has passed.
     client.setOnCancelHandler(this::end);
+    // Ends whatever ends the call. The handler alone is not told of one that gRPC itself ends, as it
+    // does where bytes are no message.
+    Context.current().addListener(context -> end(), Runnable::run);
   }
 
   @Override
