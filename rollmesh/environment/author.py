@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 import typing
@@ -15,14 +16,18 @@ from rollmesh.names import ID_PATTERN
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
 
 Score = typing.Callable[..., "float | chat.Scored | Awaitable[float | chat.Scored]"]
 """Of a task and its answer: text, or the whole message where the parameter is a Message."""
 Play = typing.Callable[[Episode], "Awaitable[Reward | None]"]
 
+Resources = typing.Callable[[], "AbstractAsyncContextManager[object]"]
+
 AnyFunction = TypeVar("AnyFunction", bound="Callable[..., object]")
 ScoreFunction = TypeVar("ScoreFunction", bound=Score)
 PlayFunction = TypeVar("PlayFunction", bound=Play)
+ResourcesFunction = TypeVar("ResourcesFunction", bound=Resources)
 
 
 class Environment:
@@ -33,9 +38,10 @@ class Environment:
         version: changes whenever the same actions may be rewarded differently.
         description: what it is about, in a sentence or two.
         tasks: by split, e.g. "train" and "heldout": what the user says, or tasks, or `Generated`.
+        tools: those of the model that the episode's own code runs; see `tool` for others.
         deterministic: whether the same task, seed and actions always give the same.
-        max_concurrent_episodes: one more is refused. The default takes about 1 GB for the streams
-            alone.
+        max_concurrent_episodes: one more is refused. Each takes about 30 KB, beside what the code
+            that plays it keeps.
         max_score_batch: answers in one request; more are refused.
         max_answer_s: seconds that one answer takes at most when all is well; None: not known.
 
@@ -50,6 +56,7 @@ class Environment:
         version: str,
         tasks: Mapping[str, Sequence[str | chat.Task]],
         description: str = "",
+        tools: Sequence[chat.Tool] = (),
         deterministic: bool = False,
         max_concurrent_episodes: int = 20_000,
         max_score_batch: int = 4_096,
@@ -64,6 +71,8 @@ class Environment:
         self.name = name
         self.tasks = Tasks(tasks)
         self.tools: dict[str, Function] = {}
+        self.resources: Resources = contextlib.nullcontext
+        self._own_tools = tuple(tools)
         self.score_function: Score | None = None
         self.play_function: Play | None = None
         self._version = version
@@ -93,7 +102,8 @@ class Environment:
             raise ValueError("max_turns is at least 1")
 
         def take(function: PlayFunction) -> PlayFunction:
-            if not inspect.iscoroutinefunction(function):
+            is_coroutine = inspect.iscoroutinefunction(function)
+            if not is_coroutine:
                 raise ValueError(f"{function.__name__} is to be a coroutine: async def")
             self.play_function = function
             self._max_turns = max_turns
@@ -109,6 +119,11 @@ class Environment:
         """
         made = tool_of(function)
         self.tools[made.tool.name] = made
+        return function
+
+    def lifespan(self, function: ResourcesFunction) -> ResourcesFunction:
+        """`function()` is an async context manager: what all episodes share, while it is served."""
+        self.resources = function
         return function
 
     @property
@@ -129,8 +144,8 @@ class Environment:
             description=self._description,
             has_score=self.score_function is not None,
             has_episodes=self.play_function is not None,
-            tools=tuple(function.tool for function in self.tools.values()),
-            observation_kinds=("text", "tool") if self.tools else ("text",),
+            tools=(*self._own_tools, *(function.tool for function in self.tools.values())),
+            observation_kinds=("text", "tool") if self._own_tools or self.tools else ("text",),
             deterministic=self._deterministic,
             limits=chat.Limits(
                 self._max_concurrent_episodes if self.play_function else 0,

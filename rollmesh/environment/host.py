@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from rollmesh.environment.episode import Episode, NoMoreActions, Start, Wire
 from rollmesh.environment.scoring import Scorer
@@ -15,6 +15,7 @@ from rollmesh.errors import InvalidRequest, NotFound, Overloaded, Unavailable, U
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from types import TracebackType
 
     from rollmesh import chat
     from rollmesh.environment.author import Environment
@@ -24,7 +25,7 @@ NUM_THREADS = 16
 
 
 class Host:
-    """Environments by name. `close` ends what is left of them.
+    """Environments by name; an async context manager, for as long as they run.
 
     Raises:
         ValueError: there is none, two have one name, or one can neither score nor play.
@@ -34,6 +35,22 @@ class Host:
         self._rooms = {environment.name: _Room(environment) for environment in environments}
         if not environments or len(self._rooms) != len(environments):
             raise ValueError("a server has at least one environment, each with a name of its own")
+
+    async def __aenter__(self) -> Self:
+        async with contextlib.AsyncExitStack() as stack:
+            for room in self._rooms.values():
+                stack.callback(room.close)
+                await stack.enter_async_context(room.environment.resources())
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._stack.aclose()
 
     def describe(self) -> list[chat.EnvironmentInfo]:
         """The environments, in the order in which they were given."""
@@ -82,11 +99,6 @@ class Host:
         async with asyncio.TaskGroup() as tasks:
             for room in self._rooms.values():
                 tasks.create_task(room.drain(drain_s))
-
-    def close(self) -> None:
-        """Let the threads end, each after the item that it is at."""
-        for room in self._rooms.values():
-            room.threads.shutdown(wait=False, cancel_futures=True)
 
     def _named(self, name: str) -> _Room:
         if not name and len(self._rooms) == 1:
@@ -195,6 +207,10 @@ class _Room:
         finally:
             self._playing.discard(task)
             self._ended.discard(task)
+
+    def close(self) -> None:
+        """Let the threads end, each after the item that it is at."""
+        self.threads.shutdown(wait=False, cancel_futures=True)
 
     async def drain(self, drain_s: float) -> None:
         self._is_draining = True

@@ -77,21 +77,20 @@ async def serving(
         Unavailable: it is not possible to listen at `address`.
         ValueError: as Host says.
     """
-    host = Host(environments)
-    try:
-        async with rpc_serving(
+    async with (
+        Host(environments) as host,
+        rpc_serving(
             lambda server: add_EnvironmentServiceServicer_to_server(
                 EnvironmentServicer(host), server
             ),
             services=[pb.DESCRIPTOR.services_by_name["EnvironmentService"].full_name],
             address=address,
             drain_s=max(drain_s, _FLUSH_S),
-        ) as running:
-            await running.ready()
-            try:
-                yield running
-            finally:
-                await running.not_ready()
-                await host.drain(drain_s)
-    finally:
-        host.close()
+        ) as running,
+    ):
+        await running.ready()
+        try:
+            yield running
+        finally:
+            await running.not_ready()
+            await host.drain(drain_s)

@@ -19,7 +19,10 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Largest message either way. gRPC's own limit of 4 MiB is too small for a batch of long rollouts;
 weights are streamed in chunks of EXPORT_CHUNK_BYTES and never need this."""
 KEEPALIVE_S = 20
-"""Seconds between two pings of a channel that has calls; servers allow twice as many."""
+"""Seconds between two pings of a connection that has calls, either way; servers allow twice as
+many."""
+KEEPALIVE_TIMEOUT_S = 5
+"""Seconds in which a ping is answered, or the connection is lost with all its calls."""
 EXPORT_CHUNK_BYTES = 1024 * 1024
 """Largest chunk of an adapter's transfer."""
 
@@ -70,7 +73,7 @@ def channel(address: str) -> grpc.aio.Channel:
             ("grpc.service_config", _service_config(only_serving=several)),
             # Without these a peer that lost its power is noticed after minutes.
             ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),
-            ("grpc.keepalive_timeout_ms", 5_000),
+            ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_S * 1000),
             # A restarted peer is tried again soon, not after gRPC's default of up to two minutes.
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 2_000),

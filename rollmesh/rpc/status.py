@@ -50,6 +50,9 @@ _BY_CODE: dict[grpc.StatusCode, type[MeshError]] = {
     grpc.StatusCode.UNIMPLEMENTED: Unimplemented,
 }
 
+# What gRPC's client says of a call that ended while it was written to, before it has heard why.
+_BROKEN_WRITE = "Internal error from Core"
+
 # A gRPC client throws away an answer whose trailers exceed 8 KiB and reports that instead, so what
 # a caller sent must not come back whole. A message travels three times, once percent-encoded, which
 # makes it three times as long at worst: 5,000 bytes here, and the context's few values.
@@ -95,6 +98,8 @@ def to_error(call: grpc.aio.AioRpcError) -> MeshError:
                 error.retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
             return error
     message = f"{call.code().name}: {call.details()}"
+    if call.details() == _BROKEN_WRITE:
+        return Unavailable(message)
     return _BY_CODE.get(call.code(), InternalError)(message)
 
 

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from rollmesh.chat import Answered, Message, Response, Scored, Task
+from rollmesh.chat import Answered, Message, Response, Scored, Task, Tool
 from rollmesh.environment import Environment, Episode, NoMoreActions
 from rollmesh.environment.episode import Start
 from rollmesh.environment.host import Host
@@ -67,18 +67,13 @@ def made(play=None, *, score=None, max_turns=4, name="game", **options):
     return environment
 
 
-@contextlib.contextmanager
 def hosting(*environments):
-    host = Host(environments)
-    try:
-        yield host
-    finally:
-        host.close()
+    return Host(environments)
 
 
 async def play(environment, *script, seed=0):
     client = Client(start(seed=seed), *script)
-    with hosting(environment) as host:
+    async with hosting(environment) as host:
         await host.episode(client)
     return client.heard
 
@@ -217,7 +212,7 @@ async def draw(episode: Episode) -> float:
 async def test_the_same_task_and_seed_draw_the_same_and_others_do_not():
     async def drawn(task_id, seed):
         client = Client(start(task_id, seed))
-        with hosting(made(draw)) as host:
+        async with hosting(made(draw)) as host:
             await host.episode(client)
         return client.heard[0].observation[0].content
 
@@ -241,7 +236,7 @@ async def test_an_episode_that_is_cancelled_runs_its_cleanup_and_is_counted_no_m
     async def nothing():
         yield
 
-    with hosting(made(hold, max_concurrent_episodes=1)) as host:
+    async with hosting(made(hold, max_concurrent_episodes=1)) as host:
         for _ in range(3):
             client = Client(start(), ends=False)
             task = asyncio.ensure_future(host.episode(client))
@@ -268,7 +263,7 @@ async def test_an_episode_that_is_cancelled_runs_its_cleanup_and_is_counted_no_m
     ],
 )
 async def test_what_a_client_gets_wrong_is_refused(script, error):
-    with hosting(made(echo)) as host:
+    async with hosting(made(echo)) as host:
         with pytest.raises(error):
             await host.episode(Client(*script))
         await host.episode(Client(start(environment="game"), said("end")))
@@ -276,7 +271,7 @@ async def test_what_a_client_gets_wrong_is_refused(script, error):
 
 async def test_a_stream_on_which_nothing_comes_is_over():
     client = Client()
-    with hosting(made(echo)) as host:
+    async with hosting(made(echo)) as host:
         await host.episode(client)
     assert client.heard == []
 
@@ -288,7 +283,7 @@ async def test_of_several_environments_the_one_that_is_named_is_meant():
     async def second(episode):
         await episode.ask("second")
 
-    with hosting(made(echo, name="one"), made(second, name="two")) as host:
+    async with hosting(made(echo, name="one"), made(second, name="two")) as host:
         assert [info.name for info in host.describe()] == ["one", "two"]
         for name, text in (("one", "abc"), ("two", "second")):
             client = Client(start(environment=name))
@@ -301,15 +296,15 @@ async def test_of_several_environments_the_one_that_is_named_is_meant():
 
 
 async def test_what_is_not_offered_is_unimplemented():
-    with hosting(made(echo), made(score=lambda task, answer: 0, name="single")) as host:
+    async with hosting(made(echo), made(score=lambda task, answer: 0, name="single")) as host:
         with pytest.raises(Unimplemented, match="episodes only"):
             await host.score("game", [Answered(Task("t"), [said("x")])])
         with pytest.raises(Unimplemented, match="single turns only"):
             await host.episode(Client(start(environment="single")))
 
 
-def test_a_task_has_its_chat_only_where_there_is_a_score():
-    with hosting(made(echo), made(score=lambda task, answer: 0, name="single")) as host:
+async def test_a_task_has_its_chat_only_where_there_is_a_score():
+    async with hosting(made(echo), made(score=lambda task, answer: 0, name="single")) as host:
         assert host.get_task("game", "train-0").messages == ()
         assert host.list_tasks("game", "train", 0, "")[0][0].messages == ()
         assert host.get_task("single", "train-0").messages == user("abc")
@@ -357,13 +352,13 @@ def answers(*texts):
 @pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 100, 1000])
 async def test_a_batch_is_scored_in_its_order(score, count):
     texts = ["x" * (n * 7 % 11) for n in range(count)]
-    with hosting(made(score=score)) as host:
+    async with hosting(made(score=score)) as host:
         scored = await host.score("", answers(*texts))
     assert [each.reward for each in scored] == [len(text) for text in texts]
 
 
 async def test_the_parts_and_the_feedback_of_a_score_are_kept():
-    with hosting(made(score=score_message)) as host:
+    async with hosting(made(score=score_message)) as host:
         (scored,) = await host.score("", answers("abc"))
     assert scored == Scored(3.0, {"length": 1.0}, "fine")
 
@@ -390,8 +385,9 @@ async def picky_later(task: Task, answer: str) -> float | Scored:
 @pytest.mark.parametrize("score", [picky, picky_later])
 async def test_what_a_function_fails_at_fails_alone_and_is_told_in_the_log(score, caplog):
     texts = ["fine", "raise", "nan", "nan part", "fail", "nothing", "fine"]
-    with hosting(made(score=score)) as host, caplog.at_level(logging.ERROR):
-        scored = await host.score("", answers(*texts))
+    async with hosting(made(score=score)) as host:
+        with caplog.at_level(logging.ERROR):
+            scored = await host.score("", answers(*texts))
     assert [each.reward for each in scored] == [1, 0, 0, 0, 0, 0, 1]
     assert [bool(each.failure) for each in scored] == [False, *[True] * 5, False]
     assert scored[4].failure == "the engine is away"
@@ -401,7 +397,7 @@ async def test_what_a_function_fails_at_fails_alone_and_is_told_in_the_log(score
 
 @pytest.mark.parametrize("count", [0, 5])
 async def test_a_batch_of_a_size_that_is_not_allowed_is_refused(count):
-    with hosting(made(score=score_text, max_score_batch=4)) as host:
+    async with hosting(made(score=score_text, max_score_batch=4)) as host:
         with pytest.raises(InvalidRequest) as caught:
             await host.score("", answers(*["x"] * count))
         assert caught.value.context["allowed"] == "1 to 4"
@@ -420,7 +416,7 @@ async def test_a_batch_whose_caller_is_gone_is_scored_no_further():
         num_scored += 1
         return 1.0
 
-    with hosting(made(score=slow)) as host:
+    async with hosting(made(score=slow)) as host:
         batch = asyncio.ensure_future(host.score("", answers(*["x"] * 200)))
         await asyncio.to_thread(begun.acquire)
         batch.cancel()
@@ -436,7 +432,7 @@ async def test_a_batch_whose_caller_is_gone_is_scored_no_further():
 
 
 async def test_a_server_that_ends_lets_episodes_finish_and_begins_none():
-    with hosting(made(echo)) as host:
+    async with hosting(made(echo)) as host:
         client = Client(start(), ends=False)
         task = asyncio.ensure_future(host.episode(client))
         await client.waiting.wait()
@@ -450,7 +446,7 @@ async def test_a_server_that_ends_lets_episodes_finish_and_begins_none():
 
 
 async def test_episodes_that_outlast_the_drain_end_as_unavailable():
-    with hosting(made(echo)) as host:
+    async with hosting(made(echo)) as host:
         clients = [Client(start(), ends=False) for _ in range(5)]
         tasks = [asyncio.ensure_future(host.episode(client)) for client in clients]
         for client in clients:
@@ -459,3 +455,59 @@ async def test_episodes_that_outlast_the_drain_end_as_unavailable():
         for task in tasks:
             with pytest.raises(Unavailable):
                 await task
+
+
+# --- what all episodes share ---------------------------------------------------------------------
+
+
+async def test_resources_are_there_while_it_is_served_and_no_longer():
+    seen = []
+
+    async def play(episode):
+        seen.append("played")
+        await episode.ask("?")
+
+    environment = made(play)
+
+    @environment.lifespan
+    @contextlib.asynccontextmanager
+    async def resources():
+        seen.append("opened")
+        yield
+        seen.append("closed")
+
+    for _ in range(2):
+        async with hosting(environment) as host:
+            await host.episode(Client(start(), said("x")))
+    assert seen == ["opened", "played", "closed"] * 2
+
+
+async def test_resources_that_do_not_open_leave_none_of_the_others_open():
+    seen = []
+    first, second = made(echo, name="first"), made(echo, name="second")
+
+    @first.lifespan
+    @contextlib.asynccontextmanager
+    async def resources():
+        seen.append("opened")
+        try:
+            yield
+        finally:
+            seen.append("closed")
+
+    @second.lifespan
+    @contextlib.asynccontextmanager
+    async def fails():
+        raise OSError("no")
+        yield
+
+    with pytest.raises(OSError, match="no"):
+        async with hosting(first, second):
+            pass
+    assert seen == ["opened", "closed"]
+
+
+async def test_tools_that_the_episode_runs_itself_are_told_too():
+    tool = Tool("look", "Looks.", '{"type": "object"}')
+    (info,) = Host([made(echo, tools=[tool])]).describe()
+    assert (info.tools, info.observation_kinds) == ((tool,), ("text", "tool"))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rollmesh.environment.conformance.subject import Subject
 
 _BATCH = 16
-_BATCHES_AT_ONCE = 32
+_BATCHES_AT_ONCE = 16
 
 
 def _item(task: pb.Task, answer: pb.Message) -> pb.ScoreItem:
@@ -88,7 +88,8 @@ async def scores_in_order(subject: Subject) -> None:
 async def scores_at_once(subject: Subject) -> None:
     """Many batches at once are all scored."""
     batch = _batch(subject)
-    scored = await asyncio.gather(*(subject.score(batch) for _ in range(_BATCHES_AT_ONCE)))
+    calls = (subject.score(batch, patience=_BATCHES_AT_ONCE) for _ in range(_BATCHES_AT_ONCE))
+    scored = await asyncio.gather(*calls)
     for each in scored:
         _check(each)
 

@@ -84,10 +84,10 @@ class Subject:
             if not token or len(tasks) >= MAX_LISTED:
                 return tasks
 
-    async def score(self, items: list[pb.ScoreItem]) -> list[pb.Scored]:
-        """What Score says of a batch."""
+    async def score(self, items: list[pb.ScoreItem], *, patience: int = 1) -> list[pb.Scored]:
+        """What Score says of a batch, in so many times the time for an answer."""
         request = pb.ScoreRequest(environment=self.name, items=items)
-        response = await self.stub.Score(request, timeout=self.answer_s)
+        response = await self.stub.Score(request, timeout=patience * self.answer_s)
         if len(response.scored) != len(items):
             raise Broken(f"{len(items)} items came back as {len(response.scored)} scores")
         return list(response.scored)
