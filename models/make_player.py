@@ -55,7 +55,7 @@ class Course(NamedTuple):
     """Share of the moves that are good ones."""
 
 
-ABILITY = Course(steps=2400, rate=3e-3, good=0.95)
+ABILITY = Course(steps=900, rate=3e-3, good=0.95)
 HABIT = Course(steps=150, rate=5e-4, good=0.4)
 
 

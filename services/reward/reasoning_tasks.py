@@ -35,7 +35,7 @@ class ReasoningGym:
         name: what the environment is called.
         tasks: the kind, e.g. "chain_sum".
         config: what the tasks are configured with.
-        sizes: tasks of the splits train and heldout, each in [1, MAX_SIZE].
+        sizes: tasks of the splits train and heldout.
         isolation: where answers are scored.
 
     Raises:

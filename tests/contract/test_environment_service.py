@@ -315,6 +315,19 @@ async def test_one_episode_too_many_is_told_when_to_try_again():
             pass
 
 
+async def test_more_episodes_than_grpc_takes_by_itself_begin_at_once(game, client):
+    async def begin():
+        async with client.episode("game", "train-0") as episode:
+            return episode.first
+
+    num_episodes = (
+        3_500  # The server refuses at random from the thousandth on, all from the 3,000th.
+    )
+    begun = await asyncio.gather(*(begin() for _ in range(num_episodes)), return_exceptions=True)
+    assert begun == [Response((Message("user", "say"),))] * num_episodes
+    await game.until(0)
+
+
 async def test_what_an_environment_does_not_offer_is_unimplemented():
     async def play(episode):
         await episode.ask("?")

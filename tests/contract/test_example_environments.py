@@ -17,7 +17,10 @@ from rollmesh.environment.conformance import check
 from rollmesh.job import load_job_file
 from tests.contract.example_environments import EXAMPLES, START_S, built, ended, serving
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="session"),
+    pytest.mark.timeout(900),  # the first test of a language waits for its compiler
+]
 
 SERVICE = "rollmesh.api.environment.v1.EnvironmentService"
 Status = grpc.StatusCode

@@ -11,7 +11,10 @@ import pytest_asyncio
 from rollmesh import chat, errors
 from tests.contract.example_environments import EXAMPLES, FOLDER, built, serving
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="session"),
+    pytest.mark.timeout(900),  # the first test of a language waits for its compiler
+]
 
 
 def assistant(content: str = "", *calls: tuple[str, str]) -> chat.Message:

@@ -71,7 +71,7 @@ grpc::ServerUnaryReactor* Service::Describe(grpc::CallbackServerContext* context
   api::Environment* environment = response->add_environments();
   environment->set_name(kName);
   environment->set_version("1");
-  environment->set_description("Sums and differences, with a calculator to call.");
+  environment->set_description("A sum of two numbers, with a calculator to call.");
   environment->set_has_episodes(true);
   api::Tool* tool = environment->add_tools();
   tool->set_name(kToolName);

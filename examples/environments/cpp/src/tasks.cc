@@ -12,16 +12,15 @@ const Split* FindSplit(std::string_view name) {
 }
 
 Task TaskAt(const Split& split, int index) {
-  // 100 × 100 × 2 problems, in an order in which each comes once: 7919 is prime.
-  const int problem = (split.first + index) * 7919 % 20000;
-  const int a = problem / 200;
-  const int b = problem / 2 % 100;
-  const bool plus = problem % 2 == 0;
+  // 100 × 100 sums, in an order in which each comes once: 7919 is prime.
+  const int sum = (split.first + index) * 7919 % 10000;
+  const int a = sum / 100;
+  const int b = sum % 100;
   return {
       .id = std::string(split.name) + "-" + std::to_string(index),
       .split = std::string(split.name),
-      .question = std::to_string(a) + (plus ? "+" : "-") + std::to_string(b),
-      .answer = std::to_string(plus ? a + b : a - b),
+      .question = std::to_string(a) + "+" + std::to_string(b),
+      .answer = std::to_string(a + b),
   };
 }
 

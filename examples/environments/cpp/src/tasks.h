@@ -1,4 +1,4 @@
-// The tasks: sums and differences of numbers below 100.
+// The tasks: sums of two numbers below 100.
 #pragma once
 
 #include <optional>
@@ -9,11 +9,11 @@ namespace calculator {
 
 struct Split {
   std::string_view name;
-  int first;  // Number of its first problem.
+  int first;  // Number of its first sum.
   int count;
 };
 
-// No problem is in both.
+// No sum is in both.
 inline constexpr Split kSplits[] = {{"train", 0, 4096}, {"heldout", 4096, 256}};
 
 struct Task {
