@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 from rollmesh.environment.episode import Episode, NoMoreActions, Start, Wire
 from rollmesh.environment.scoring import Scorer
 from rollmesh.environment.tools import Toolbox
-from rollmesh.errors import InvalidRequest, NotFound, Overloaded, Unavailable, Unimplemented
+from rollmesh.errors import InvalidRequest, NotFound, Overloaded, Unimplemented
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -85,7 +84,6 @@ class Host:
             NotFound, Unimplemented: there is no such environment or task, or it has no episodes.
             InvalidRequest: the first message is no start.
             Overloaded: too many are under way.
-            Unavailable: the server ends.
         """
         start = await wire.receive()
         if start is None:
@@ -93,12 +91,6 @@ class Host:
         if not isinstance(start, Start):
             raise InvalidRequest("the first message is to be start, it is action", field="start")
         await self._named(start.environment).play(start, wire)
-
-    async def drain(self, drain_s: float) -> None:
-        """Begin no more episodes; those under way get `drain_s` seconds, and then Unavailable."""
-        async with asyncio.TaskGroup() as tasks:
-            for room in self._rooms.values():
-                tasks.create_task(room.drain(drain_s))
 
     def _named(self, name: str) -> _Room:
         if not name and len(self._rooms) == 1:
@@ -139,9 +131,7 @@ class _Room:
                 num_threads=NUM_THREADS,
             )
         )
-        self._playing: set[asyncio.Task[object]] = set()
-        self._is_draining = False
-        self._ended: set[asyncio.Task[object]] = set()
+        self._num_playing = 0
 
     def told(self, task: chat.Task) -> chat.Task:
         """`task` as clients see it: the chat is there to be scored, an episode says its own."""
@@ -183,39 +173,21 @@ class _Room:
 
     @contextlib.contextmanager
     def _admitted(self) -> Iterator[None]:
-        """Counts the episode of this task, and tells it from one that ends with the server."""
-        if self._is_draining:
-            raise Unavailable("the server ends")
+        """Counts the episode."""
         allowed = self.info.limits.max_concurrent_episodes
-        if len(self._playing) >= allowed:
+        if self._num_playing >= allowed:
             raise Overloaded(
                 f"{allowed} episodes are under way, the most that may be",
                 field="max_concurrent_episodes",
-                value=len(self._playing),
+                value=self._num_playing,
                 allowed=allowed,
             )
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - a coroutine runs in one
-        self._playing.add(task)
+        self._num_playing += 1
         try:
             yield
-        except asyncio.CancelledError:
-            if task in self._ended:
-                task.uncancel()
-                raise Unavailable("the server ends, and the episode with it") from None
-            raise
         finally:
-            self._playing.discard(task)
-            self._ended.discard(task)
+            self._num_playing -= 1
 
     def close(self) -> None:
         """Let the threads end, each after the item that it is at."""
         self.threads.shutdown(wait=False, cancel_futures=True)
-
-    async def drain(self, drain_s: float) -> None:
-        self._is_draining = True
-        if self._playing:
-            await asyncio.wait(self._playing, timeout=drain_s)
-        for task in self._playing:
-            self._ended.add(task)
-            task.cancel()

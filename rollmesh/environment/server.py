@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 LISTEN = "127.0.0.1:0"
 DRAIN_S = 5.0
-_FLUSH_S = 1.0
-"""Seconds, at least, for the last words of episodes that were ended."""
 
 
 def serve(*environments: Environment) -> None:
@@ -85,12 +83,8 @@ async def serving(
             ),
             services=[pb.DESCRIPTOR.services_by_name["EnvironmentService"].full_name],
             address=address,
-            drain_s=max(drain_s, _FLUSH_S),
+            drain_s=drain_s,
         ) as running,
     ):
         await running.ready()
-        try:
-            yield running
-        finally:
-            await running.not_ready()
-            await host.drain(drain_s)
+        yield running

@@ -19,7 +19,6 @@ from rollmesh.errors import (
     InvalidRequest,
     NotFound,
     Overloaded,
-    Unavailable,
     Unimplemented,
 )
 
@@ -426,35 +425,6 @@ async def test_a_batch_whose_caller_is_gone_is_scored_no_further():
     for room in host._rooms.values():
         room.threads.shutdown(wait=True)
     assert num_scored <= 16
-
-
-# --- the end -------------------------------------------------------------------------------------
-
-
-async def test_a_server_that_ends_lets_episodes_finish_and_begins_none():
-    async with hosting(made(echo)) as host:
-        client = Client(start(), ends=False)
-        task = asyncio.ensure_future(host.episode(client))
-        await client.waiting.wait()
-        draining = asyncio.ensure_future(host.drain(60))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        with pytest.raises(Unavailable):
-            await host.episode(Client(start()))
-        task.cancel()
-        await draining
-
-
-async def test_episodes_that_outlast_the_drain_end_as_unavailable():
-    async with hosting(made(echo)) as host:
-        clients = [Client(start(), ends=False) for _ in range(5)]
-        tasks = [asyncio.ensure_future(host.episode(client)) for client in clients]
-        for client in clients:
-            await client.waiting.wait()
-        await host.drain(0.01)
-        for task in tasks:
-            with pytest.raises(Unavailable):
-                await task
 
 
 # --- what all episodes share ---------------------------------------------------------------------

@@ -35,7 +35,8 @@ _SPARE = 8
 async def concurrent(subject: Subject) -> None:
     """Many episodes at once all begin, and each answers an action.
 
-    1,000, or as many as limits.max_concurrent_episodes says.
+    1,000, or as many as limits.max_concurrent_episodes says, over one connection: a server whose
+    library bounds the streams of a connection has to raise that bound.
     """
     streams = await subject.open_many(subject.room)
     try:
@@ -48,7 +49,7 @@ async def concurrent(subject: Subject) -> None:
 async def freed_when_cancelled(subject: Subject) -> None:
     """Episodes that are cancelled in the middle are freed within 2 s: as many can begin again."""
     start = time.monotonic()
-    streams = await _open_again(subject, subject.room, RELEASE_S)
+    streams = await _open_again(subject, subject.room, subject.answer_s)
     await _act(subject, streams)
     took_s = time.monotonic() - start
     _cancel(streams)
@@ -65,7 +66,7 @@ async def limit_kept(subject: Subject) -> None:
         raise Skipped(
             f"its limit is {limit}, and {subject.num_episodes} are opened here: --episodes {limit}"
         )
-    streams = await _open_again(subject, limit, RELEASE_S)
+    streams = await _open_again(subject, limit, subject.answer_s)
     try:
         async with subject.stream() as stream:
             await subject.refused(
@@ -82,9 +83,9 @@ async def freed_at_deadline(subject: Subject) -> None:
     """An episode whose deadline passes in the middle is over, and freed within 2 s."""
     start = time.monotonic()
     count = min(subject.room, _NUM_DEADLINES)
-    _cancel(await _open_again(subject, count, RELEASE_S))
+    _cancel(await _open_again(subject, count, subject.answer_s))
     deadline_s = _DEADLINE_S + 4 * (time.monotonic() - start)
-    streams = await _open_again(subject, count, RELEASE_S, deadline_s=deadline_s)
+    streams = await _open_again(subject, count, subject.answer_s, deadline_s=deadline_s)
     for stream in streams:
         try:
             await stream.read(deadline_s)
@@ -175,7 +176,7 @@ class Usage:
 async def _round(subject: Subject) -> None:
     """As many episodes as may be, of which some end and some break off; then as many again."""
     start = time.monotonic()
-    streams = await _open_again(subject, subject.room, RELEASE_S)
+    streams = await _open_again(subject, subject.room, subject.answer_s)
     await _act(subject, streams)
     for stream in streams[::2]:
         await stream.half_close()

@@ -116,7 +116,8 @@ class Subject:
             for stream in streams:
                 stream.cancel()
             first = failures[0]
-            text = said(first) if isinstance(first, grpc.aio.AioRpcError) else str(first)
+            hint = "; is there a bound on the streams of a connection?" if count > 1 else ""
+            text = said(first) if isinstance(first, grpc.aio.AioRpcError) else f"{first}{hint}"
             raise Broken(
                 f"of {count} episodes {len(failures)} did not begin beside the others: {text}"
             )
