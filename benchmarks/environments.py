@@ -229,7 +229,12 @@ async def _reward(world: str, count: int) -> AsyncIterator[tuple[str, int]]:
     config = {
         "listen": "127.0.0.1:0",
         "environments": [
-            {"name": WORLD, "addresses": [world], "max_concurrent": count, "max_waiting": count}
+            {
+                "name": WORLD,
+                "addresses": [world],
+                "max_concurrent": count + BATCHES_AT_ONCE,
+                "max_waiting": count,
+            }
         ],
     }
     with tempfile.TemporaryDirectory() as folder:
