@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import threading
+import time
 
 import pytest
 
@@ -401,6 +402,20 @@ async def test_a_batch_of_a_size_that_is_not_allowed_is_refused(count):
             await host.score("", answers(*["x"] * count))
         assert caught.value.context["allowed"] == "1 to 4"
         assert len(await host.score("", answers(*["x"] * 4))) == 4
+
+
+async def test_a_slow_batch_holds_no_other_up():
+    def slow(task, answer):
+        if answer == "slow":
+            time.sleep(0.03)
+        return 1.0
+
+    async with hosting(made(score=slow)) as host:
+        long = asyncio.ensure_future(host.score("", answers(*["slow"] * 600)))
+        await asyncio.sleep(0)
+        await host.score("", answers("quick"))
+        assert not long.done()
+        assert len(await long) == 600
 
 
 async def test_a_batch_whose_caller_is_gone_is_scored_no_further():
