@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import threading
@@ -405,16 +406,19 @@ async def test_a_batch_of_a_size_that_is_not_allowed_is_refused(count):
 
 
 async def test_a_slow_batch_holds_no_other_up():
+    scored = itertools.count()
+
     def slow(task, answer):
         if answer == "slow":
             time.sleep(0.03)
+            next(scored)
         return 1.0
 
     async with hosting(made(score=slow)) as host:
         long = asyncio.ensure_future(host.score("", answers(*["slow"] * 600)))
         await asyncio.sleep(0)
         await host.score("", answers("quick"))
-        assert not long.done()
+        assert next(scored) < 300  # A turn of each thread, and not the whole batch.
         assert len(await long) == 600
 
 
