@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from services.reward.sandbox.limits import Limits, Program
 
 if TYPE_CHECKING:
-    from services.reward.sandbox.sandbox import Sandbox
+    from services.reward.sandbox.places import Sandbox
 
 # Each line that it prints is something that it could do and should not.
 _PROBE = b"""
