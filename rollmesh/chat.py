@@ -157,6 +157,14 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """What a judge said. `question`: the number of what it was asked."""
+
+    question: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class ItemScore:
     """What one item of a batch is worth. `index`: its place there."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 LossName = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo"]
 StopReason = Literal["stop", "length"]
-MemberRole = Literal["trainer", "sampler", "reward"]
+MemberRole = Literal["trainer", "sampler", "reward", "environment"]
 LogprobsKind = Literal["policy", "sampled"]
 
 CLIP_RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
@@ -385,6 +385,15 @@ class ScoreItem:
     completion: str
     reference: str = ""
     prompt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreBatch:
+    """Completions to score with one function."""
+
+    function: str
+    parameters: Mapping[str, Any]
+    items: Sequence[ScoreItem]
 
 
 @dataclass(frozen=True, slots=True)

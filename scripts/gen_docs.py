@@ -1,6 +1,6 @@
-"""Generate docs/configuration.md from the models that read the files.
+"""Generate docs/configuration.md, and the list of functions in docs/rewards.md, from the code.
 
-`python -m scripts.gen_docs` writes it; `--check` writes nothing and fails where it is stale.
+`python -m scripts.gen_docs` writes them; `--check` writes nothing and fails where one is stale.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from rollmesh.sweep import SweepSpec
 from services.coordinator.config import CoordinatorConfig
 from services.local.config import LocalConfig
 from services.reward.config import RewardConfig
+from services.reward.functions import FUNCTIONS
+from services.reward.functions.examples import EXAMPLES
 from services.sampler.config import SamplerConfig
 from services.trainer.config import TrainerConfig
 
@@ -28,7 +30,10 @@ if TYPE_CHECKING:
 
     from pydantic.fields import FieldInfo
 
-TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
+    from services.reward.functions.examples import Example
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+REWARDS_MARK = "<!-- Below this line: "
 _PLAIN = {"str": "text", "int": "integer", "float": "number", "bool": "boolean", "Path": "path"}
 INTRODUCTION = """\
 # Configuration
@@ -60,7 +65,7 @@ SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
 def rows(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """One table row a key of `model`, nested models below their key."""
     for name, field in model.model_fields.items():
-        key = f"{prefix}{name}"
+        key = f"{prefix}{field.alias or name}"
         yield f"| `{key}` | {_type(field)} | {_default(field)} | {_cell(field.description or '')} |"
         for inner, listed in _models(field.annotation):
             if inner is JobSpec:
@@ -116,6 +121,8 @@ def _default(field: FieldInfo) -> str:
         return "**required**"
     if field.default is None or isinstance(field.default, BaseModel | list | dict | tuple):
         return ""
+    if isinstance(field.default, str) and "\n" in field.default:
+        return "a text of several lines"
     if isinstance(field.default, bool):
         return f"`{str(field.default).lower()}`"
     return f"`{field.default}`" if field.default != "" else "empty"
@@ -125,8 +132,8 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def render() -> str:
-    """The whole page."""
+def configuration() -> str:
+    """docs/configuration.md."""
     parts = [INTRODUCTION.rstrip()]
     for title, use, model in SECTIONS:
         parts += ["", f"## {title}", "", use, "", "| key | type | default | meaning |"]
@@ -134,16 +141,62 @@ def render() -> str:
     return "\n".join(parts) + "\n"
 
 
+def rewards() -> str:
+    """docs/rewards.md: what a person wrote, up to the mark, and the functions below it."""
+    written = (DOCS / "rewards.md").read_text(encoding="utf-8").splitlines()
+    mark = next(index for index, line in enumerate(written) if line.startswith(REWARDS_MARK))
+    parts = [*written[: mark + 1], "", "## The functions"]
+    for name, function in sorted(FUNCTIONS.items()):
+        parts += ["", f"### {name}", "", function.description]
+        table = list(rows(function.parameters))
+        if table:
+            parts += ["", "| parameter | type | default | meaning |", "|---|---|---|---|", *table]
+        example = EXAMPLES[name]
+        if example.reference:
+            parts += [
+                "",
+                "A reference that is a JSON object:",
+                "",
+                "| key | type | default | meaning |",
+            ]
+            parts += ["|---|---|---|---|", *rows(example.reference)]
+        parts += ["", *_example(example)]
+    return "\n".join(parts) + "\n"
+
+
+def _example(example: Example) -> Iterator[str]:
+    yield from ("```yaml", example.yaml.rstrip(), "```", "")
+    for field, value in example.fields.items():
+        yield from (f"With `{field}` {_code(value)}:", "")
+    columns = ["completion", *(["the judge says"] if example.judge else []), "reward"]
+    yield f"| {' | '.join(columns)} |"
+    yield f"|{'---|' * len(columns)}"
+    for completion, reward in example.worth.items():
+        judged = [_code(example.judge[completion])] if example.judge else []
+        yield f"| {' | '.join([_code(completion), *judged, f'{reward:g}'])} |"
+
+
+def _code(text: str) -> str:
+    """As code within a line of a table; ⏎ is the end of a line."""
+    inside = text.replace("\n", " ⏎ ").replace("|", "\\|")
+    return f"```` {inside} ````" if "`" in inside else f"`{inside}`"
+
+
+PAGES = {"configuration.md": configuration, "rewards.md": rewards}
+
+
 def main() -> None:
     """Generate, or check that nothing would change."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail on a difference, write nothing")
-    if not parser.parse_args().check:
-        TARGET.write_text(render(), encoding="utf-8")
-        return
-    if not TARGET.exists() or TARGET.read_text(encoding="utf-8") != render():
-        sys.exit("docs/configuration.md is stale, run `make proto`")
-    print("docs/configuration.md is up to date")
+    check = parser.parse_args().check
+    for name, render in PAGES.items():
+        if not check:
+            (DOCS / name).write_text(render(), encoding="utf-8")
+        elif (DOCS / name).read_text(encoding="utf-8") != render():
+            sys.exit(f"docs/{name} is stale, run `make proto`")
+        else:
+            print(f"docs/{name} is up to date")
 
 
 if __name__ == "__main__":

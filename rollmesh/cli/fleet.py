@@ -49,7 +49,7 @@ def fleet(context: typer.Context, address: Address = ADDRESS, *, as_json: Json =
                 member.base_model,
                 member.backend,
                 str(member.num_adapters) if member.base_model else "",
-                str(member.num_running) if member.role == "sampler" else "",
+                str(member.num_running) if member.role in {"sampler", "environment"} else "",
             )
             for member in answer.members
         ),

@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, get_args
 
-from rollmesh import chat
+from rollmesh import chat, types
 from rollmesh.api.environment.v1 import environment_service_pb2 as pb
 from rollmesh.api.reward.v1 import reward_service_pb2 as reward_pb
-from rollmesh.convert.values import duration_to_pb, optional, optional_duration_from_pb
+from rollmesh.convert.fleet import score_items_from_pb
+from rollmesh.convert.values import (
+    duration_to_pb,
+    optional,
+    optional_duration_from_pb,
+    struct_from_pb,
+)
 from rollmesh.errors import EnvironmentFailed, InvalidRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import AsyncIterator, Iterable, Mapping
 
 _ROLES = get_args(chat.Role)
 _KINDS: Mapping[chat.ObservationKind, pb.ObservationKind.ValueType] = {
@@ -310,3 +316,36 @@ def item_score_to_pb(score: chat.ItemScore) -> reward_pb.ItemScore:
 def item_score_from_pb(message: reward_pb.ItemScore) -> chat.ItemScore:
     """ItemScore."""
     return chat.ItemScore(message.index, message.reward, dict(message.rewards), message.feedback)
+
+
+async def score_each_requests_from_pb(
+    messages: AsyncIterator[reward_pb.ScoreEachRequest],
+) -> AsyncIterator[types.ScoreBatch | chat.Answer]:
+    """ScoreEachRequests, as they come.
+
+    Raises:
+        InvalidRequest: one that says nothing; NaN or infinity among the parameters.
+    """
+    async for message in messages:
+        match message.WhichOneof("request"):
+            case "batch":
+                yield types.ScoreBatch(
+                    message.batch.function,
+                    struct_from_pb(message.batch.parameters),
+                    score_items_from_pb(message.batch.items),
+                )
+            case "answer":
+                yield chat.Answer(message.answer.question, message.answer.text)
+            case _:
+                raise InvalidRequest(
+                    "request: neither batch nor answer", field="request", allowed="batch, answer"
+                )
+
+
+def score_each_response_to_pb(
+    response: chat.ItemScore | chat.Question,
+) -> reward_pb.ScoreEachResponse:
+    """ScoreEachResponse."""
+    if isinstance(response, chat.Question):
+        return reward_pb.ScoreEachResponse(question=question_to_pb(response))
+    return reward_pb.ScoreEachResponse(score=item_score_to_pb(response))

@@ -25,11 +25,13 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """Largest message either way. gRPC's own limit of 4 MiB is too small for a batch of long rollouts;
 weights are streamed in chunks of EXPORT_CHUNK_BYTES and never need this."""
 KEEPALIVE_S = 20
-"""Seconds between two pings of a channel that has calls; servers allow twice as many."""
+"""Seconds between two pings of a connection that has calls, either way; servers allow twice as
+many."""
 STRANGERS_KEEPALIVE_S = 310
 """The same, of a server that is not ours: most hang up on who pings it more than once in 5 min."""
 KEEPALIVE_TIMEOUT_S = 5
-"""Seconds in which a ping, or whatever is sent at all, has to be acknowledged."""
+"""Seconds in which a ping, or whatever is sent at all, has to be acknowledged, or the connection is
+lost with all its calls."""
 EXPORT_CHUNK_BYTES = 1024 * 1024
 """Largest chunk of an adapter's transfer."""
 

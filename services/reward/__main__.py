@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import TYPE_CHECKING
 
@@ -35,9 +36,10 @@ async def serve(config: RewardConfig, registry: type[Registry] | None = None) ->
     from rollmesh.rpc.server import serving, terminated
     from rollmesh.telemetry import log_fields, telemetry
     from services.reward import environment_servicer
-    from services.reward.assembly import routing
+    from services.reward.assembly import local_environments, routing
     from services.reward.functions import FUNCTIONS
     from services.reward.registry import Registry as PlainRegistry
+    from services.reward.sandbox import sandbox
     from services.reward.servicer import RewardServicer
     from services.reward.workers import Workers
 
@@ -45,11 +47,16 @@ async def serve(config: RewardConfig, registry: type[Registry] | None = None) ->
     with telemetry("reward", config.telemetry):
         async with (
             Workers(config.num_workers, config.item_timeout_s) as workers,
-            routing(config.environments) as router,
+            sandbox(config.sandbox) as untrusted,
+            routing(
+                config.environments, await asyncio.to_thread(local_environments, config, workers)
+            ) as router,
         ):
 
             def register(server: grpc.aio.Server) -> None:
-                functions = made(FUNCTIONS, workers, max_batches=config.max_batches)
+                functions = made(
+                    FUNCTIONS, workers, max_batches=config.max_batches, sandbox=untrusted
+                )
                 add_RewardServiceServicer_to_server(
                     RewardServicer(functions, router.list_environments), server
                 )
@@ -67,7 +74,7 @@ async def serve(config: RewardConfig, registry: type[Registry] | None = None) ->
                 drain_s=config.drain_s,
             ) as running:
                 await running.ready()
-                with log_fields(port=running.port):
+                with log_fields(port=running.port, sandbox=str(untrusted)):
                     log.info("serving")
                 await terminated()
                 router.end(config.drain_s)

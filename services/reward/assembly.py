@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
     from rollmesh.config import TlsConfig
+    from services.reward.config import RewardConfig
     from services.reward.environments.config import EnvironmentConfig
     from services.reward.environments.ports import Connect
     from services.reward.ports import LocalEnvironment
+    from services.reward.scoring import Isolation
 
 
 @contextlib.asynccontextmanager
@@ -72,3 +74,26 @@ def connector(tls: TlsConfig | None) -> Connect:
         return Connection(EnvironmentClient(calls), HealthProbe(health), close)
 
     return connect
+
+
+def local_environments(config: RewardConfig, isolation: Isolation) -> list[LocalEnvironment]:
+    """Those that this service has itself. Imports what they need: blocks.
+
+    Raises:
+        InvalidRequest: there is no such kind, or it does not take its configuration.
+        FailedPrecondition: reasoning-gym is not installed.
+    """
+    if not config.reasoning_gym:
+        return []
+    from services.reward.reasoning_tasks import ReasoningGym  # noqa: PLC0415 - takes a second
+
+    return [
+        ReasoningGym(
+            each.name,
+            each.tasks,
+            each.config,
+            {"train": each.num_train, "heldout": each.num_heldout},
+            isolation,
+        )
+        for each in config.reasoning_gym
+    ]

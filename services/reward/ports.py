@@ -1,4 +1,4 @@
-"""What the core of the reward service needs of its parts."""
+"""What the parts of the reward service ask of each other."""
 
 from __future__ import annotations
 
@@ -11,16 +11,24 @@ if TYPE_CHECKING:
 
 
 class LocalEnvironment(Protocol):
-    """An environment inside the reward service: single turns alone."""
+    """An environment inside the reward service: single turns, and all tasks known."""
 
     info: chat.EnvironmentInfo
 
     def page(self, split: str, start: int, count: int) -> list[chat.Task]:
-        """At most `count` tasks of `split` from number `start` on; it may block."""
+        """The tasks [start, start + count) of a split, or what there is of them. Blocks.
+
+        Raises:
+            InvalidRequest: there is no such split.
+        """
         ...
 
     def task(self, task_id: str) -> chat.Task:
-        """One task; raises NotFound."""
+        """One task. Blocks.
+
+        Raises:
+            NotFound: there is no such task.
+        """
         ...
 
     async def score(self, items: Sequence[chat.Answered]) -> list[chat.Scored]:

@@ -1,41 +1,35 @@
 """Scores batches by named function: the core of the reward service.
 
-Cheap functions run in a thread, isolated ones in processes with bounded time and memory, so that
-no batch ever holds up the event loop or, for longer than one item's bound, anybody else's batch.
+No batch ever holds up the event loop or, for longer than one item's bound, anybody else's batch.
 """
 
 from __future__ import annotations
 
 import asyncio
-import difflib
+import contextlib
 import json
-import logging
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from rollmesh.errors import InvalidRequest, Overloaded
-from rollmesh.telemetry import log_fields, span, timed
+from rollmesh.errors import FailedPrecondition, InvalidRequest, Overloaded
+from rollmesh.telemetry import span, timed
 from rollmesh.types import RewardFunctionInfo, ScoreItem
-from services.reward.workers import Stuck
+from services.reward.exchange import Exchange
+from services.reward.failures import first_of_group
+from services.reward.plans import make_plan
+from services.reward.scoring import Scoring
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
-    from rollmesh.config import Config
+    from rollmesh.chat import ItemScore
+    from services.reward.exchange import Request, Say
     from services.reward.functions.function import RewardFunction
+    from services.reward.plans import Plan
+    from services.reward.sandbox import Sandbox
+    from services.reward.scoring import Isolation
 
 MAX_ITEMS = 4096
 """Items of one batch."""
-
-log = logging.getLogger(__name__)
-
-
-class Isolation(Protocol):
-    """Runs an isolated function on one item, as `Workers` does."""
-
-    async def score(self, function: str, parameters: Mapping[str, Any], item: ScoreItem) -> float:
-        """The reward; raises InvalidRequest or Stuck."""
-        ...
 
 
 class Registry:
@@ -45,6 +39,7 @@ class Registry:
         functions: those that exist.
         isolation: where isolated ones run.
         max_batches: batches scored or waiting at once; one more is refused.
+        sandbox: where what a model wrote runs; or why there is none.
     """
 
     def __init__(
@@ -53,11 +48,13 @@ class Registry:
         isolation: Isolation,
         *,
         max_batches: int,
+        sandbox: Sandbox | str = "none is configured",
     ) -> None:
         self._functions = functions
         self._isolation = isolation
         self._max_batches = max_batches
         self._num_batches = 0
+        self._sandbox = sandbox
 
     def list_functions(self) -> list[RewardFunctionInfo]:
         """The functions that exist, by name."""
@@ -66,6 +63,7 @@ class Registry:
                 name=name,
                 description=function.description,
                 parameters_schema_json=json.dumps(function.parameters.model_json_schema()),
+                asks_judge=function.asks_judge,
             )
             for name, function in sorted(self._functions.items())
         ]
@@ -78,10 +76,60 @@ class Registry:
         Raises:
             InvalidRequest: an unknown function, wrong parameters, a bad number of items, or an item
                 that cannot be scored; the message says which and what is allowed.
+            FailedPrecondition: it asks a judge, or needs a sandbox and there is none.
             Overloaded: max_batches are under way.
         """
-        function = self._function(name)
-        checked = _check_parameters(function, parameters)
+        plan = self._plan(name, parameters)
+        if plan.asks_judge:
+            raise FailedPrecondition(
+                f"{name} asks a judge: that goes by ScoreEach, where the caller answers for it",
+                field="function",
+                value=name,
+            )
+        rewards = [0.0] * len(items)
+
+        async def keep(score: ItemScore) -> None:
+            rewards[score.index] = score.reward
+
+        with self._admitted(plan, items):
+            await Scoring(plan, self._isolation, self._place(), None).score(items, keep)
+        return rewards
+
+    async def score_each(self, requests: AsyncIterator[Request], say: Say) -> None:
+        """Score the batch that `requests` begins with: say each item's score when it is done.
+
+        Questions to judges are said too, and `requests` goes on with the answers.
+
+        Raises:
+            As `score`; InvalidRequest also for what does not belong where the caller says it.
+        """
+        exchange = Exchange(requests, say)
+        batch = await exchange.batch()
+        plan = self._plan(batch.function, batch.parameters)
+        with self._admitted(plan, batch.items), first_of_group():
+            async with asyncio.TaskGroup() as tasks:
+                listening = tasks.create_task(exchange.listen())
+                scoring = Scoring(plan, self._isolation, self._place(), exchange.ask)
+                await scoring.score(batch.items, exchange.tell)
+                listening.cancel()
+
+    def _plan(self, name: str, parameters: Mapping[str, Any]) -> Plan:
+        plan = make_plan(self._functions, name, parameters)
+        if plan.needs_sandbox and isinstance(self._sandbox, str):
+            raise FailedPrecondition(
+                f"{name} runs what a model wrote, and this service has no sandbox for it: "
+                f"{self._sandbox}",
+                field="function",
+                value=name,
+            )
+        return plan
+
+    def _place(self) -> Sandbox | None:
+        return None if isinstance(self._sandbox, str) else self._sandbox
+
+    @contextlib.contextmanager
+    def _admitted(self, plan: Plan, items: Sequence[ScoreItem]) -> Iterator[None]:
+        name = plan.function.name
         if not 1 <= len(items) <= MAX_ITEMS:
             raise InvalidRequest(
                 f"items: {len(items)} of them, allowed are 1 to {MAX_ITEMS}",
@@ -102,95 +150,6 @@ class Registry:
                 span("reward.score", function=name, num_items=len(items)),
                 timed("rollmesh.reward.score", function=name),
             ):
-                if function.isolated:
-                    return await self._score_isolated(function, checked, items)
-                return await asyncio.to_thread(_score_here, function, checked, items)
+                yield
         finally:
             self._num_batches -= 1
-
-    def _function(self, name: str) -> RewardFunction[Any]:
-        if name in self._functions:
-            return self._functions[name]
-        known = sorted(self._functions)
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise InvalidRequest(
-            f"function: no reward function {name[:100]!r}; {hint}There are {', '.join(known)}",
-            field="function",
-            value=name[:100],
-            allowed=", ".join(known),
-        )
-
-    async def _score_isolated(
-        self, function: RewardFunction[Any], parameters: Config, items: Sequence[ScoreItem]
-    ) -> list[float]:
-        values = parameters.model_dump(mode="json")
-        rewards = []
-        for index, item in enumerate(items):
-            try:
-                rewards.append(await self._isolation.score(function.name, values, item))
-            except InvalidRequest as error:
-                raise _in_item(index, error) from None
-            except Stuck as stuck:
-                rewards.append(await self._reward_when_stuck(function, values, index, item, stuck))
-        return rewards
-
-    async def _reward_when_stuck(
-        self,
-        function: RewardFunction[Any],
-        parameters: Mapping[str, Any],
-        index: int,
-        item: ScoreItem,
-        stuck: Stuck,
-    ) -> float:
-        """The reward of a completion that its function got stuck on, if it alone is to blame."""
-        refusal = InvalidRequest(
-            f"items[{index}]: {function.name} cannot score it: {stuck}",
-            field=f"items[{index}]",
-            value=item.completion[:100],
-        )
-        if function.reward_when_stuck is None:
-            raise refusal
-        try:
-            # The reference is the caller's, and with this completion it alone can be to blame.
-            await self._isolation.score(function.name, parameters, replace(item, completion="0"))
-        except Stuck:
-            raise refusal from None
-        with log_fields(function=function.name):
-            log.warning("a completion cannot be scored: %s", stuck)
-        return function.reward_when_stuck
-
-
-def _score_here(
-    function: RewardFunction[Any], parameters: Config, items: Sequence[ScoreItem]
-) -> list[float]:
-    rewards = []
-    for index, item in enumerate(items):
-        try:
-            rewards.append(function.score(item, parameters))
-        except InvalidRequest as error:
-            raise _in_item(index, error) from None
-    return rewards
-
-
-def _check_parameters(function: RewardFunction[Any], parameters: Mapping[str, Any]) -> Config:
-    try:
-        checked: Config = function.parameters.parse(parameters, source="parameters")
-    except InvalidRequest as error:
-        known = function.parameters.model_json_schema().get("properties", {})
-        takes = ", ".join(known) or "no parameters"
-        raise InvalidRequest(
-            f"{error} ({function.name} takes {takes})",
-            field=f"parameters.{error.context['field']}".rstrip("."),
-            value=error.context["value"],
-            allowed=takes,
-        ) from None
-    return checked
-
-
-def _in_item(index: int, error: InvalidRequest) -> InvalidRequest:
-    """`error`, which a function raised about one item, as its batch's caller needs it."""
-    field = error.context["field"]
-    if not field.startswith("parameters."):
-        field = f"items[{index}].{field}"
-    return InvalidRequest(f"{field}: {error}", **{**error.context, "field": field})

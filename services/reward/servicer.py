@@ -12,7 +12,7 @@ from rollmesh.api.reward.v1 import reward_service_pb2 as pb
 from rollmesh.api.reward.v1.reward_service_pb2_grpc import RewardServiceServicer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     import grpc
 
@@ -47,6 +47,15 @@ class RewardServicer(RewardServiceServicer):
         """The environments, and how they are."""
         return pb.ListEnvironmentsResponse(
             environments=map(convert.environment_status_to_pb, self._environments())
+        )
+
+    async def ScoreEach(  # type: ignore[override] # it writes by itself, as grpc.aio allows
+        self, request_iterator: AsyncIterator[pb.ScoreEachRequest], context: Context
+    ) -> None:
+        """Scores a batch, each item for itself."""
+        await self._registry.score_each(
+            convert.score_each_requests_from_pb(request_iterator),
+            lambda said: context.write(convert.score_each_response_to_pb(said)),
         )
 
     async def ListFunctions(

@@ -14,11 +14,13 @@ import resource
 import signal
 import sys
 import traceback
+from dataclasses import asdict
 from typing import Any
 
-from rollmesh.errors import InvalidRequest
+from rollmesh.errors import MeshError
 from rollmesh.types import ScoreItem
 from services.reward.functions import FUNCTIONS
+from services.reward.functions.function import scored
 
 MAX_MEMORY_BYTES = 1 << 30
 """Memory of one process. The largest request is 64 MiB, and sympy itself takes about 100."""
@@ -33,25 +35,29 @@ def main() -> None:
         # A library that prints must not break the protocol.
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         for line in sys.stdin.buffer:
-            request = json.loads(line)
-            # Nobody handles the signal on purpose: its default is to end the process.
-            signal.setitimer(signal.ITIMER_PROF, limit_s)
-            answer = _answer(request)
-            signal.setitimer(signal.ITIMER_PROF, 0)
+            answer = _answer(json.loads(line), limit_s)
             print(json.dumps(answer), file=answers, flush=True)
 
 
-def _answer(request: dict[str, Any]) -> dict[str, Any]:
+def _answer(request: dict[str, Any], limit_s: float) -> dict[str, Any]:
     function = FUNCTIONS[request["function"]]
-    parameters = function.parameters.model_validate(request["parameters"])
+    score: Any = function.score
     try:
-        return {"reward": function.score(ScoreItem(**request["item"]), parameters)}
-    except InvalidRequest as error:
-        return {"invalid": str(error), "context": error.context}
+        if function.prepare is not None:
+            function.prepare()
+        # Nobody handles the signal on purpose: its default is to end the process.
+        signal.setitimer(signal.ITIMER_PROF, limit_s)
+        parameters = function.parameters.model_validate(request["parameters"])
+        worth = scored(score(ScoreItem(**request["item"]), parameters))
+        return {"scored": asdict(worth)}
+    except MeshError as error:
+        return {"error": error.reason, "message": str(error), "context": error.context}
     except MemoryError:
         return {"stuck": "it takes too much memory"}
     except Exception:  # noqa: BLE001 - a bug must reach the service's log, and end nothing
         return {"bug": traceback.format_exc()[-8000:]}
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from rollmesh.errors import InvalidRequest
+from rollmesh.chat import Scored
+from rollmesh.errors import BY_REASON
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
@@ -34,11 +35,12 @@ class Workers:
     """Runs isolated functions on single items; an async context manager.
 
     Args:
-        count: processes at most.
+        count: processes at most, each of which scores one item at a time.
         item_timeout_s: processor time that one item may take.
     """
 
     def __init__(self, count: int, item_timeout_s: float) -> None:
+        self.count = count
         self._turn = asyncio.Semaphore(count)
         self._idle: list[Process] = []
         self._item_timeout_s = item_timeout_s
@@ -55,11 +57,11 @@ class Workers:
         while self._idle:
             await _end(self._idle.pop())
 
-    async def score(self, function: str, parameters: Mapping[str, Any], item: ScoreItem) -> float:
-        """The reward that `function` gives to `item`.
+    async def score(self, function: str, parameters: Mapping[str, Any], item: ScoreItem) -> Scored:
+        """What `function` says of `item`.
 
         Raises:
-            InvalidRequest: as the function says.
+            MeshError: as the function says.
             Stuck: it took too much time or memory, or brought its process down.
         """
         request = {"function": function, "parameters": parameters, "item": asdict(item)}
@@ -74,7 +76,7 @@ class Workers:
             if not line:
                 raise Stuck(self._why(await process.wait()))
             self._idle.append(process)
-        return _reward(json.loads(line))
+        return _worth(json.loads(line))
 
     async def _process(self) -> Process:
         while self._idle:
@@ -116,12 +118,12 @@ async def _end(process: Process) -> None:
     await process.wait()
 
 
-def _reward(answer: dict[str, Any]) -> float:
+def _worth(answer: dict[str, Any]) -> Scored:
     match answer:
-        case {"reward": float(reward)}:
-            return reward
-        case {"invalid": message, "context": context}:
-            raise InvalidRequest(message, **context)
+        case {"scored": worth}:
+            return Scored(**worth)
+        case {"error": reason, "message": message, "context": context}:
+            raise BY_REASON[reason](message, **context)
         case {"stuck": why}:
             raise Stuck(why)
         case _:

@@ -18,7 +18,7 @@ from rollmesh.api.reward.v1.reward_service_pb2_grpc import (
     add_RewardServiceServicer_to_server,
 )
 from rollmesh.client import RewardClient
-from rollmesh.errors import InvalidRequest
+from rollmesh.errors import FailedPrecondition, InvalidRequest, Overloaded, Unavailable
 from rollmesh.rpc.channel import channel
 from rollmesh.rpc.server import serving
 from rollmesh.rpc.status import to_error
@@ -35,7 +35,7 @@ SERVICE = "rollmesh.api.reward.v1.RewardService"
 @pytest.fixture
 async def reward_channel():
     async with (
-        Workers(count=1, item_timeout_s=0.3) as workers,
+        Workers(count=1, item_timeout_s=1.0) as workers,
         serving(
             lambda server: add_RewardServiceServicer_to_server(
                 RewardServicer(Registry(FUNCTIONS, workers, max_batches=8)), server
@@ -158,3 +158,122 @@ async def test_the_process_serves_then_drains_on_sigterm_and_ends_well(tmp_path)
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+JUDGE = {"rubric": "Is it right?"}
+
+
+async def test_scores_and_questions_cross_the_wire_while_items_wait(client):
+    asked = []
+
+    async def judge(question):
+        asked.append(question)
+        while len(asked) < 3:  # All are asked before any is answered.
+            await asyncio.sleep(0)
+        return f"Score: {question.number}"
+
+    parameters = {
+        "parts": [
+            {"function": "regex_match", "parameters": {"pattern": "7"}, "name": "seven"},
+            {
+                "function": "llm_judge",
+                "parameters": JUDGE | {"adapter": "projects/p/adapters/a", "max_tokens": 9},
+                "name": "judge",
+            },
+        ]
+    }
+    items = [ScoreItem(text, prompt="3 + 4") for text in ("7", "8", "77")]
+    scores = await client.score_each("weighted", parameters, items, judge=judge)
+    assert [score.index for score in scores] == [0, 1, 2]
+    assert [score.rewards["seven"] for score in scores] == [1, 0, 1]
+    assert sorted(score.rewards["judge"] for score in scores) == [0.1, 0.2, 0.3]
+    assert all(score.reward == sum(score.rewards.values()) for score in scores)
+    assert all(score.feedback.startswith("judge: Score: ") for score in scores)
+    assert {(q.adapter, q.policy_version, q.max_tokens) for q in asked} == {
+        ("projects/p/adapters/a", None, 9)
+    }
+    assert all("3 + 4" in question.messages[0].content for question in asked)
+
+
+async def test_a_judge_that_fails_fails_the_call_as_it_did(client):
+    async def judge(question):
+        raise Unavailable("no sampler")
+
+    with pytest.raises(Unavailable, match="no sampler"):
+        await client.score_each("llm_judge", JUDGE, [ScoreItem("x")], judge=judge)
+
+
+async def test_score_refuses_who_asks_a_judge(client):
+    with pytest.raises(FailedPrecondition, match="ScoreEach"):
+        await client.score("llm_judge", JUDGE, [ScoreItem("x")])
+    infos = {info.name: info for info in await client.list_functions()}
+    assert infos["llm_judge"].asks_judge
+    assert not infos["weighted"].asks_judge
+
+
+def batch(function, parameters, *completions):
+    struct = Struct()
+    struct.update(parameters)
+    items = [pb.ScoreItem(completion=text, reference="7") for text in completions]
+    request = pb.ScoreRequest(function=function, parameters=struct, items=items)
+    return pb.ScoreEachRequest(batch=request)
+
+
+@pytest.mark.parametrize(
+    ("requests", "match"),
+    [
+        pytest.param([pb.ScoreEachRequest()], "neither batch nor answer", id="nothing"),
+        pytest.param(
+            [pb.ScoreEachRequest(answer=pb.Answer(question=1))],
+            "before there is",
+            id="answer first",
+        ),
+        pytest.param([batch("llm_judge", JUDGE, "x")] * 2, "a second one", id="two batches"),
+        pytest.param(
+            [batch("llm_judge", JUDGE, "x"), pb.ScoreEachRequest(answer=pb.Answer(question=9))],
+            "9 was not asked",
+            id="an answer to nothing",
+        ),
+        pytest.param([batch("llm_judge", JUDGE, "x")], "none to question 1", id="no answer"),
+        pytest.param([], "ended without one", id="no request"),
+        pytest.param(
+            [batch("numeric_match", {"tolerance": float("nan")}, "7")], "finite", id="NaN"
+        ),
+    ],
+)
+async def test_what_does_not_belong_on_a_call_is_invalid(reward_channel, requests, match):
+    call = RewardServiceStub(reward_channel).ScoreEach()
+    for request in requests:
+        await call.write(request)
+    await call.done_writing()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in call:
+            pass
+    error = to_error(caught.value)
+    assert isinstance(error, InvalidRequest)
+    assert match in str(error)
+
+
+async def test_a_caller_that_goes_away_leaves_no_batch(reward_channel, client):
+    for _ in range(10):  # More than max_batches.
+        call = RewardServiceStub(reward_channel).ScoreEach()
+        await call.write(batch("llm_judge", JUDGE, "x", "y"))
+        assert (await call.read()).HasField("question")
+        call.cancel()
+    # Each is over when the service has heard of it, which it does in its own time.
+    async with asyncio.timeout(60):
+        while True:
+            try:
+                await asyncio.gather(
+                    *(client.score("math_match", {}, [ScoreItem("7", "7")]) for _ in range(8))
+                )
+            except Overloaded:
+                continue
+            break
+
+
+async def test_a_call_that_is_left_open_ends_with_its_batch(reward_channel):
+    call = RewardServiceStub(reward_channel).ScoreEach()
+    await call.write(batch("exact_match", {}, "7", "8"))
+    scores = [response.score async for response in call]
+    assert [(score.index, score.reward) for score in scores] == [(0, 1), (1, 0)]

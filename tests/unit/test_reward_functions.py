@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from rollmesh.errors import InvalidRequest
 from rollmesh.types import ScoreItem
 from services.reward.functions import FUNCTIONS
+from services.reward.functions.function import scored
 
 
 def reward(function: str, parameters: dict, completion: str, reference: str = "") -> float:
     chosen = FUNCTIONS[function]
     checked = chosen.parameters.parse(parameters, source="parameters")
-    return chosen.score(ScoreItem(completion, reference), checked)
+    return scored(chosen.score(ScoreItem(completion, reference), checked)).reward
 
 
 @pytest.mark.parametrize(
@@ -151,6 +152,61 @@ def test_length_counts_characters_not_bytes(parameters, characters, expected):
     assert reward("length", parameters, "ü" * characters) == expected
 
 
+@pytest.mark.parametrize(
+    ("parameters", "completion", "expected"),
+    [
+        pytest.param({}, "<think>a</think><answer>b</answer>", 1, id="both, in order"),
+        pytest.param({}, " <think>\na\n</think>\n<answer></answer>\n", 1, id="white space around"),
+        pytest.param({}, "<answer>b</answer><think>a</think>", 0, id="the wrong order"),
+        pytest.param({}, "<think>a</think>", 0, id="one is missing"),
+        pytest.param({}, "<think>a</think><answer>b", 0, id="one is open"),
+        pytest.param({}, "<think>a</think><answer>b</answer><answer>c</answer>", 0, id="twice"),
+        pytest.param({}, "<think>a<answer>b</think></answer>", 0, id="crossed"),
+        pytest.param({}, "<think><answer>b</answer></think>", 0, id="one within the other"),
+        pytest.param({}, "so: <think>a</think><answer>b</answer>", 0, id="text before"),
+        pytest.param({}, "<think>a</think>so<answer>b</answer>", 0, id="text between"),
+        pytest.param({}, "<think>a</think><answer>b</answer>.", 0, id="text after"),
+        pytest.param(
+            {"only": False}, "x<think>a</think>y<answer>b</answer>z", 1, id="text is allowed"
+        ),
+        pytest.param({"tags": ["plan"]}, "<plan>a</plan>", 1, id="a tag of one's own"),
+        pytest.param({}, "", 0, id="nothing"),
+    ],
+)
+def test_format_match(parameters, completion, expected):
+    assert reward("format_match", parameters, completion) == expected
+
+
+@pytest.mark.parametrize(
+    ("parameters", "completion", "expected"),
+    [
+        ({"size": 1}, "a b c", 0.0),
+        ({"size": 1}, "a a a a", 0.75),
+        ({"size": 2}, "a b a b a b", 0.6),
+        ({"size": 4}, "one two three", 0.0),
+        ({}, "", 0.0),
+    ],
+)
+def test_repetition_is_the_share_of_sequences_that_come_again(parameters, completion, expected):
+    assert reward("repetition", parameters, completion) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("scripts", "completion", "expected"),
+    [
+        (["latin"], "Grüß Gott, 12!", 1.0),
+        (["latin"], "да и нет", 0.0),
+        (["cyrillic"], "да yes", 0.4),
+        (["cjk", "hiragana"], "日本の", 1.0),
+        (["hangul"], "한국", 1.0),
+        (["latin"], "12 + 7 = 19", 1.0),
+        (["latin"], "", 1.0),
+    ],
+)
+def test_script_is_the_share_of_letters_of_it(scripts, completion, expected):
+    assert reward("script", {"scripts": scripts}, completion) == pytest.approx(expected)
+
+
 @given(completion=st.text(), reference=st.text())
 @pytest.mark.parametrize(
     ("function", "parameters"),
@@ -160,6 +216,9 @@ def test_length_counts_characters_not_bytes(parameters, characters, expected):
         ("regex_match", {"pattern": "a.b"}),
         ("length", {"target": 3}),
         ("length", {"at_most": 3}),
+        ("format_match", {}),
+        ("repetition", {"size": 2}),
+        ("script", {"scripts": ["latin"]}),
     ],
 )
 def test_rewards_are_finite_whatever_a_model_wrote(function, parameters, completion, reference):

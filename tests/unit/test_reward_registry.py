@@ -10,12 +10,15 @@ import pytest
 from rollmesh.errors import InvalidRequest, Overloaded
 from rollmesh.types import ScoreItem
 from services.reward.functions import FUNCTIONS
+from services.reward.functions.function import scored
 from services.reward.registry import MAX_ITEMS, Registry
 from services.reward.workers import Stuck
 
 
 class Inline:
     """Runs isolated functions where it stands; gets stuck on every text with "hang" in it."""
+
+    count = 1
 
     def __init__(self):
         self.open = asyncio.Event()
@@ -26,7 +29,7 @@ class Inline:
         if "hang" in item.completion or "hang" in item.reference:
             raise Stuck("it takes more than 1 s of processor time")
         chosen = FUNCTIONS[function]
-        return chosen.score(item, chosen.parameters.model_validate(parameters))
+        return scored(chosen.score(item, chosen.parameters.model_validate(parameters)))
 
 
 @pytest.fixture
@@ -50,7 +53,10 @@ async def test_rewards_come_in_the_order_of_the_items(registry):
     [
         ("exact_mach", "did you mean 'exact_match'?"),
         ("numeric", "did you mean 'numeric_match'?"),
-        ("", "There are exact_match, length, math_match, numeric_match, regex_match"),
+        (
+            "",
+            "There are code_tests, exact_match, format_match, json_schema, length, llm_judge, math",
+        ),
     ],
 )
 async def test_an_unknown_function_is_refused_with_those_that_exist(registry, name, hint):

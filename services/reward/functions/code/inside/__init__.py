@@ -1,0 +1,1 @@
+"""What runs in the sandbox: these files are copied there, and never imported by the service."""

@@ -1,0 +1,7 @@
+"""The sandbox: untrusted Python runs here or not at all."""
+
+from services.reward.sandbox.choice import sandbox
+from services.reward.sandbox.limits import Limits, Outcome, Program
+from services.reward.sandbox.sandbox import Place, Running, Sandbox
+
+__all__ = ["Limits", "Outcome", "Place", "Program", "Running", "Sandbox", "sandbox"]
