@@ -28,12 +28,6 @@ MAX_PENDING_S = 300
 
 log = logging.getLogger(__name__)
 
-MAX_PENDING_CALLS = 65_536
-"""Calls that have come and that no handler has begun to work on. gRPC's own server drops some of
-them from 1,000 on, as if the caller had cancelled them: thousands of episodes may begin at once."""
-MAX_PENDING_S = 600
-"""For which such a call may wait, if its caller does; gRPC's own server drops it after 30."""
-
 
 class Serving:
     """A server that runs. It is NOT_SERVING until `ready`."""
@@ -104,9 +98,6 @@ async def serving(
         options=[
             *MESSAGE_OPTIONS,
             ("grpc.so_reuseport", 0),
-            ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
-            ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
-            ("grpc.server_max_unrequested_time_in_server", MAX_PENDING_S),
             # Channels ping every KEEPALIVE_S; gRPC's own server hangs up on more than one in 5 min.
             ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_S * 500),
             # gRPC refuses calls at random from the thousandth on that nobody has taken up yet, and

@@ -325,11 +325,15 @@ async def test_when_the_caller_leaves_the_environment_is_told(world, action):
     await until(lambda: world.game.open == world.status().num_running == 0)
 
 
-async def test_when_the_environment_leaves_a_caller_that_thinks_is_told(world):
+@pytest.mark.parametrize("action", ["leave soon", "leave later"])
+async def test_when_the_environment_leaves_a_caller_that_thinks_is_told(world, action):
     async with world.client.episode("game", "t0") as episode:
         ended = asyncio.Event()
         episode.on_end(ended.set)
-        assert (await episode.act(say("leave soon"))).observation
+        assert (await episode.act(say(action))).observation
+        # By now the router waits for what we do next.
+        await world.client.describe()
+        world.game.go_on.set()
         await ended.wait()
         with pytest.raises(EnvironmentFailed, match="before that was done"):
             await episode.act(say("too late"))

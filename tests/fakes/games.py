@@ -31,8 +31,9 @@ class Game(EnvironmentServiceServicer):
 
     `status:CODE`: the call ends with that code; as a task, `once:CODE`: the first time only.
     `hang`: no answer. Actions: `done`, `leave` (the stream ends well, too early), `leave soon` (the
-    same, after the answer), `nan`, `nothing`; anything else is echoed. What is given up is worth
-    0.5; of the task `shrug`, nothing is said. `stay`: the stream does not end after `done`.
+    same, after the answer), `leave later` (when it may go on), `nan`, `nothing`; anything else is
+    echoed. What is given up is worth 0.5; of the task `shrug`, nothing is said. `stay`: the stream
+    does not end after `done`.
     """
 
     def __init__(self, *, name="game", version="1", has_score=True, has_episodes=True, **limits):
@@ -114,7 +115,9 @@ class Game(EnvironmentServiceServicer):
                 if action == "leave":
                     return
                 await context.write(outcome(action))
-                if action == "leave soon":
+                if action == "leave later":
+                    await self.go_on.wait()
+                if action.startswith("leave"):
                     return
                 if action == "done":
                     if start.task_id == "stay":

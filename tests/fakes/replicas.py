@@ -22,7 +22,7 @@ class FakeServer:
     """One server: `state` is serving, draining, silent, refusing or gone.
 
     A call of Score says who it is by its answer's text, and takes until `release` is told that;
-    `scoring` are those that are under way. Texts in `raises` raise that.
+    `scoring` are those that are under way. Texts in `raises` raise that, in `fails` when released.
     """
 
     def __init__(self, *, tells_health=True, **changes):
@@ -33,6 +33,7 @@ class FakeServer:
         self.scoring = []
         self.begun = []
         self.raises = {}
+        self.fails = {}
         self.num_polls = 0
         self.num_answers = 0
         self.closed = False
@@ -64,14 +65,13 @@ class FakeServer:
         (item, *_) = items
         who = item.messages[-1].content
         self.begun.append(who)
-        if who in self.raises:
-            error = self.raises[who]
-            raise type(error)(str(error))  # anew: what is raised grows a traceback each time
+        _raise(self.raises.get(who))
         self.scoring.append(who)
         try:
             await self._released.setdefault(who, asyncio.Event()).wait()
         finally:
             self.scoring.remove(who)
+        _raise(self.fails.get(who))
         return [chat.Scored(1.0) for _ in items]
 
     @contextlib.asynccontextmanager
@@ -95,6 +95,11 @@ class FakeServer:
                 await asyncio.Event().wait()
             case "gone":
                 raise Unavailable("connection refused")
+
+
+def _raise(error):
+    if error is not None:
+        raise type(error)(str(error))  # anew: what is raised grows a traceback each time
 
 
 class World:

@@ -58,7 +58,7 @@ def router(numbers):
     return Router([ServedHere(numbers)])
 
 
-@pytest.mark.parametrize("page_size", [0, 7, 1000, 10_000])
+@pytest.mark.parametrize("page_size", [0, 7, 500, 10_000])
 async def test_its_tasks_come_page_by_page_each_once(router, page_size):
     found, token, sizes = [], "", []
     while True:
@@ -70,7 +70,7 @@ async def test_its_tasks_come_page_by_page_each_once(router, page_size):
         if not token:
             break
     assert found == list(range(NUM_TASKS))
-    assert max(sizes) <= min(page_size or MAX_PAGE, MAX_PAGE)
+    assert 0 < min(sizes) <= max(sizes) <= min(page_size or MAX_PAGE, MAX_PAGE)
 
 
 @pytest.mark.parametrize(

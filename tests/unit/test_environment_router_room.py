@@ -17,7 +17,8 @@ from rollmesh.errors import (
 )
 from services.reward.environments.breaker import Breaker
 from services.reward.environments.config import BreakerConfig, EnvironmentConfig
-from services.reward.environments.replica import MOST_UNHEARD
+from services.reward.environments.replica import MOST_UNHEARD, SUSPECT_PAUSE_S
+from services.reward.environments.run import Kind
 from tests.fakes.replicas import FakeServer, World, settled
 
 
@@ -120,18 +121,21 @@ def test_answers_make_room_for_further_calls_without_a_poll():
 def test_a_call_that_is_given_up_as_it_gets_its_place_gives_it_back():
     server = FakeServer()
     world = World(server, max_concurrent=1)
+    admission = world.environment._admission
 
     async def scenario():
         await world.serves()
-        first, second, third = (world.score(who) for who in "abc")
+        first = await admission.enter(Kind.SCORE)
+        second = asyncio.ensure_future(admission.enter(Kind.SCORE))
+        third = asyncio.ensure_future(admission.enter(Kind.SCORE))
         await settled()
-        server.release("a")
-        await asyncio.wait([first])
+        first.give_back()
         # The place is the second's now, though it has not run since.
+        assert not second.done()
         second.cancel()
-        server.release("c")
-        assert len(await third) == 1
-        assert world.status.num_running == 0
+        (await third).give_back()
+        assert second.cancelled()
+        assert (world.status.num_running, world.status.num_waiting) == (0, 0)
 
     world.play(scenario)
 
@@ -210,14 +214,17 @@ def test_a_call_is_tried_as_often_as_configured(attempts):
 
 def test_a_replica_that_fails_calls_is_not_polled_without_pause():
     server = FakeServer()
-    world = World(server, breaker={"failures": 10**9})
+    world = World(server, attempts=1, breaker={"failures": 10**9})
     server.raises["a"] = Unavailable("reset by peer")
 
     async def scenario():
         await world.serves()
-        polls = server.num_polls
-        await asyncio.gather(*(world.score("a") for _ in range(500)), return_exceptions=True)
-        assert server.num_polls - polls < 100
+        loop = asyncio.get_running_loop()
+        begun, polls = loop.time(), server.num_polls
+        for _ in range(100):
+            with pytest.raises(EnvironmentUnavailable):
+                await world.score("a")
+        assert server.num_polls - polls <= (loop.time() - begun) / SUSPECT_PAUSE_S + 1
 
     world.play(scenario)
 
@@ -253,6 +260,29 @@ def test_a_call_that_finds_a_replica_full_waits_for_its_room_before_all_others()
         del server.raises["a"]
         await asyncio.gather(first, second)
         assert server.begun == ["a", "a", "b"]
+
+    world.play(scenario)
+
+
+def test_a_call_that_finds_a_replica_full_goes_before_those_that_waited_meanwhile():
+    server = FakeServer()
+    world = World(server, max_concurrent=1)
+    server.fails["a"] = Overloaded("one at a time")
+
+    async def scenario():
+        await world.serves()
+        calls = []
+        for who in "abc":
+            calls.append(world.score(who))
+            await settled()
+        server.release("a")
+        await settled()
+        assert server.scoring == []
+        del server.fails["a"]
+        for who in "bc":
+            server.release(who)
+        await asyncio.gather(*calls)
+        assert server.begun == list("aabc")
 
     world.play(scenario)
 

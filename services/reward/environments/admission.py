@@ -1,7 +1,7 @@
 """Who is called where, and who waits: of one environment, so that none holds up another.
 
 Calls of a kind go in the order in which they came, each to the replica with the least to do among
-those that take work and have room. A call that a replica had refused for want of room goes first.
+those that take work and have room. A call that has been tried before goes first.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Admission:
             raise self._unavailable()
         if not again and len(queue) >= self._config.max_waiting + self._num_free(kind, now):
             raise self._overloaded(len(queue))
-        waiter = _Waiter(kind, 0 if again else next(self._numbers), avoid)
+        waiter = _Waiter(kind, next(self._numbers), avoid)
         queue[waiter] = None
         if again:
             queue.move_to_end(waiter, last=False)
