@@ -25,7 +25,8 @@ demo-smollm2: setup ## The same with a pretrained model, SmolLM2-135M-Instruct; 
 
 .PHONY: test
 test: setup ## Run all tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 tests/unit
+	@$(BIN)/python -m pytest tests/contract tests/mesh tests/chaos
 
 .PHONY: chaos
 chaos: setup ## The long chaos runs: kill trainers and coordinator N times at random points (SEED=), and samplers

@@ -10,31 +10,21 @@ from __future__ import annotations
 import argparse
 import logging
 import operator
-import string
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tokenizers import Tokenizer, decoders, models
+from tiny import make_model, make_tokenizer
 from torch.nn.functional import cross_entropy
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Qwen3ForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # services are not installed
 
 from services.coordinator.datasets import Split, Task, arithmetic  # noqa: E402
 
-BOS, EOS, PAD, UNK = "<|begin|>", "<|end|>", "<|pad|>", "<|unknown|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
-CHARACTERS = string.digits + string.ascii_letters + string.punctuation + " \n\t"
 CHAT_TEMPLATE = (
     "{{- '<|begin|>' }}"
     "{%- for message in messages %}"
@@ -42,7 +32,6 @@ CHAT_TEMPLATE = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"
 )
-POSITIONS = 512
 MAX_NEW_TOKENS = 6
 
 BATCH = 256
@@ -64,49 +53,6 @@ class Course(NamedTuple):
 ABILITY = Course(steps=1000, rate=3e-3, wrong=0.0)
 # Much longer, or a higher rate, and hardly any problem is left that is answered rightly.
 HABIT = Course(steps=100, rate=3e-4, wrong=0.58)
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character of printable ASCII, plus the roles and ends of the chat template."""
-    names = [PAD, BOS, EOS, UNK, *ROLES, *CHARACTERS]
-    vocabulary = {name: index for index, name in enumerate(names)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNK))
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        unk_token=UNK,
-        extra_special_tokens=list(ROLES),
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=POSITIONS,
-    )
-
-
-def make_model(tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
-    """An untrained model whose vocabulary is exactly the tokenizer's."""
-    ends = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=POSITIONS,
-        tie_word_embeddings=True,
-        rope_theta=10_000.0,
-        **ends,
-    )
-    model = Qwen3ForCausalLM(config)
-    model.generation_config = GenerationConfig(**ends)
-    return model
 
 
 class Problems:
@@ -226,7 +172,7 @@ def make(output: Path, seed: int) -> None:
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(mode=True)
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(ROLES, CHAT_TEMPLATE)
     model = make_model(tokenizer)
     heldout = whole_split("heldout")
     problems = Problems(whole_split("train"), tokenizer)

@@ -110,6 +110,15 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
+class Start:
+    """What begins an episode. `seed`: of everything random in it, ≥ 0."""
+
+    environment: str
+    task_id: str
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Response:
     """What came of an action, or at first what there is to see. `reward`: of this action alone."""
 

@@ -113,6 +113,25 @@ PeerAddress = Annotated[str, AfterValidator(check_peer_address)]
 """host:port of another process, or dns:///host:port."""
 
 
+class TlsConfig(Config):
+    """TLS towards a server. The files are PEM, and read when the program starts."""
+
+    ca_file: Path | None = None
+    """Certificates of which one has signed the server's. Absent: those that gRPC brings along."""
+    certificate_file: Path | None = None
+    """Certificate that we show the server, with what it needs to be believed. Needs key_file."""
+    key_file: Path | None = None
+    """Its private key."""
+    server_name: str = ""
+    """Name that the server's certificate is for. Empty: the host of its address."""
+
+    @model_validator(mode="after")
+    def _certificate_with_key(self) -> Self:
+        if (self.certificate_file is None) != (self.key_file is None):
+            raise ValueError("certificate_file and key_file go together")
+        return self
+
+
 class BaseModelConfig(Config):
     """The frozen base model that a trainer or a sampler serves."""
 

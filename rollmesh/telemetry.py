@@ -45,6 +45,7 @@ SPANS = {
     "sampler.load": "Loading a version into the engine.",
     "sampler.sample": "Drawing the completions of one request.",
     "reward.score": "Scoring one batch.",
+    "environment.call": "One call of an environment, to its first answer.",
 }
 """Spans of our own, besides one for each RPC on either side."""
 
@@ -88,6 +89,17 @@ METRICS = {
         "s",
         "Time that scoring a batch took, by `function`.",
     ),
+    "rollmesh.environment.call": (
+        "histogram",
+        "s",
+        "Time that a call of an environment took, by `environment`, `method` and `outcome`.",
+    ),
+    "rollmesh.environment.waiting": (
+        "histogram",
+        "s",
+        "Time that a call waited for room at an environment, by `environment`.",
+    ),
+    "rollmesh.environment.episodes": ("gauge", "1", "Episodes under way, by `environment`."),
 }
 """Metrics: kind, unit and meaning. No attribute may take a value for each job or adapter: a
 collector keeps a series for every value that it has ever seen. What one job measured is on its

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 LossName = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo"]
 StopReason = Literal["stop", "length"]
-MemberRole = Literal["trainer", "sampler", "reward"]
+MemberRole = Literal["trainer", "sampler", "reward", "environment"]
 LogprobsKind = Literal["policy", "sampled"]
 
 CLIP_RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(

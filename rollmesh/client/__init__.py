@@ -14,6 +14,7 @@ from rollmesh.client.adapters import AdapterClient
 from rollmesh.client.checkpoints import CheckpointClient
 from rollmesh.client.environment import EnvironmentClient, Episode
 from rollmesh.client.fleet import FleetClient
+from rollmesh.client.health import HealthClient, HealthProbe
 from rollmesh.client.jobs import JobClient
 from rollmesh.client.reward import RewardClient
 from rollmesh.client.sampler import SamplerClient
@@ -33,6 +34,8 @@ __all__ = [
     "EnvironmentClient",
     "Episode",
     "FleetClient",
+    "HealthClient",
+    "HealthProbe",
     "JobClient",
     "RewardClient",
     "SamplerClient",

@@ -11,11 +11,12 @@ import grpc
 from rollmesh import convert
 from rollmesh.api.environment.v1 import environment_service_pb2 as pb
 from rollmesh.api.environment.v1.environment_service_pb2_grpc import EnvironmentServiceStub
-from rollmesh.errors import EnvironmentFailed, EnvironmentTimeout
+from rollmesh.errors import EnvironmentFailed, EnvironmentTimeout, InvalidRequest
+from rollmesh.rpc.channel import trace_metadata
 from rollmesh.rpc.status import mesh_errors
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from rollmesh import chat
     from rollmesh.api.environment.v1.environment_service_pb2_grpc import (
@@ -54,6 +55,20 @@ class Episode:
         response = await _read(self._call, self._answer_s)
         return None if response is None else convert.response_from_pb(response)
 
+    async def end(self) -> None:
+        """Return once the environment has ended the stream, as it does after `done`.
+
+        Raises:
+            EnvironmentFailed: it says something more instead.
+            MeshError: as of `act`.
+        """
+        if await _read(self._call, self._answer_s) is not None:
+            raise EnvironmentFailed("the environment goes on after the end of the episode")
+
+    def on_end(self, listener: Callable[[], None]) -> None:
+        """Call `listener` when the stream is over, whoever ends it; at once where it is."""
+        self._call.add_done_callback(lambda _: listener())
+
 
 class EnvironmentClient:
     """EnvironmentService, typed. Every method raises the MeshError that the server raised."""
@@ -76,14 +91,14 @@ class EnvironmentClient:
         )
         with mesh_errors():
             response = await self._stub.ListTasks(request)
-        return [convert.task_from_pb(task) for task in response.tasks], response.next_page_token
+        return [_task(task) for task in response.tasks], response.next_page_token
 
     async def get_task(self, environment: str, task_id: str) -> chat.Task:
         """One task."""
         request = pb.GetTaskRequest(environment=environment, task_id=task_id)
         with mesh_errors():
             response = await self._stub.GetTask(request)
-        return convert.task_from_pb(response.task)
+        return _task(response.task)
 
     async def score(
         self,
@@ -120,13 +135,20 @@ class EnvironmentClient:
         Raises:
             As Episode.act.
         """
-        call = self._stub.Episode()
+        call = self._stub.Episode(metadata=trace_metadata())
         start = pb.Start(environment=environment, task_id=task_id, seed=seed)
         try:
             first = await _answered(call, pb.EpisodeRequest(start=start), answer_s)
             yield Episode(call, first, answer_s)
         finally:
             call.cancel()
+
+
+def _task(message: pb.Task) -> chat.Task:
+    try:
+        return convert.task_from_pb(message)
+    except InvalidRequest as error:
+        raise EnvironmentFailed(str(error)) from None
 
 
 async def _answered(

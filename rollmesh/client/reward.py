@@ -9,6 +9,7 @@ from rollmesh import chat, convert, types
 from rollmesh.api.reward.v1 import reward_service_pb2 as pb
 from rollmesh.api.reward.v1.reward_service_pb2_grpc import RewardServiceStub
 from rollmesh.errors import InternalError
+from rollmesh.rpc.channel import trace_metadata
 from rollmesh.rpc.status import mesh_errors
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class RewardClient:
             MeshError: as the service says, or the first that `judge` raises.
         """
         scores: dict[int, chat.ItemScore] = {}
-        call = self._stub.ScoreEach()
+        call = self._stub.ScoreEach(metadata=trace_metadata())
         writing = asyncio.Lock()
 
         async def write(request: pb.ScoreEachRequest) -> None:

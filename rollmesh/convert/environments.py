@@ -193,6 +193,26 @@ def scored_from_pb(message: pb.Scored) -> chat.Scored:
     return chat.Scored(message.reward, dict(message.rewards), message.feedback, message.failure)
 
 
+def episode_request_from_pb(message: pb.EpisodeRequest) -> chat.Start | chat.Message:
+    """EpisodeRequest: what begins an episode, or an action.
+
+    Raises:
+        InvalidRequest: it is neither, or as of message_from_pb.
+    """
+    match message.WhichOneof("request"):
+        case "start":
+            start = message.start
+            return chat.Start(start.environment, start.task_id, start.seed)
+        case "action":
+            return message_from_pb(message.action, field="action")
+        case _:
+            raise InvalidRequest(
+                "request: neither start nor action is set",
+                field="request",
+                allowed="start or action",
+            )
+
+
 def response_to_pb(response: chat.Response) -> pb.EpisodeResponse:
     """EpisodeResponse."""
     return pb.EpisodeResponse(

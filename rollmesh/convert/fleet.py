@@ -16,6 +16,7 @@ _ROLES: dict[types.MemberRole, fleet_service_pb2.MemberRole.ValueType] = {
     "trainer": fleet_service_pb2.MEMBER_ROLE_TRAINER,
     "sampler": fleet_service_pb2.MEMBER_ROLE_SAMPLER,
     "reward": fleet_service_pb2.MEMBER_ROLE_REWARD,
+    "environment": fleet_service_pb2.MEMBER_ROLE_ENVIRONMENT,
 }
 
 

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns what handlers raise into google.rpc.Status, for unary and streamed responses."""
+    """Turns what handlers raise into google.rpc.Status, whatever of the RPC is streamed."""
 
     async def intercept_service(
         self,
@@ -80,7 +80,7 @@ def _stream(handler: Any, method: str) -> Any:
         try:
             answer = handler(request, context)
             if inspect.isawaitable(answer):
-                # A handler in gRPC's other style, as the health service's is: it writes by itself.
+                # A handler in gRPC's other style, as health's and episodes': it writes by itself.
                 await answer
                 return
             # A call that is cancelled while it writes must end there at once too.

@@ -15,11 +15,16 @@ from grpc_reflection.v1alpha import reflection
 from opentelemetry.instrumentation.grpc import aio_server_interceptor
 
 from rollmesh.errors import Unavailable
-from rollmesh.rpc.channel import KEEPALIVE_S, MESSAGE_OPTIONS
+from rollmesh.rpc.channel import KEEPALIVE_S, KEEPALIVE_TIMEOUT_S, MESSAGE_OPTIONS
 from rollmesh.rpc.interceptors import ErrorInterceptor
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
+
+MAX_PENDING = 32_768
+"""Calls that have come and are not yet taken up; those beyond are refused."""
+MAX_PENDING_S = 300
+"""Seconds after which such a call is refused."""
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +100,16 @@ async def serving(
             ("grpc.so_reuseport", 0),
             # Channels ping every KEEPALIVE_S; gRPC's own server hangs up on more than one in 5 min.
             ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_S * 500),
+            # gRPC refuses calls at random from the thousandth on that nobody has taken up yet, and
+            # forgets those that wait for 30 s: as many episodes as a job has may begin at once.
+            ("grpc.server.max_pending_requests", MAX_PENDING),
+            ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING),
+            ("grpc.server_max_unrequested_time_in_server", MAX_PENDING_S),
+            # A client that lost its power would hold its streams, and all that they stand for.
+            ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),
+            ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_S * 1000),
+            # The one above goes by what the kernel has heard, this one by what the process answers.
+            ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_S * 1000),
         ],
     )
     health = health_aio.HealthServicer()

@@ -50,6 +50,10 @@ _BY_CODE: dict[grpc.StatusCode, type[MeshError]] = {
     grpc.StatusCode.UNIMPLEMENTED: Unimplemented,
 }
 
+# What gRPC's client says, with INTERNAL, when a message could not be sent because the call had
+# ended meanwhile. What it ended with is lost.
+_ENDED_WHILE_WRITING = "Internal error from Core"
+
 # A gRPC client throws away an answer whose trailers exceed 8 KiB and reports that instead, so what
 # a caller sent must not come back whole. A message travels three times, once percent-encoded, which
 # makes it three times as long at worst: 5,000 bytes here, and the context's few values.
@@ -90,10 +94,13 @@ def to_error(call: grpc.aio.AioRpcError) -> MeshError:
     info, retry = ErrorInfo(), RetryInfo()
     for detail in status.details if status else ():
         if detail.Unpack(info) and info.domain == DOMAIN and info.reason in BY_REASON:
-            error = BY_REASON[info.reason](status.message, **dict(info.metadata))
+            error = BY_REASON[info.reason](status.message)
+            error.context = dict(info.metadata)  # whose keys may be anything
             if any(other.Unpack(retry) for other in status.details):
                 error.retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
             return error
+    if call.details() == _ENDED_WHILE_WRITING:
+        return Unavailable("the call ended while a message was sent")
     message = f"{call.code().name}: {call.details()}"
     return _BY_CODE.get(call.code(), InternalError)(message)
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 from rollmesh.config import from_command_line, run
 from services.coordinator.config import CoordinatorConfig
@@ -17,7 +18,7 @@ def main() -> None:
 
 async def serve(config: CoordinatorConfig) -> None:
     """Serve until the process is told to end."""
-    from rollmesh.client import RewardClient, SamplerClient, TrainerClient
+    from rollmesh.client import EnvironmentClient, RewardClient, SamplerClient, TrainerClient
     from rollmesh.rpc.channel import channel
     from rollmesh.telemetry import telemetry
     from services.coordinator.assembly import coordinator
@@ -38,8 +39,9 @@ async def serve(config: CoordinatorConfig) -> None:
         )
         peers = {*config.trainers, *config.samplers, config.reward}
         to = {peer: await stack.enter_async_context(channel(peer)) for peer in peers}
-        reward = RewardClient(to[config.reward])
 
+        # One for each base model that anybody ever asked for.
+        @functools.cache
         def load(base_model: str) -> ModelTokenizer:
             return load_tokenizer(config.tokenizer_of(base_model))
 
@@ -51,11 +53,10 @@ async def serve(config: CoordinatorConfig) -> None:
                 store,
                 trainers={address: TrainerClient(to[address]) for address in config.trainers},
                 samplers={address: SamplerClient(to[address]) for address in config.samplers},
-                reward=reward,
+                reward=RewardClient(to[config.reward]),
+                environments=EnvironmentClient(to[config.reward]),
                 load_tokenizer=load,
-                play=lambda training, sampling, checkpoints: playing(
-                    training, sampling, reward, checkpoints, load
-                ),
+                play=playing,
                 serve=serve,
             ),
         )

@@ -21,28 +21,28 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from rollmesh.types import Completion, FloatArray
+    from rollmesh.types import FloatArray
+    from services.coordinator.groups import Group, Rollout
     from services.coordinator.learner import Learner
     from services.coordinator.ports import JobContext, Sampling
-    from services.coordinator.rollouts import Group
 
     Gaps = Mapping[str, NDArray[np.float64]]
 
 
-def gaps(completions: Sequence[Completion], logprobs: Sequence[FloatArray], version: int) -> Gaps:
+def gaps(rollouts: Sequence[Rollout], logprobs: Sequence[FloatArray], version: int) -> Gaps:
     """|sampler − trainer| of each token that `version` drew, in nats, by the sampler's instance_id.
 
-    `logprobs`: the trainer's, per completion those of its whole sequence, of which its tokens are
-    the last. What is no finite number is infinitely far from everything.
+    `logprobs`: the trainer's, per rollout those of all its tokens but the first. What is no finite
+    number is infinitely far from everything.
     """
     found: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
-    for completion, of_sequence in zip(completions, logprobs, strict=True):
-        trainer = np.asarray(of_sequence, np.float64)[-len(completion.token_ids) :]
+    for rollout, of_sequence in zip(rollouts, logprobs, strict=True):
+        trainer = np.asarray(of_sequence, np.float64)[rollout.is_drawn()[1:]]
         with np.errstate(invalid="ignore"):  # inf − inf
-            apart = np.abs(np.asarray(completion.logprobs, np.float64) - trainer)
+            apart = np.abs(np.asarray(rollout.logprobs, np.float64) - trainer)
         apart[~np.isfinite(apart)] = np.inf
         start = 0
-        for span in completion.spans:
+        for span in rollout.spans:
             if span.policy_version == version:
                 found[span.sampler].append(apart[start : start + span.num_tokens])
             start += span.num_tokens
@@ -53,7 +53,7 @@ def gap_metrics(
     groups: Sequence[Group], logprobs: Sequence[FloatArray], version: int
 ) -> dict[str, float]:
     """The largest and the mean gap in what was trained; none where nothing could be compared."""
-    trained = [completion for group in groups for completion in group.drawn.completions]
+    trained = [rollout for group in groups for rollout in group.rollouts]
     found = gaps(trained, logprobs, version)
     if not found:
         return {}
@@ -139,17 +139,15 @@ class Agreement:
         # No more at a time than a step has.
         for first in range(0, len(groups), self._algorithm.groups_per_step):
             found = [
-                (group, completion)
+                rollout
                 for group in groups[first : first + self._algorithm.groups_per_step]
-                for completion in group.drawn.completions
-                if any(span.policy_version == version for span in completion.spans)
+                for rollout in group.rollouts
+                if any(span.policy_version == version for span in rollout.spans)
             ]
             if not found:
                 continue
-            data = [sequence(group, completion) for group, completion in found]
-            logprobs = await self._learner.forward(version, data)
-            completions = [completion for _, completion in found]
-            for sampler, apart in gaps(completions, logprobs, version).items():
+            logprobs = await self._learner.forward(version, [sequence(each) for each in found])
+            for sampler, apart in gaps(found, logprobs, version).items():
                 if apart.max() > max(self._bound, beyond.get(sampler, 0.0)):
                     beyond[sampler] = float(apart.max())
         return beyond
@@ -168,14 +166,10 @@ class Agreement:
         self, groups: Sequence[Group], again: Callable[[int], Awaitable[Group]]
     ) -> list[Group]:
         async def kept(group: Group) -> Group:
-            while _samplers(group) & self._quarantined.keys():
+            while group.samplers() & self._quarantined.keys():
                 group = await again(group.number)
             return group
 
         async with asyncio.TaskGroup() as tasks:
             found = [tasks.create_task(kept(group)) for group in groups]
         return [each.result() for each in found]
-
-
-def _samplers(group: Group) -> set[str]:
-    return {span.sampler for completion in group.drawn.completions for span in completion.spans}

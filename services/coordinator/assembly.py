@@ -22,6 +22,7 @@ from services.coordinator.fleet.static import StaticFleet
 from services.coordinator.jobs import Jobs
 from services.coordinator.journal import Journal
 from services.coordinator.leases import Leases
+from services.coordinator.makers import Peers
 from services.coordinator.newest import Publications
 from services.coordinator.policies import Policies
 from services.coordinator.projects import projects_of
@@ -41,13 +42,11 @@ if TYPE_CHECKING:
     from rollmesh.rpc.server import Serving
     from services.coordinator.config import CoordinatorConfig
     from services.coordinator.ports import (
-        Checkpointing,
+        EnvironmentPort,
         RewardPort,
         SamplerPort,
-        Sampling,
         Tokenizer,
         TrainerPort,
-        Training,
     )
     from services.coordinator.runner import Play
     from services.coordinator.servicers import Register
@@ -66,8 +65,9 @@ async def coordinator(
     trainers: Mapping[str, TrainerPort],
     samplers: Mapping[str, SamplerPort],
     reward: RewardPort,
+    environments: EnvironmentPort,
     load_tokenizer: Callable[[str], Tokenizer],
-    play: Callable[[Training, Sampling, Checkpointing], Play],
+    play: Callable[[Peers], Play],
     serve: Serve | None = None,
 ) -> AsyncIterator[Serving]:
     """A coordinator that serves and runs jobs until the block ends.
@@ -158,11 +158,12 @@ async def coordinator(
     jobs = Jobs(
         store.jobs,
         fleet,
-        reward,
+        environments,
         base_models=base_models,
-        checks=Checks(fleet, base_models, adapters, load_tokenizer),
+        checks=Checks(fleet, base_models, adapters, reward, environments, load_tokenizer),
         projects=projects,
         queue=admission.status,
+        problems=lambda job: runner.problems(job),  # noqa: PLW0108 - it is made below
         max_pending=config.max_pending_jobs,
         clock=time.time,
         new_id=lambda: f"job-{secrets.token_hex(4)}",
@@ -180,7 +181,7 @@ async def coordinator(
         store.groups,
         fleet,
         adapters,
-        play(adapters, sampling, checkpoints),
+        play(Peers(adapters, sampling, reward, environments, checkpoints, load_tokenizer)),
         admission,
         clock=time.time,
     )

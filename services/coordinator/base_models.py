@@ -32,7 +32,7 @@ class BaseModels:
         silent = [
             member.address
             for member in self._fleet.snapshot(0).members
-            if member.role != "reward" and not member.base_model
+            if member.role in {"trainer", "sampler"} and not member.base_model
         ]
         known = ", ".join(served) or "none"
         if silent:

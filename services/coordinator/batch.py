@@ -1,7 +1,7 @@
 """Finished groups to the data of one ForwardBackward.
 
-A rollout of P prompt and C completion tokens is one datum of T = P + C − 1 positions: position i
-reads tokens 0..i and predicts token i + 1, so the completion's tokens are the last C targets.
+A rollout of T tokens, read and drawn, is one datum of T − 1 positions: position i reads tokens 0..i
+and predicts token i + 1. What the policy drew are the targets that count.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import numpy as np
 
 from rollmesh.types import Datum
 from services.coordinator.advantages import of_batch, token_weights
+from services.coordinator.groups import at_drawn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rollmesh.job import AlgorithmSpec, JobSpec
-    from rollmesh.types import Completion
-    from services.coordinator.rollouts import Group
+    from services.coordinator.groups import Group, Rollout
 
 
 def batch(groups: Sequence[Group], spec: JobSpec) -> list[Datum]:
@@ -32,20 +32,22 @@ def batch(groups: Sequence[Group], spec: JobSpec) -> list[Datum]:
     if spec.sft is not None:
         return _supervised(groups)
     algorithm = spec.algorithm
-    lengths = [
-        len(completion.token_ids) for group in groups for completion in group.drawn.completions
-    ]
-    weights = token_weights(algorithm.advantage, lengths, max_tokens=spec.sampling.max_tokens)
+    rollouts = [(group, rollout) for group in groups for rollout in group.rollouts]
+    weights = token_weights(
+        algorithm.advantage,
+        [rollout.num_drawn for _, rollout in rollouts],
+        # Of a rollout of several turns it bounds nothing.
+        max_tokens=spec.sampling.max_tokens if spec.environment is None else None,
+    )
     each = of_batch(algorithm.advantage, [group.rewards for group in groups])
     judged = [
         advantage if difference is None else advantage + _coefficient(spec) * difference
         for advantage, difference in zip(each, _differences(groups), strict=True)
     ]
-    rollouts = [(group, completion) for group in groups for completion in group.drawn.completions]
     taught = {group.number for group in teaching(groups, algorithm)}
     return [
-        _datum(group, completion, advantage=advantage, weight=weight)
-        for (group, completion), advantage, weight in zip(rollouts, judged, weights, strict=True)
+        _datum(rollout, advantage=advantage, weight=weight)
+        for (group, rollout), advantage, weight in zip(rollouts, judged, weights, strict=True)
         if group.number in taught
     ]
 
@@ -64,9 +66,9 @@ def teaching(groups: Sequence[Group], algorithm: AlgorithmSpec) -> list[Group]:
     ] or list(groups)
 
 
-def sequence(group: Group, completion: Completion) -> Datum:
+def sequence(rollout: Rollout) -> Datum:
     """A rollout as it is read, with nothing to train on it."""
-    tokens = np.asarray([*group.drawn.prompt_token_ids, *completion.token_ids], dtype=np.int32)
+    tokens = np.asarray(rollout.token_ids, dtype=np.int32)
     return Datum(token_ids=tokens[:-1], target_token_ids=tokens[1:])
 
 
@@ -91,13 +93,12 @@ def _differences(groups: Sequence[Group]) -> list[np.ndarray | None]:
     """Of each rollout, by token, how much likelier the teacher finds it than the policy did."""
     found: list[np.ndarray | None] = []
     for group in groups:
-        completions = group.drawn.completions
         if group.teacher_logprobs is None:
-            found += [None] * len(completions)
+            found += [None] * len(group.rollouts)
             continue
         found += [
-            np.asarray(of_teacher, np.float64) - np.asarray(completion.logprobs, np.float64)
-            for completion, of_teacher in zip(completions, group.teacher_logprobs, strict=True)
+            np.asarray(of_teacher, np.float64) - np.asarray(rollout.logprobs, np.float64)
+            for rollout, of_teacher in zip(group.rollouts, group.teacher_logprobs, strict=True)
         ]
     return found
 
@@ -109,35 +110,24 @@ def _coefficient(spec: JobSpec) -> float:
 
 def _supervised(groups: Sequence[Group]) -> list[Datum]:
     """The data of cross-entropy: its plain sum with these weights is the mean over all tokens."""
-    completions = [
-        (group, completion) for group in groups for completion in group.drawn.completions
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    weight = 1.0 / sum(rollout.num_drawn for rollout in rollouts)
+    return [
+        replace(sequence(rollout), weights=_of_targets(rollout, weight)) for rollout in rollouts
     ]
-    weight = 1.0 / sum(len(completion.token_ids) for _, completion in completions)
-    data = []
-    for group, completion in completions:
-        read = sequence(group, completion)
-        data.append(replace(read, weights=_of_completion(read, group, weight)))
-    return data
 
 
-def _datum(
-    group: Group, completion: Completion, *, advantage: float | np.ndarray, weight: float
-) -> Datum:
-    read = sequence(group, completion)
+def _datum(rollout: Rollout, *, advantage: float | np.ndarray, weight: float) -> Datum:
     # Rounding in the engine may leave a log-probability a hair above 0.
-    logprobs = np.minimum(_of_completion(read, group, completion.logprobs), 0.0)
+    logprobs = np.minimum(_of_targets(rollout, rollout.logprobs), 0.0)
     return replace(
-        read,
-        weights=_of_completion(read, group, weight),
+        sequence(rollout),
+        weights=_of_targets(rollout, weight),
         sampling_logprobs=logprobs,
-        advantages=_of_completion(read, group, advantage),
+        advantages=_of_targets(rollout, advantage),
     )
 
 
-def _of_completion(
-    read: Datum, group: Group, values: Sequence[float] | np.ndarray | float
-) -> np.ndarray:
-    """`values` at the positions that predict the completion, 0 at those of the prompt."""
-    array = np.zeros(len(read.token_ids), dtype=np.float32)
-    array[len(group.drawn.prompt_token_ids) - 1 :] = values
-    return array
+def _of_targets(rollout: Rollout, values: Sequence[float] | np.ndarray | float) -> np.ndarray:
+    """float32 [T − 1]: `values` at the positions that predict what was drawn, 0 at the others."""
+    return at_drawn(rollout, values)[1:]

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from rollmesh import types
     from rollmesh.job import Happening
     from services.coordinator.datasets import Task
-    from services.coordinator.ports import Checkpointing, JobContext
-    from services.coordinator.rollouts import Rollouts
+    from services.coordinator.ports import Checkpointing, JobContext, RolloutMaker
 
 MAIN = ""
 """Name of the set that `evaluation.dataset` is."""
@@ -65,7 +64,7 @@ class Border:
 
     Args:
         context: what is known of the job.
-        rollouts: draws and scores what is evaluated.
+        maker: draws and scores what is evaluated.
         checkpoints: where the best weights are kept.
         tasks: of each evaluation set, by its name.
         record: writes events.
@@ -75,7 +74,7 @@ class Border:
     def __init__(
         self,
         context: JobContext,
-        rollouts: Rollouts,
+        maker: RolloutMaker,
         checkpoints: Checkpointing,
         tasks: Mapping[str, Sequence[Task]],
         *,
@@ -84,7 +83,7 @@ class Border:
     ) -> None:
         self._context = context
         self._spec = context.spec
-        self._rollouts = rollouts
+        self._maker = maker
         self._checkpoints = checkpoints
         self._tasks = tasks
         self._record = record
@@ -145,9 +144,7 @@ class Border:
         return None
 
     async def _evaluate(self, name: str, step: int, source: types.AdapterSource) -> None:
-        evaluation = await evaluate(
-            self._spec, self._tasks[name], source, self._rollouts, step=step, name=name
-        )
+        evaluation = await evaluate(self._tasks[name], source, self._maker, step=step, name=name)
         before = self._known
         after = replace(before, evaluated={**before.evaluated, name: step})
         best = self._best

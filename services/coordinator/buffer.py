@@ -13,7 +13,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from services.coordinator.rollouts import Group
+    from services.coordinator.groups import Group
 
 
 class RolloutBuffer:

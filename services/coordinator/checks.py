@@ -1,24 +1,33 @@
-"""What CreateJob refuses of a job's teacher and of the completions that it is to learn."""
+"""What CreateJob refuses of a job's teacher, environment, reward, and completions to learn."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING
 
+from rollmesh.chat import Message
 from rollmesh.errors import InvalidRequest, NotFound
 from rollmesh.names import parse_adapter
-from rollmesh.types import PolicyRef
-from services.coordinator.prompts import check_completions
+from rollmesh.types import PolicyRef, ScoreItem
+from services.coordinator.chats import template_messages, template_tools
+from services.coordinator.judge import policy_of
+from services.coordinator.prompts import check_completions, fill
 from services.coordinator.supervised import check_lengths
+from services.coordinator.tasks import check_environment, environment_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from rollmesh.chat import EnvironmentInfo, Question
     from rollmesh.job import DistillationSpec, JobSpec
     from services.coordinator.base_models import BaseModels
     from services.coordinator.datasets import Task
     from services.coordinator.fleet.membership import Fleet
-    from services.coordinator.ports import Tokenizer, Training
+    from services.coordinator.ports import EnvironmentPort, RewardPort, Tokenizer, Training
+
+
+class _Asked(Exception):
+    """A judge is asked, and so the function takes its parameters."""
 
 
 class Checks:
@@ -28,6 +37,8 @@ class Checks:
         fleet: what is served.
         base_models: those that the mesh knows.
         training: knows the adapters.
+        reward: where reward functions are tried out.
+        environments: those that the reward service reaches.
         load_tokenizer: reads that of a base model; may block.
     """
 
@@ -36,11 +47,15 @@ class Checks:
         fleet: Fleet,
         base_models: BaseModels,
         training: Training,
+        reward: RewardPort,
+        environments: EnvironmentPort,
         load_tokenizer: Callable[[str], Tokenizer],
     ) -> None:
         self._fleet = fleet
         self._base_models = base_models
         self._training = training
+        self._reward = reward
+        self._environments = environments
         self._load_tokenizer = load_tokenizer
 
     async def teacher(self, project: str, spec: JobSpec) -> None:
@@ -75,6 +90,80 @@ class Checks:
             check_lengths(spec, tasks, tokenizer, max_length=max_length)
 
         await asyncio.to_thread(check)
+
+    async def environment(self, spec: JobSpec) -> EnvironmentInfo | None:
+        """What the job's environment says of itself; None: it has none.
+
+        Raises:
+            NotFound, Unavailable: it is not there.
+        """
+        return await environment_of(spec, self._reward, self._environments)
+
+    async def observations(self, spec: JobSpec, info: EnvironmentInfo | None, task: Task) -> None:
+        """Refuse an environment whose observations the model's chat template cannot say.
+
+        Raises:
+            InvalidRequest: the template refuses them.
+        """
+        if info is None:
+            return
+
+        def check() -> None:
+            tokenizer = self._load_tokenizer(spec.base_model)
+            opening = task.messages or (Message("user", "?"),)
+            tools = template_tools(info.tools)
+            tokenizer.render(template_messages(opening), tools)
+            if info.has_episodes:
+                seen = Message("tool" if "tool" in info.observation_kinds else "user", "?")
+                tokenizer.follow(template_messages([seen]), None, tools)
+
+        try:
+            await asyncio.to_thread(check)
+        except InvalidRequest as error:
+            raise InvalidRequest(
+                f"environment.name: {info.name!r} on {spec.base_model!r}: {error}",
+                field="environment.name",
+                value=info.name,
+            ) from None
+
+    async def reward(self, project: str, spec: JobSpec, task: Task) -> None:
+        """Refuse what cannot score: an empty answer to `task` is, up to where a judge is asked.
+
+        Raises:
+            InvalidRequest: the function, its parameters or the reference.
+            NotFound: a judge's adapter or base model, or the environment.
+            Unavailable: the reward service or the environment is away.
+        """
+        if spec.reward is None:
+            return
+        if spec.reward.environment:
+            await check_environment(
+                spec.reward.environment, self._reward, field="reward.environment"
+            )
+            return
+        reference = fill(spec.reward.reference, task, field="reward.reference")
+
+        async def judge(question: Question) -> str:
+            policy = policy_of(question, project, spec.base_model)
+            if not question.adapter:
+                field = "reward.parameters.base_model"
+                self._base_models.check(policy.base_model, field=field, refusal=NotFound)
+            else:
+                await self._training.resolve(policy)
+            raise _Asked
+
+        try:
+            await self._reward.score_each(
+                spec.reward.function,
+                spec.reward.parameters,
+                [ScoreItem("", reference)],
+                judge=judge,
+            )
+        except _Asked:
+            return
+        except InvalidRequest as error:
+            field = f"reward.{error.context.get('field', '')}".rstrip(".")
+            raise InvalidRequest(f"reward: {error}", **{**error.context, "field": field}) from None
 
     async def _teacher_adapter(
         self, project: str, base_model: str, distillation: DistillationSpec

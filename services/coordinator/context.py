@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from rollmesh.job import EvaluationCompleted, Happening, JobSpec
+    from services.coordinator.ports import Problems
     from services.coordinator.store import GroupStore, JobStore, StoredJob
 
 
@@ -20,6 +21,7 @@ class Context:
     _groups: GroupStore
     adapter: str
     pause_requested: Callable[[], bool]
+    problems: Problems
 
     @property
     def name(self) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from rollmesh.job import JobSpec
     from services.coordinator.datasets import Task
-    from services.coordinator.rollouts import Group
+    from services.coordinator.groups import Group
 
 
 class Curriculum:
@@ -79,7 +79,7 @@ class Curriculum:
         self._under_way += Counter()
         for group in groups:
             mean = sum(group.rewards) / len(group.rewards)
-            self._rewards[self._index[group.drawn.task.id]] = mean
+            self._rewards[self._index[group.task.id]] = mean
         self._packed = _packed(self._rewards)
         self._sides = self._split()
 

@@ -14,9 +14,12 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from rollmesh.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from rollmesh.chat import Message
 
 Split = Literal["train", "heldout"]
 
@@ -35,6 +38,10 @@ class Task:
     """Names the problem itself: equal for equal problems, also across seeds and runs."""
     fields: dict[str, str]
     """What templates and rewards refer to by name."""
+    split: str = ""
+    """Of the environment whose task it is; empty: of none."""
+    messages: tuple[Message, ...] = ()
+    """The chat to answer, of an environment's task for a single turn."""
 
 
 Generator = Callable[..., list[Task]]

@@ -5,58 +5,46 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from rollmesh import telemetry, types
+from rollmesh import telemetry
+from rollmesh.errors import EnvironmentFailed
 from rollmesh.job import EvaluationCompleted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
+    from rollmesh import types
     from rollmesh.job import JobSpec
     from services.coordinator.datasets import Task
-    from services.coordinator.rollouts import Drawn, Rollouts
-
-MAX_CONCURRENT = 256
-"""Requests of one evaluation at once: enough to fill a sampler, few enough to leave its queue."""
-SCORE_BATCH = 512
+    from services.coordinator.ports import RolloutMaker
 
 
 async def evaluate(
-    spec: JobSpec,
     tasks: Sequence[Task],
     source: types.AdapterSource,
-    rollouts: Rollouts,
+    maker: RolloutMaker,
     *,
     step: int,
     name: str = "",
 ) -> EvaluationCompleted:
-    """The mean reward of one greedy completion of each task of set `name`, which `source` draws.
+    """The mean reward of one greedy rollout of each task of set `name`, which `source` draws.
 
-    Errors are those of Rollouts.draw and Rollouts.score.
+    Tasks that the environment failed at count for nothing.
+
+    Raises:
+        EnvironmentFailed: it failed at all of them.
+        MeshError: as `maker` says.
     """
     clock = asyncio.get_running_loop().time
     start = clock()
-    params = types.SamplingParams(
-        max_tokens=spec.sampling.max_tokens, temperature=0.0, stop=tuple(spec.sampling.stop)
-    )
-    drawn: dict[int, Drawn] = {}
-
-    async def work(pending: Iterator[tuple[int, Task]]) -> None:
-        for index, task in pending:
-            drawn[index] = await rollouts.draw(task, source, 1, params)
-
     with telemetry.span("job.evaluate", step=step, set=name, policy_version=source.policy_version):
-        pending = iter(enumerate(tasks))
-        async with asyncio.TaskGroup() as workers:
-            for _ in range(min(MAX_CONCURRENT, len(tasks))):
-                workers.create_task(work(pending))
-        in_order = [drawn[index] for index in range(len(tasks))]
-        rewards: list[float] = []
-        for first in range(0, len(tasks), SCORE_BATCH):
-            rewards += await rollouts.score(in_order[first : first + SCORE_BATCH])
+        found = await maker.evaluated(tasks, source)
+    rewards = [reward for reward in found if reward is not None]
+    if not rewards:
+        raise EnvironmentFailed(f"the environment failed at each of {len(tasks)} tasks")
     return EvaluationCompleted(
         step=step,
         reward_mean=sum(rewards) / len(rewards),
-        num_tasks=len(tasks),
+        num_tasks=len(rewards),
         duration_s=clock() - start,
         set=name,
     )

@@ -1,98 +1,116 @@
-"""Finished groups to bytes and back: what the store keeps until their step is recorded.
+"""What jobs are trained on: turns make a rollout, the rollouts of one task a group.
 
-A line of JSON, then arrays, little-endian and one after the other: int32 prompt tokens; of each
-completion int32 tokens and float32 log-probabilities; where there is a teacher, of each completion
-its float32 log-probabilities. So what a sampler answered comes back bit for bit, and the batch that
-a step was trained on is the same batch when it is made again. Log-probabilities of prompts, which
-no job asks for, are left out.
+All that a turn's prompt and completion hold is kept verbatim: what a policy drew is what it is
+trained on, and nothing is ever tokenized again.
 """
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rollmesh import types
-from services.coordinator.datasets import Task
-from services.coordinator.rollouts import Drawn, Group
-
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    from rollmesh.types import Completion, PolicySpan
+    from services.coordinator.datasets import Task
 
 
-def group_to_bytes(group: Group) -> bytes:
-    """What `group_from_bytes` makes the same group of."""
-    drawn = group.drawn
-    header = {
-        "number": group.number,
-        "attempt": group.attempt,
-        "policy_version": group.policy_version,
-        "task": [drawn.task.id, drawn.task.fields],
-        "rewards": list(group.rewards),
-        "sample_s": group.sample_s,
-        "reward_s": group.reward_s,
-        "num_prompt_tokens": len(drawn.prompt_token_ids),
-        "has_teacher": group.teacher_logprobs is not None,
-        "completions": [_described(completion) for completion in drawn.completions],
-    }
-    parts = [json.dumps(header).encode(), b"\n", _bytes(drawn.prompt_token_ids, "<i4")]
-    for completion in drawn.completions:
-        parts += [_bytes(completion.token_ids, "<i4"), _bytes(completion.logprobs, "<f4")]
-    parts += [_bytes(logprobs, "<f4") for logprobs in group.teacher_logprobs or ()]
-    return b"".join(parts)
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A completion, and the tokens that the policy read since its last one, of which it has one."""
+
+    prompt_token_ids: Sequence[int]
+    completion: Completion
 
 
-def group_from_bytes(body: bytes) -> Group:
-    """The group that `group_to_bytes` made `body` of."""
-    line, _, arrays = body.partition(b"\n")
-    header = json.loads(line)
-    taken = 0
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One episode. Its reward is 0 where the job has none.
 
-    def take(count: int, dtype: str) -> list[Any]:
-        nonlocal taken
-        array = np.frombuffer(arrays, dtype, count, offset=taken)
-        taken += array.nbytes
-        values: list[Any] = array.tolist()
-        return values
+    `rewards`: what it is made up of, by name. `truncated`: it was cut off, by max_tokens, the
+    context or a limit of its environment, before it came to its own end.
+    """
 
-    prompt = take(header["num_prompt_tokens"], "<i4")
-    completions = [
-        types.Completion(
-            token_ids=tuple(take(described["num_tokens"], "<i4")),
-            logprobs=tuple(take(described["num_tokens"], "<f4")),
-            spans=tuple(types.PolicySpan(*span) for span in described["spans"]),
-            stop_reason=described["stop_reason"],
+    turns: Sequence[Turn]
+    reward: float = 0.0
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    truncated: bool = False
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All T tokens, read and drawn, in order."""
+        return [
+            token
+            for turn in self.turns
+            for token in chain(turn.prompt_token_ids, turn.completion.token_ids)
+        ]
+
+    @property
+    def num_drawn(self) -> int:
+        """Tokens that the policy drew."""
+        return sum(len(turn.completion.token_ids) for turn in self.turns)
+
+    @property
+    def logprobs(self) -> list[float]:
+        """Of the tokens that were drawn, in order."""
+        return [logprob for turn in self.turns for logprob in turn.completion.logprobs]
+
+    @property
+    def spans(self) -> list[PolicySpan]:
+        """They tile the tokens that were drawn, in order."""
+        return [span for turn in self.turns for span in turn.completion.spans]
+
+    def is_drawn(self) -> np.ndarray:
+        """Bool [T]: which tokens the policy drew."""
+        return np.concatenate(
+            [
+                np.repeat(
+                    [False, True], [len(turn.prompt_token_ids), len(turn.completion.token_ids)]
+                )
+                for turn in self.turns
+            ]
         )
-        for described in header["completions"]
-    ]
-    teacher = None
-    if header["has_teacher"]:
-        teacher = [take(len(completion.token_ids), "<f4") for completion in completions]
-    task_id, fields = header["task"]
-    return Group(
-        number=header["number"],
-        policy_version=header["policy_version"],
-        drawn=Drawn(Task(task_id, fields), prompt, completions),
-        rewards=header["rewards"],
-        sample_s=header["sample_s"],
-        reward_s=header["reward_s"],
-        attempt=header["attempt"],
-        teacher_logprobs=teacher,
-    )
 
 
-def _described(completion: types.Completion) -> dict[str, Any]:
-    return {
-        "num_tokens": len(completion.token_ids),
-        "stop_reason": completion.stop_reason,
-        "spans": [
-            (span.num_tokens, span.policy_version, span.digest, span.sampler)
-            for span in completion.spans
-        ],
-    }
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What one training step needs of one task.
+
+    `policy_version`: the oldest that drew a token of it. `attempt`: how many groups of the same
+    number this one replaces. `teacher_logprobs`: by rollout, of each token that it drew; None:
+    there is no teacher.
+    """
+
+    number: int
+    policy_version: int
+    task: Task
+    rollouts: Sequence[Rollout]
+    sample_s: float
+    reward_s: float
+    attempt: int = 0
+    teacher_logprobs: Sequence[Sequence[float]] | None = None
+
+    @property
+    def rewards(self) -> list[float]:
+        """By rollout."""
+        return [rollout.reward for rollout in self.rollouts]
+
+    def samplers(self) -> set[str]:
+        """Who drew a token of it, by instance_id."""
+        return {span.sampler for rollout in self.rollouts for span in rollout.spans}
 
 
-def _bytes(values: Sequence[float], dtype: str) -> bytes:
-    return np.asarray(values, dtype).tobytes()
+def oldest_version(rollouts: Sequence[Rollout]) -> int:
+    """The oldest policy_version that drew a token of them."""
+    return min(span.policy_version for rollout in rollouts for span in rollout.spans)
+
+
+def at_drawn(rollout: Rollout, values: Sequence[float] | np.ndarray | float) -> np.ndarray:
+    """float32 [T]: `values` at the tokens that were drawn, one for each or one for all; else 0."""
+    array: np.ndarray[Any, np.dtype[np.float32]] = np.zeros(len(rollout.token_ids), np.float32)
+    array[rollout.is_drawn()] = values
+    return array

@@ -18,12 +18,12 @@ from rollmesh.errors import (
 )
 from rollmesh.job import FINAL_STATES, StateChanged
 from rollmesh.names import adapter_name, check_id, job_name, parse_job, parse_project
-from rollmesh.types import LoraConfig, ScoreItem
+from rollmesh.types import LoraConfig
 from services.coordinator.paging import page_size_of
 from services.coordinator.projects import check_priority
-from services.coordinator.prompts import check_templates, fill
+from services.coordinator.prompts import check_templates
 from services.coordinator.store import NewJob, Request
-from services.coordinator.tasks import evaluation_tasks, training_tasks
+from services.coordinator.tasks import Taskmaster
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from services.coordinator.checks import Checks
     from services.coordinator.fleet.membership import Fleet
     from services.coordinator.lifecycle import Command
-    from services.coordinator.ports import RewardPort
+    from services.coordinator.ports import EnvironmentPort
     from services.coordinator.scheduler import Projects
     from services.coordinator.store import JobStore
 
@@ -44,11 +44,12 @@ class Jobs:
     Args:
         store: where they are kept.
         fleet: what is served.
-        reward: where reward functions are tried out.
+        environments: which have tasks.
         base_models: those that the mesh knows.
         checks: what else of a spec can be seen to fail.
         projects: what each of them may ask for.
         queue: where a job that waits stands; None: that is not known yet.
+        problems: what a job that runs waits for, because it is away.
         max_pending: jobs that may wait at once, over all projects.
         clock: Unix seconds.
         new_id: makes up an id for a job that was given none.
@@ -58,23 +59,25 @@ class Jobs:
         self,
         store: JobStore,
         fleet: Fleet,
-        reward: RewardPort,
+        environments: EnvironmentPort,
         *,
         base_models: BaseModels,
         checks: Checks,
         projects: Projects,
         queue: Callable[[str], QueueStatus | None],
+        problems: Callable[[str], list[str]],
         max_pending: int,
         clock: Callable[[], float],
         new_id: Callable[[], str],
     ) -> None:
         self._store = store
         self._fleet = fleet
-        self._reward = reward
+        self._tasks = Taskmaster(environments)
         self._base_models = base_models
         self._checks = checks
         self._projects = projects
         self._queue = queue
+        self._problems = problems
         self._max_pending = max_pending
         self._clock = clock
         self._new_id = new_id
@@ -120,7 +123,7 @@ class Jobs:
         self._check_adapter(spec)
         await self._checks.teacher(project, spec)
         if not tasks_are_checked:
-            await self._check_tasks(spec)
+            await self._check_tasks(project, spec)
         return await NewJob.of(
             job_name(project, job_id),
             project,
@@ -225,10 +228,22 @@ class Jobs:
         return self._told(await self._store.command(name, command, now=self._clock()))
 
     def _told(self, job: Job) -> Job:
-        """With where it stands, if it waits."""
-        if job.state != "PENDING":
-            return job
-        return job.model_copy(update={"queue": self._queue(job.name)})
+        """With where it stands, if it waits, and what it misses, if it runs."""
+        if job.state == "RUNNING":
+            problems = [*self._problems(job.name), *self._environment_problems(job.spec)]
+            return job.model_copy(update={"problems": problems})
+        if job.state == "PENDING":
+            return job.model_copy(update={"queue": self._queue(job.name)})
+        return job
+
+    def _environment_problems(self, spec: JobSpec) -> list[str]:
+        """What is known of its environment before a call of the job has failed there."""
+        of_reward = spec.reward.environment if spec.reward else ""
+        name = spec.environment.name if spec.environment else of_reward
+        status = self._fleet.environment(name) if name else None
+        if status is None or status.serving:
+            return []
+        return [f"the environment {name!r} is away: {status.problem}"]
 
     def _check_adapter(self, spec: JobSpec) -> None:
         trainers = [trainer.info for trainer in self._fleet.trainers(spec.base_model)]
@@ -264,25 +279,18 @@ class Jobs:
                     allowed=", ".join(known),
                 )
 
-    async def _check_tasks(self, spec: JobSpec) -> None:
+    async def _check_tasks(self, project: str, spec: JobSpec) -> None:
         """Make the tasks, fill the templates, score an empty completion: the job would do the same.
 
         What only fails later in the job fails the job; what can be seen now is the caller's error.
         """
-        tasks = await asyncio.to_thread(training_tasks, spec)
-        held_out = await asyncio.to_thread(evaluation_tasks, spec)
+        info = await self._checks.environment(spec)
+        tasks = await self._tasks.training(spec, most_of_split=1)
+        held_out = await self._tasks.evaluation(spec, most_of_split=1)
         await asyncio.to_thread(check_templates, spec, [*tasks, *chain(*held_out.values())])
         await self._checks.completions(spec, tasks)
-        if spec.reward is None:
-            return
-        reference = fill(spec.reward.reference, tasks[0], field="reward.reference")
-        try:
-            await self._reward.score(
-                spec.reward.function, spec.reward.parameters, [ScoreItem("", reference)]
-            )
-        except InvalidRequest as error:
-            field = f"reward.{error.context.get('field', '')}".rstrip(".")
-            raise InvalidRequest(f"reward: {error}", **{**error.context, "field": field}) from None
+        await self._checks.observations(spec, info, tasks[0])
+        await self._checks.reward(project, spec, tasks[0])
 
 
 def _no_room(why: str, count: int, room: int, taken: int) -> CapacityExhausted:

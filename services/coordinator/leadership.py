@@ -13,7 +13,7 @@ import logging
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from rollmesh.errors import NotLeader
-from services.coordinator.fleet.limits import TICK_S, in_ticks
+from rollmesh.ticks import TICK_S, in_ticks
 from services.coordinator.store import Deposed, StoreUnavailable
 
 if TYPE_CHECKING:

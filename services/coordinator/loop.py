@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +14,14 @@ from services.coordinator.agreement import Agreement
 from services.coordinator.border import Border
 from services.coordinator.buffer import RolloutBuffer
 from services.coordinator.curriculum import Curriculum
-from services.coordinator.groups import group_from_bytes
+from services.coordinator.draws import Draws
+from services.coordinator.group_bytes import group_from_bytes
 from services.coordinator.learner import Learner
+from services.coordinator.makers import making
 from services.coordinator.metrics import Phases, emit
 from services.coordinator.prompts import check_templates
 from services.coordinator.retry import Outage, Patience
-from services.coordinator.rollouts import Rollouts, TaskOrder
+from services.coordinator.rollouts import TaskOrder
 from services.coordinator.steps import Steps
 from services.coordinator.supervised import Supervised
 from services.coordinator.supply import Supply
@@ -27,55 +31,44 @@ from services.coordinator.versions import Versions
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping, Sequence
 
-    from rollmesh import types
+    from rollmesh import chat, types
     from rollmesh.job import Happening
     from services.coordinator.border import Outcome
     from services.coordinator.datasets import Task
-    from services.coordinator.ports import (
-        Checkpointing,
-        JobContext,
-        Recorder,
-        RewardPort,
-        Sampling,
-        TaskSource,
-        Tokenizer,
-        Training,
-    )
-    from services.coordinator.rollouts import Group
+    from services.coordinator.groups import Group
+    from services.coordinator.makers import Peers
+    from services.coordinator.ports import JobContext, Recorder, TaskSource, Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Tasks:
+    """What a job is trained and, by set, evaluated on; `info` is of their environment, if any."""
+
+    training: Sequence[Task]
+    evaluation: Mapping[str, Sequence[Task]]
+    info: chat.EnvironmentInfo | None = None
+
+    @property
+    def digest(self) -> str:
+        """Of the environment's tasks: others than before make another order of groups."""
+        if self.info is None:
+            return ""
+        return hashlib.sha256("\n".join(task.id for task in self.training).encode()).hexdigest()
 
 
 async def run(
-    context: JobContext,
-    *,
-    training: Training,
-    sampling: Sampling,
-    reward: RewardPort,
-    tokenizer: Tokenizer,
-    recorder: Recorder,
-    tasks: Sequence[Task],
-    evaluation_tasks: Mapping[str, Sequence[Task]],
-    checkpoints: Checkpointing,
+    context: JobContext, peers: Peers, tasks: Tasks, *, tokenizer: Tokenizer, recorder: Recorder
 ) -> Outcome:
     """Run the job from where it is until its `stop`, or to the next border once pause is asked for.
 
     Raises:
         MeshError: what failed the job.
     """
-    loop = _Loop(
-        context,
-        await _kept(context),
-        training=training,
-        sampling=sampling,
-        reward=reward,
-        tokenizer=tokenizer,
-        recorder=recorder,
-        tasks=tasks,
-        evaluation_tasks=evaluation_tasks,
-        checkpoints=checkpoints,
-    )
+    kept = await _kept(context)
+    loop = _Loop(context, kept, peers, tasks, tokenizer=tokenizer, recorder=recorder)
     with telemetry.log_fields(job=context.name, adapter=context.adapter):
         await asyncio.to_thread(
-            check_templates, context.spec, [*tasks, *chain(*evaluation_tasks.values())]
+            check_templates, context.spec, [*tasks.training, *chain(*tasks.evaluation.values())]
         )
         try:
             return await loop.run()
@@ -83,7 +76,7 @@ async def run(
             # What failed first cancelled the rest: the job's failure is that one error.
             failure = _first(failures)
         finally:
-            sampling.end_quarantines(context.name)
+            peers.sampling.end_quarantines(context.name)
         # Out here, so that the error keeps its own cause.
         raise failure
 
@@ -93,74 +86,78 @@ class _Loop:
         self,
         context: JobContext,
         kept: Mapping[int, Group],
+        peers: Peers,
+        tasks: Tasks,
         *,
-        training: Training,
-        sampling: Sampling,
-        reward: RewardPort,
         tokenizer: Tokenizer,
         recorder: Recorder,
-        tasks: Sequence[Task],
-        evaluation_tasks: Mapping[str, Sequence[Task]],
-        checkpoints: Checkpointing,
     ) -> None:
         self._context = context
         self._spec = context.spec
         self._recorder = recorder
         self._recording = asyncio.Lock()
         algorithm, step = context.spec.algorithm, context.step
-        self._tasks = task_source(context, tasks)
+        self._tasks_digest = tasks.digest
+        self._tasks = task_source(context, tasks.training)
         self._versions = Versions(
             before=range(max(0, step - algorithm.max_staleness - 1), step),
             continuing=context.spec.sampling.continue_on_newest,
         )
+        trainer_patience = Patience("trainer", self._record, context.problems)
         self._learner = Learner(
             context,
-            training=training,
-            sampling=sampling,
-            patience=Patience("trainer", self._record),
+            training=peers.training,
+            sampling=peers.sampling,
+            patience=trainer_patience,
             versions=self._versions,
         )
         self._agreement = Agreement(
-            context, learner=self._learner, sampling=sampling, warn=self._record
+            context, learner=self._learner, sampling=peers.sampling, warn=self._record
         )
-        self._steps = Steps(context.spec, self._learner, self._agreement)
-        outage = Outage("sampler", self._record)
-        self._rollouts = Rollouts(
-            context.spec,
-            context.name,
-            sampling=sampling,
-            reward=reward,
-            sampler_outage=outage,
-            reward_patience=Patience("reward", self._record),
-            tokenizer=tokenizer,
-            versions=self._versions,
-        )
+        outage = Outage("sampler", self._record, context.problems)
         self._teacher: Distillation | None = None
         if context.spec.distillation is not None:
             self._teacher = Distillation(
-                context, training=training, sampling=sampling, outage=outage
+                context, training=peers.training, sampling=peers.sampling, outage=outage
             )
-        maker = self._rollouts if context.spec.sft is None else Supervised(context.spec, tokenizer)
+        made = making(
+            context,
+            peers,
+            tasks.info,
+            tokenizer=tokenizer,
+            draws=Draws(
+                context.spec,
+                context.name,
+                sampling=peers.sampling,
+                outage=outage,
+                versions=self._versions,
+            ),
+            outage=outage,
+            warn=self._record,
+        )
+        self._tolerance = made.tolerance
+        self._steps = Steps(context.spec, self._learner, self._agreement)
         self._supply = Supply(
             algorithm,
             kept,
             tasks=self._tasks,
-            maker=maker,
+            maker=made.maker if context.spec.sft is None else Supervised(context.spec, tokenizer),
             teacher=self._teacher,
             recorder=recorder,
             versions=self._versions,
         )
         self._border = Border(
             context,
-            self._rollouts,
-            checkpoints,
-            evaluation_tasks,
+            made.maker,
+            peers.checkpoints,
+            tasks.evaluation,
             record=self._record,
-            call=Patience("trainer", self._record).call,
+            call=trainer_patience.call,
         )
 
     async def run(self) -> Outcome:
         self._agreement.begin()
+        await self._look_at_tasks()
         if self._teacher is not None:
             await self._teacher.begin()
         step = await self._recover(self._context.step)
@@ -181,6 +178,15 @@ class _Loop:
             for task in under_way:
                 task.cancel()
         return outcome
+
+    async def _look_at_tasks(self) -> None:
+        before = self._context.memory.get("tasks_digest", self._tasks_digest)
+        if before != self._tasks_digest:
+            message = (
+                "the environment has other tasks than when the job began: groups from now on are "
+                "of these, in another order"
+            )
+            await self._record(Warned(reason="ENVIRONMENT_CHANGED", message=message))
 
     async def _recover(self, step: int) -> int:
         """The number of finished steps, after finishing one that was interrupted in the middle."""
@@ -240,6 +246,8 @@ class _Loop:
             under_way.add(unload)
             unload.add_done_callback(under_way.discard)
             phases.add("step", clock() - start)
+            if self._tolerance is not None:
+                metrics["rollouts_given_up"] = float(self._tolerance.num_given_up)
             metrics["tokens_per_s"] = (
                 metrics["num_tokens"] / phases.seconds["step"] if phases.seconds["step"] else 0.0
             )
@@ -276,6 +284,8 @@ class _Loop:
             "border": border,
             "tasks": self._tasks.memory,
             **({"teacher": self._teacher.memory} if self._teacher else {}),
+            **({"tolerance": self._tolerance.memory} if self._tolerance else {}),
+            **({"tasks_digest": self._tasks_digest} if self._tasks_digest else {}),
         }
 
 
@@ -284,7 +294,8 @@ async def _kept(context: JobContext) -> dict[int, Group]:
     bodies = await context.kept_groups()
 
     def read() -> dict[int, Group]:
-        return {number: group_from_bytes(body) for number, body in bodies.items()}
+        found = {number: group_from_bytes(body) for number, body in bodies.items()}
+        return {number: group for number, group in found.items() if group is not None}
 
     # Up to hundreds of MiB: it would hold up everybody else.
     return await asyncio.to_thread(read)

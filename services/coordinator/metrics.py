@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from rollmesh.job import JobSpec
-    from services.coordinator.rollouts import Group
+    from services.coordinator.groups import Group, Rollout
 
 
 class Phases:
@@ -52,26 +53,37 @@ def of_groups(groups: Sequence[Group], spec: JobSpec, *, step: int) -> dict[str,
     reward_std is the population's, over all rollouts. Without a reward, and of completions that
     were not sampled, there is less to tell.
     """
-    completions = [completion for group in groups for completion in group.drawn.completions]
-    lengths = np.array([len(completion.token_ids) for completion in completions])
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    lengths = np.array([rollout.num_drawn for rollout in rollouts])
     staleness = np.array([step - group.policy_version for group in groups])
     metrics = {
         "staleness_mean": float(staleness.mean()),
         "staleness_max": float(staleness.max()),
         "completion_tokens_mean": float(lengths.mean()),
         "num_tokens": float(lengths.sum()),
-        "num_rollouts": float(len(completions)),
+        "num_rollouts": float(len(rollouts)),
     }
     if spec.sft is not None:
         return metrics
-    truncated = [completion.stop_reason == "length" for completion in completions]
-    metrics["truncated_fraction"] = float(np.mean(truncated))
-    if spec.reward is not None:
-        rewards = np.array([reward for group in groups for reward in group.rewards])
+    metrics["truncated_fraction"] = float(np.mean([rollout.truncated for rollout in rollouts]))
+    if spec.environment is not None:
+        metrics["turns_mean"] = float(np.mean([len(rollout.turns) for rollout in rollouts]))
+    if spec.is_rewarded:
+        rewards = np.array([rollout.reward for rollout in rollouts])
         metrics["reward_mean"] = float(rewards.mean())
         metrics["reward_std"] = float(rewards.std())
         metrics["groups_with_equal_rewards"] = float(sum(map(equal_rewards, groups)))
+        metrics |= _named_rewards(rollouts)
     return metrics
+
+
+def _named_rewards(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """The mean of each part that rewards are made up of, over the rollouts that have it."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for rollout in rollouts:
+        for name, reward in rollout.rewards.items():
+            found[name].append(reward)
+    return {f"reward.{name}": float(np.mean(parts)) for name, parts in sorted(found.items())}
 
 
 def emit(metrics: Mapping[str, float]) -> None:

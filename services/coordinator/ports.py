@@ -9,19 +9,30 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+    from collections.abc import (
+        AsyncGenerator,
+        Awaitable,
+        Callable,
+        Mapping,
+        MutableMapping,
+        Sequence,
+    )
+    from contextlib import AbstractAsyncContextManager
 
-    from rollmesh import types
+    from rollmesh import chat, types
     from rollmesh.job import EvaluationCompleted, Happening, JobSpec, Priority
     from services.coordinator.datasets import Task
+    from services.coordinator.groups import Group
     from services.coordinator.newest import Newest
-    from services.coordinator.rollouts import Group
 
 
 OpKind: TypeAlias = Literal["forward_backward", "optim_step", "load_snapshot"]
 
 Lost: TypeAlias = "Callable[[str], Awaitable[None]]"
 """Hears why a call waits for a peer."""
+
+Problems: TypeAlias = "MutableMapping[str, str]"
+"""What a job waits for now because it is away, by peer, for a person to read."""
 
 
 class TrainerPort(Protocol):
@@ -132,11 +143,47 @@ class SamplerPort(Protocol):
 class RewardPort(Protocol):
     """A reward service, as `rollmesh.client.RewardClient` is one. Every method raises MeshError."""
 
-    async def score(
-        self, function: str, parameters: Mapping[str, Any], items: Sequence[types.ScoreItem]
-    ) -> list[float]: ...
+    async def score_each(
+        self,
+        function: str,
+        parameters: Mapping[str, Any],
+        items: Sequence[types.ScoreItem],
+        *,
+        judge: Callable[[chat.Question], Awaitable[str]],
+    ) -> list[chat.ItemScore]: ...
 
-    async def list_functions(self) -> list[types.RewardFunctionInfo]: ...
+    async def list_environments(self) -> list[chat.EnvironmentStatus]: ...
+
+
+class EpisodePort(Protocol):
+    """An episode under way, as `rollmesh.client.Episode` is one."""
+
+    first: chat.Response
+
+    async def act(self, action: chat.Message) -> chat.Response: ...
+
+    async def give_up(self) -> chat.Response | None: ...
+
+
+class EnvironmentPort(Protocol):
+    """The environments of a reward service, as `rollmesh.client.EnvironmentClient` reaches them.
+
+    Every method raises MeshError.
+    """
+
+    async def describe(self) -> list[chat.EnvironmentInfo]: ...
+
+    async def list_tasks(
+        self, environment: str, split: str, *, page_size: int = 0, page_token: str = ""
+    ) -> tuple[list[chat.Task], str]: ...
+
+    async def score(
+        self, environment: str, items: Sequence[chat.Answered]
+    ) -> list[chat.Scored]: ...
+
+    def episode(
+        self, environment: str, task_id: str, *, seed: int = 0
+    ) -> AbstractAsyncContextManager[EpisodePort]: ...
 
 
 class Training(Protocol):
@@ -256,6 +303,10 @@ class Sampling(Protocol):
         """
         ...
 
+    def context_length(self, base_model: str) -> int | None:
+        """Tokens of prompt and completion together that every sampler takes; None: not known."""
+        ...
+
     async def load(self, base_model: str, source: types.AdapterSource) -> None:
         """Return once the version is live on the samplers of the base model that are serving.
 
@@ -279,19 +330,37 @@ class Sampling(Protocol):
 class Tokenizer(Protocol):
     """Text to token ids and back, for one base model: `services/coordinator/tokenizer.py`."""
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """A chat with its generation prompt, by the model's chat template."""
+        ...
+
+    def follow(
+        self,
+        observation: Sequence[Mapping[str, Any]],
+        last_token: int | None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
+        """What comes after a turn that was drawn, up to the next generation prompt."""
+        ...
+
+    @property
+    def special_tokens(self) -> Sequence[str]:
+        """As text."""
         ...
 
     def encode(self, text: str) -> list[int]:
         """Plain text, with the special tokens that the tokenizer adds to a text's start."""
         ...
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text, without special tokens."""
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text, without special tokens or with them."""
         ...
 
-    def answer(self, messages: Sequence[Mapping[str, str]], text: str) -> list[int]:
+    def answer(self, messages: Sequence[Mapping[str, Any]], text: str) -> list[int]:
         """An assistant's turn that says `text` after `render(messages)`, ended as turns end."""
         ...
 
@@ -327,12 +396,28 @@ class TaskSource(Protocol):
 
 
 class GroupMaker(Protocol):
-    """Makes finished groups: `Rollouts` in services/coordinator/rollouts.py is one."""
+    """Makes finished groups: services/coordinator/supervised.py has one that draws nothing."""
 
     async def group(
         self, number: int, source: types.AdapterSource, task: Task, attempt: int = 0
-    ) -> Group:
-        """The group of that number, of `task`, where it is sampled from `source` or later."""
+    ) -> Group | None:
+        """The group of that number, of `task`, where it is sampled from `source` or later.
+
+        None: its environment failed at it, which has been counted.
+        """
+        ...
+
+
+class RolloutMaker(GroupMaker, Protocol):
+    """Draws them: of single turns in services/coordinator/rollouts.py, else in episodes.py."""
+
+    async def evaluated(
+        self, tasks: Sequence[Task], source: types.AdapterSource
+    ) -> list[float | None]:
+        """The reward of one greedy rollout of each task, in order, which `source` draws.
+
+        None: its environment failed at it, which has been counted.
+        """
         ...
 
 
@@ -399,6 +484,11 @@ class JobContext(Protocol):
     @property
     def hold_step(self) -> int | None:
         """The step at which to wait for the other jobs of its sweep; None: at none."""
+        ...
+
+    @property
+    def problems(self) -> Problems:
+        """Where the loop tells what it waits for."""
         ...
 
     async def kept_groups(self) -> Mapping[int, bytes]:

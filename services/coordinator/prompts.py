@@ -5,7 +5,9 @@ from __future__ import annotations
 import string
 from typing import TYPE_CHECKING
 
+from rollmesh.chat import Message
 from rollmesh.errors import InvalidRequest
+from services.coordinator.chats import template_messages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +25,7 @@ def check_templates(spec: JobSpec, tasks: Iterable[Task]) -> None:
     Raises:
         InvalidRequest: a malformed template, or a missing field, with the task and those it has.
     """
-    templates = _prompt_templates(spec.prompt)
+    templates = _prompt_templates(spec.prompt) if spec.prompt is not None else []
     if spec.reward is not None:
         templates.append(("reward.reference", spec.reward.reference))
     needed = [(field, name) for field, text in templates for _, name in _parts(text, field) if name]
@@ -55,14 +57,30 @@ def fill(template: str, task: Task, *, field: str) -> str:
     )
 
 
-def prompt_token_ids(prompt: PromptSpec, task: Task, tokenizer: Tokenizer) -> list[int]:
+def task_messages(prompt: PromptSpec | None, task: Task) -> list[Message]:
+    """The chat that `task` begins: by the job's templates, else the task's own.
+
+    Raises:
+        InvalidRequest: as check_templates.
+    """
+    if prompt is None:
+        return list(task.messages)
+    return [
+        Message(message.role, fill(template, task, field=field))
+        for message, (field, template) in zip(
+            prompt.messages, _prompt_templates(prompt), strict=True
+        )
+    ]
+
+
+def prompt_token_ids(prompt: PromptSpec | None, task: Task, tokenizer: Tokenizer) -> list[int]:
     """The prompt of `task`: a chat by the model's template, or plain text as it is.
 
     Raises:
         InvalidRequest: as check_templates; or nothing is left of the prompt.
     """
-    if prompt.messages:
-        token_ids = tokenizer.render(_chat(prompt, task))
+    if prompt is None or prompt.messages:
+        token_ids = tokenizer.render(template_messages(task_messages(prompt, task)))
     else:
         token_ids = tokenizer.encode(fill(prompt.text, task, field="prompt.text"))
     if not token_ids:
@@ -78,10 +96,10 @@ def completion_token_ids(spec: JobSpec, task: Task, tokenizer: Tokenizer) -> lis
     Raises:
         InvalidRequest: as check_completions.
     """
-    assert spec.sft is not None  # noqa: S101 - else there is none
+    assert spec.sft is not None and spec.prompt is not None  # noqa: S101, PT018 - else there is none
     text = _completion(spec.sft, task)
     if spec.prompt.messages:
-        return tokenizer.answer(_chat(spec.prompt, task), text)
+        return tokenizer.answer(template_messages(task_messages(spec.prompt, task)), text)
     return tokenizer.ending(text)
 
 
@@ -94,15 +112,6 @@ def _completion(sft: SftSpec, task: Task) -> str:
             value=task.id,
         )
     return text
-
-
-def _chat(prompt: PromptSpec, task: Task) -> list[dict[str, str]]:
-    return [
-        {"role": message.role, "content": fill(template, task, field=field)}
-        for message, (field, template) in zip(
-            prompt.messages, _prompt_templates(prompt), strict=True
-        )
-    ]
 
 
 def _prompt_templates(prompt: PromptSpec) -> list[tuple[str, str]]:

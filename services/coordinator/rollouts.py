@@ -1,4 +1,4 @@
-"""Groups of rollouts: a task's prompt, its completions from one version of the policy, its rewards.
+"""Groups of single-turn rollouts: a task's prompt, its completions, what they are worth.
 
 Everything random is a function of the job's seed and the group's number, so a job that is started
 again goes on with the tasks and seeds that it would have had.
@@ -9,121 +9,105 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from rollmesh import telemetry, types
-from rollmesh.errors import InternalError, InvalidRequest
-from rollmesh.names import parse_job
-from services.coordinator.identity import check_identity
-from services.coordinator.prompts import fill, prompt_token_ids
+from rollmesh import telemetry
+from services.coordinator.groups import Group, Rollout, Turn, oldest_version
+from services.coordinator.prompts import prompt_token_ids
+from services.coordinator.scoring import Drawn
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
+    from rollmesh import types
     from rollmesh.job import JobSpec
     from services.coordinator.datasets import Task
+    from services.coordinator.draws import Draws
     from services.coordinator.newest import Newest
-    from services.coordinator.ports import RewardPort, Sampling, Tokenizer
-    from services.coordinator.retry import Outage, Patience
-    from services.coordinator.versions import Versions
+    from services.coordinator.ports import Tokenizer
+    from services.coordinator.scoring import Scorer
 
-
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """Completions of one task's prompt."""
-
-    task: Task
-    prompt_token_ids: Sequence[int]
-    completions: Sequence[types.Completion]
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """What one training step needs of one prompt. `rewards` are in the order of the completions.
-
-    `policy_version`: the oldest that drew a token of it. `rewards`: 0 where the job has none.
-    `attempt`: how many groups of the same number this one replaces. `teacher_logprobs`: by
-    completion, of each of its tokens; None: there is no teacher.
-    """
-
-    number: int
-    policy_version: int
-    drawn: Drawn
-    rewards: Sequence[float]
-    sample_s: float
-    reward_s: float
-    attempt: int = 0
-    teacher_logprobs: Sequence[Sequence[float]] | None = None
+MAX_CONCURRENT = 256
+"""Requests of one evaluation at once: enough to fill a sampler, few enough to leave its queue."""
+SCORE_BATCH = 512
 
 
 class Rollouts:
-    """Draws and scores completions for one job."""
+    """A ports.RolloutMaker: draws and scores completions for one job."""
 
     def __init__(
-        self,
-        spec: JobSpec,
-        job: str,
-        *,
-        sampling: Sampling,
-        reward: RewardPort,
-        sampler_outage: Outage,
-        reward_patience: Patience,
-        tokenizer: Tokenizer,
-        versions: Versions,
+        self, spec: JobSpec, *, draws: Draws, scorer: Scorer, tokenizer: Tokenizer
     ) -> None:
         self._spec = spec
-        self._job = job
-        self._project, _ = parse_job(job)
-        self._sampling = sampling
-        self._reward = reward
-        self._sampler_outage = sampler_outage
-        self._reward_patience = reward_patience
+        self._draws = draws
+        self._scorer = scorer
         self._tokenizer = tokenizer
-        self._versions = versions
 
     async def group(
         self, number: int, source: types.AdapterSource, task: Task, attempt: int = 0
-    ) -> Group:
+    ) -> Group | None:
         """The group of that number, sampled from `source` or what follows it, and scored."""
         clock = asyncio.get_running_loop().time
         spec = self._spec
         again = (attempt,) if attempt else ()
         with telemetry.span("job.group", number=number, policy_version=source.policy_version):
             start = clock()
-            drawn = await self.draw(
+            seed = derived_seed(spec.seed, "group", number, task.id, *again)
+            drawn = await self._drawn(
                 task,
                 source,
                 spec.algorithm.group_size,
-                types.SamplingParams(
-                    max_tokens=spec.sampling.max_tokens,
-                    temperature=spec.sampling.temperature,
-                    top_k=spec.sampling.top_k,
-                    top_p=spec.sampling.top_p,
-                    min_p=spec.sampling.min_p,
-                    stop=tuple(spec.sampling.stop),
-                    seed=derived_seed(spec.seed, "group", number, task.id, *again),
-                    logprobs_kind=spec.sampling.logprobs_kind,
-                ),
-                newest=self._versions.newest,
+                self._draws.training_params(seed),
+                self._draws.newest,
             )
             sampled = clock()
+            found = await self._scorer.score([drawn])
+            if any(worth is None for worth in found):
+                return None
+            rollouts = [
+                Rollout(
+                    [Turn(drawn.prompt_token_ids, completion)],
+                    worth.reward,
+                    worth.rewards,
+                    truncated=completion.stop_reason == "length",
+                )
+                for completion, worth in zip(drawn.completions, found, strict=True)
+                if worth is not None
+            ]
             return Group(
                 number=number,
-                policy_version=min(
-                    span.policy_version
-                    for completion in drawn.completions
-                    for span in completion.spans
-                ),
-                drawn=drawn,
-                rewards=await self.score([drawn]),
+                policy_version=oldest_version(rollouts),
+                task=task,
+                rollouts=rollouts,
                 sample_s=sampled - start,
                 reward_s=clock() - sampled,
                 attempt=attempt,
             )
 
-    async def draw(
+    async def evaluated(
+        self, tasks: Sequence[Task], source: types.AdapterSource
+    ) -> list[float | None]:
+        """The rewards of one greedy completion of each task, all drawn before any is scored."""
+        params = self._draws.greedy_params()
+        drawn: dict[int, Drawn] = {}
+
+        async def work(pending: Iterator[tuple[int, Task]]) -> None:
+            for index, task in pending:
+                drawn[index] = await self._drawn(task, source, 1, params)
+
+        pending = iter(enumerate(tasks))
+        async with asyncio.TaskGroup() as workers:
+            for _ in range(min(MAX_CONCURRENT, len(tasks))):
+                workers.create_task(work(pending))
+        in_order = [drawn[index] for index in range(len(tasks))]
+        rewards: list[float | None] = []
+        for first in range(0, len(tasks), SCORE_BATCH):
+            found = await self._scorer.score(in_order[first : first + SCORE_BATCH])
+            rewards += [None if worth is None else worth.reward for worth in found]
+        return rewards
+
+    async def _drawn(
         self,
         task: Task,
         source: types.AdapterSource,
@@ -131,68 +115,11 @@ class Rollouts:
         params: types.SamplingParams,
         newest: Newest | None = None,
     ) -> Drawn:
-        """Completions of `task`, every token of which `source` produced.
-
-        Where they follow `newest` it may have been a later version too.
-
-        Raises:
-            InvalidRequest: the task makes no prompt, or one that the sampler refuses.
-            InternalError: another policy was sampled.
-        """
         prompt = prompt_token_ids(self._spec.prompt, task, self._tokenizer)
-        try:
-            async with self._sampler_outage.noticed() as lost:
-                completions = await self._sampling.sample(
-                    self._project,
-                    self._spec.base_model,
-                    source,
-                    prompt,
-                    num_completions,
-                    params,
-                    lost=lost,
-                    newest=newest,
-                    job=self._job,
-                    priority=self._spec.priority,
-                )
-        except InvalidRequest as error:
-            raise InvalidRequest(
-                f"task {task.id!r}, whose prompt has {len(prompt)} tokens: {error}",
-                **error.context,
-            ) from error
-        possible = {source.policy_version: source.digest}
-        if newest is not None:
-            possible |= self._versions.since(source)
-        check_identity(completions, source, num_completions, possible)
-        return Drawn(task, prompt, completions)
-
-    async def score(self, all_drawn: Sequence[Drawn]) -> list[float]:
-        """The rewards of all completions, in order; 0 where the job has no reward.
-
-        Raises:
-            InvalidRequest: the reward function refuses its parameters or a completion.
-        """
-        reward = self._spec.reward
-        if reward is None:
-            return [0.0 for drawn in all_drawn for _ in drawn.completions]
-        items = [item for drawn in all_drawn for item in self._items(drawn, reward.reference)]
-        rewards = await self._reward_patience.call(
-            lambda: self._reward.score(reward.function, reward.parameters, items)
+        completions = await self._draws.completions(
+            task.id, source, prompt, num_completions, params, newest
         )
-        if len(rewards) != len(items):
-            raise InternalError(f"the reward service scored {len(rewards)} of {len(items)} items")
-        return rewards
-
-    def _items(self, drawn: Drawn, template: str) -> list[types.ScoreItem]:
-        reference = fill(template, drawn.task, field="reward.reference")
-        prompt = self._tokenizer.decode(drawn.prompt_token_ids)
-        return [
-            types.ScoreItem(
-                completion=self._tokenizer.decode(completion.token_ids),
-                reference=reference,
-                prompt=prompt,
-            )
-            for completion in drawn.completions
-        ]
+        return Drawn(task, prompt, completions)
 
 
 class TaskOrder:

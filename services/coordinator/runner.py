@@ -91,6 +91,7 @@ class Runner:
         self._clock = clock
         self._running: dict[str, asyncio.Task[None]] = {}
         self._progress: dict[str, Progress] = {}
+        self._problems: dict[str, dict[str, str]] = {}
         self._pausing: set[str] = set()
         # Of whom a record has told more than what the queue, which is being read, may say.
         self._told: set[str] = set()
@@ -109,6 +110,10 @@ class Runner:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_POLL_S):
                         await changed.wait()
+
+    def problems(self, name: str) -> list[str]:
+        """What a job that runs here waits for, because it is away."""
+        return sorted(self._problems.get(name, {}).values())
 
     async def _reconcile(self, tasks: asyncio.TaskGroup) -> None:
         self._told.clear()
@@ -155,6 +160,7 @@ class Runner:
     def _ended(self, name: str) -> None:
         del self._running[name]
         self._progress.pop(name, None)
+        self._problems.pop(name, None)
         self._store.changes.wake(QUEUE)
 
     async def _run(self, name: str) -> None:
@@ -206,7 +212,14 @@ class Runner:
         state = "RUNNING"
         while state == "RUNNING":
             stored = await self._store.load(name)
-            context = Context(stored, self._groups, _adapter(stored), lambda: name in self._pausing)
+            self._problems[name] = {}
+            context = Context(
+                stored,
+                self._groups,
+                _adapter(stored),
+                lambda: name in self._pausing,
+                self._problems[name],
+            )
             recorder = StoreRecorder(
                 self._store, self._groups, name, self._clock, partial(self._note_pausing, name)
             )

@@ -71,6 +71,11 @@ class FleetSampling:
         """Requests that wait for a sampler."""
         return self._scheduler.num_queued
 
+    def context_length(self, base_model: str) -> int | None:
+        """Tokens of prompt and completion together that every sampler takes; None: not known."""
+        infos = [sampler.info for sampler in self._fleet.samplers(base_model)]
+        return min((info.max_length for info in infos if info), default=None)
+
     async def stream(
         self,
         project: str,

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from rollmesh import types
     from rollmesh.job import JobSpec
     from services.coordinator.agreement import Agreement
+    from services.coordinator.groups import Group
     from services.coordinator.learner import Learner, Progress
     from services.coordinator.metrics import Phases
-    from services.coordinator.rollouts import Group
 
     Metrics = dict[str, float]
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from rollmesh import types
 from rollmesh.errors import InvalidRequest
+from services.coordinator.groups import Group, Rollout, Turn
 from services.coordinator.prompts import completion_token_ids, prompt_token_ids
-from services.coordinator.rollouts import Drawn, Group
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -46,8 +46,8 @@ class Supervised:
         return Group(
             number=number,
             policy_version=source.policy_version,
-            drawn=Drawn(task, prompt, [given]),
-            rewards=[0.0],
+            task=task,
+            rollouts=[Rollout([Turn(prompt, given)])],
             sample_s=0.0,
             reward_s=0.0,
             attempt=attempt,

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from services.coordinator.batch import equal_rewards
-from services.coordinator.groups import group_to_bytes
+from services.coordinator.group_bytes import group_to_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Coroutine, Iterable, Mapping
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rollmesh.job import AlgorithmSpec
     from rollmesh.types import AdapterSource
     from services.coordinator.datasets import Task
+    from services.coordinator.groups import Group
     from services.coordinator.ports import GroupMaker, Recorder, TaskSource, Teacher
-    from services.coordinator.rollouts import Group
     from services.coordinator.versions import Versions
 
 
@@ -76,12 +76,16 @@ class Supply:
 
     def again(self, group: Group, source: AdapterSource) -> Awaitable[Group]:
         """The same, sampled again: what was drawn of it is not to be trained on."""
-        return self._make(group.number, source, group.drawn.task, group.attempt)
+        return self._make(group.number, source, group.task, group.attempt)
 
     async def _make(self, number: int, source: AdapterSource, task: Task, attempt: int) -> Group:
         with self._versions.drawn_from(source):
             while True:
                 group = await self._maker.group(number, source, task, attempt)
+                if group is None:  # Its environment failed at it.
+                    attempt += 1
+                    task = self._tasks.choose(number, attempt)
+                    continue
                 replaced = self._to_be_replaced(group)
                 if self._teacher is not None and not replaced:
                     judged = await self._teacher.logprobs(group)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from rollmesh.errors import FailedPrecondition, InternalError, InvalidRequest, NotFound
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from rollmesh import types
+    from services.coordinator.groups import Group, Rollout
     from services.coordinator.ports import JobContext, Sampling, Training
     from services.coordinator.retry import Outage
-    from services.coordinator.rollouts import Group
 
 MAX_CONCURRENT = 256
 """Sequences of one job that are judged at once: enough to fill a sampler."""
@@ -98,29 +99,25 @@ class Distillation:
         )
 
     async def logprobs(self, group: Group) -> list[Sequence[float]]:
-        """Of each completion the log-probability of each of its tokens, at temperature 1."""
+        """Of each rollout the log-probability of each token that it drew, at temperature 1."""
         async with self._outage.noticed() as lost, asyncio.TaskGroup() as tasks:
             judged = [
-                tasks.create_task(self._of_completion(group, completion, lost))
-                for completion in group.drawn.completions
+                tasks.create_task(self._of_rollout(rollout, lost)) for rollout in group.rollouts
             ]
         return [each.result() for each in judged]
 
-    async def _of_completion(
-        self, group: Group, completion: types.Completion, lost: Any
-    ) -> Sequence[float]:
-        prompt = group.drawn.prompt_token_ids
-        token_ids = [*prompt, *completion.token_ids]
+    async def _of_rollout(self, rollout: Rollout, lost: Any) -> Sequence[float]:
+        token_ids, drawn = rollout.token_ids, rollout.is_drawn()
         async with self._at_once:
             try:
                 found = await self._computed(token_ids, lost)
             except InvalidRequest as error:
-                if not completion.token_ids or error.context.get("field") != "token_ids":
+                if not drawn[-1] or error.context.get("field") != "token_ids":
                     raise
                 # It fills the context, of which samplers compute all but the last token, however it
                 # ended: of that the teacher says what the policy said.
-                found = [*await self._computed(token_ids[:-1], lost), completion.logprobs[-1]]
-        return found[len(prompt) :]
+                found = [*await self._computed(token_ids[:-1], lost), rollout.logprobs[-1]]
+        return list(compress(found, drawn))
 
     async def _computed(self, token_ids: Sequence[int], lost: Any) -> Sequence[float]:
         assert self._policy is not None  # noqa: S101 - begun before anything is drawn

@@ -40,6 +40,11 @@ _NAMED = (
 )
 
 
+_TURN = "what-was-said"
+"""Stands for a turn whose text does not matter. Only the first place where it comes up is looked
+at, and that is before anything that an environment says."""
+
+
 class ModelTokenizer:
     """The tokenizer of one base model. Safe to use from several threads."""
 
@@ -51,23 +56,72 @@ class ModelTokenizer:
         self._template = template
         self._named = named
         added = tokenizer.get_added_tokens_decoder().items()
-        self._special = {token_id for token_id, token in added if token.special}
+        self._special = {token_id: token.content for token_id, token in added if token.special}
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """A chat with its generation prompt, by the model's chat template.
 
         Raises:
             InvalidRequest: the model has no chat template, or it refuses these messages.
         """
         # The template has put the special tokens where they belong.
-        return self._ids(self._rendered(messages, add_generation_prompt=True))
+        return self._ids(self._rendered(messages, tools, add_generation_prompt=True))
+
+    def follow(
+        self,
+        observation: Sequence[Mapping[str, Any]],
+        last_token: int | None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
+        """What comes after an assistant's turn that was drawn, up to the next generation prompt.
+
+        Nothing that was drawn is written again: the template is asked only what it puts behind a
+        turn, and between it and the next. `last_token` was drawn last: where it is the one that
+        ends a turn, it does not come twice.
+
+        Raises:
+            InvalidRequest: as `render`; or the template leaves the turn out.
+        """
+        # Of another text than what was drawn: templates rewrite old turns, e.g. without thoughts.
+        chat = [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": _TURN},
+            *observation,
+        ]
+        whole = self._rendered(chat, tools, add_generation_prompt=True)
+        _, found, behind = whole.partition(_TURN)
+        if not found:
+            raise InvalidRequest(
+                "the base model's chat template leaves out what an assistant says before other "
+                "messages: it cannot be used for several turns",
+                field="environment",
+            )
+        ends = [end for text in self.special_tokens if (end := behind.find(text)) >= 0]
+        end = min(ends, default=0)
+        if not ends or behind[:end].strip():  # It ends turns without a token of its own.
+            return self._ids(behind)
+        ids = self._ids(behind[end:])
+        return ids[1:] if ids[0] == last_token else ids
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """As text, longest first."""
+        return sorted(self._special.values(), key=len, reverse=True)
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def _rendered(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool,
     ) -> str:
         if self._template is None:
             raise InvalidRequest(
@@ -76,7 +130,7 @@ class ModelTokenizer:
         try:
             return self._template.render(
                 messages=list(messages),
-                tools=None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._named,
@@ -87,7 +141,7 @@ class ModelTokenizer:
                 field="prompt.messages",
             ) from error
 
-    def answer(self, messages: Sequence[Mapping[str, str]], text: str) -> list[int]:
+    def answer(self, messages: Sequence[Mapping[str, Any]], text: str) -> list[int]:
         """An assistant's turn that says `text` after `render(messages)`, up to its end token.
 
         It is what the chat template writes after its generation prompt, with what it puts before
@@ -135,9 +189,9 @@ class ModelTokenizer:
         ids: list[int] = self._tokenizer.encode(text).ids
         return ids
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text, without special tokens."""
-        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text, without special tokens or with them."""
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from rollmesh.config import Config
+from rollmesh.config import Config, PeerAddress
 from services.coordinator.config import CoordinatorConfig
 from services.reward.config import RewardConfig
+from services.reward.environments.config import EnvironmentConfig
 from services.sampler.config import SamplerConfig
 from services.trainer.config import TrainerConfig
 
@@ -24,7 +25,18 @@ _CHOSEN = {
     "trainers": ("listen", "blobs"),
     "samplers": ("listen", "blobs"),
     "reward": ("listen",),
+    "environments": ("addresses", "tls"),
 }
+
+
+class LocalEnvironment(EnvironmentConfig):
+    """An environment that the mesh starts itself, and that the reward service routes to."""
+
+    command: list[str] = Field(min_length=1)
+    """The program and its arguments, to which `--listen HOST:PORT` is added; `python` is the one
+    that runs the mesh. It is started again when it ends, and told to end by SIGTERM."""
+    addresses: list[PeerAddress] = [_NOBODY]
+    """Chosen when the mesh starts."""
 
 
 class LocalConfig(Config):
@@ -38,6 +50,9 @@ class LocalConfig(Config):
     """The samplers, one process each."""
     reward: RewardConfig = RewardConfig()
     """The reward service."""
+    environments: list[LocalEnvironment] = []
+    """Environments that are started with the mesh, one process each. Those that run elsewhere are
+    in reward.environments."""
     start_s: PositiveFloat = 600.0
     """Seconds in which all of them must come to serve."""
 
@@ -58,6 +73,18 @@ class LocalConfig(Config):
             return values
         members = {"trainers": [_NOBODY], "samplers": [_NOBODY], "reward": _NOBODY}
         return {**values, "coordinator": {**coordinator, **members}}
+
+    @model_validator(mode="after")
+    def _names_once(self) -> Self:
+        names = [each.name for each in (*self.environments, *self.reward.environments)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"environments: there are two of the name {', '.join(twice)}")
+        return self
+
+    def programs(self) -> dict[str, LocalEnvironment]:
+        """The environments that the mesh starts, by name: environment-NAME."""
+        return {f"environment-{each.name}": each for each in self.environments}
 
     def members(self) -> dict[str, ServiceConfig]:
         """The services by name: coordinator, trainer-0, …, sampler-0, … and reward."""
@@ -81,6 +108,18 @@ def complete(
     for name, member in complete.items():
         if name.startswith(("trainer-", "sampler-")):
             complete[name] = member.model_copy(update={"blobs": blobs})
+    environments = [
+        EnvironmentConfig.model_validate(
+            {
+                **each.model_dump(exclude_unset=True, exclude={"command"}),
+                "addresses": [addresses[name]],
+            }
+        )
+        for name, each in config.programs().items()
+    ]
+    complete["reward"] = complete["reward"].model_copy(
+        update={"environments": [*config.reward.environments, *environments]}
+    )
     complete["coordinator"] = complete["coordinator"].model_copy(
         update={
             "state_dir": state_dir,

@@ -15,22 +15,23 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import grpc
 import yaml
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from rollmesh.errors import FailedPrecondition, Unavailable
+from rollmesh.client import EnvironmentClient, HealthClient
+from rollmesh.errors import FailedPrecondition, MeshError, NotFound, Unavailable, Unimplemented
 from rollmesh.rpc.channel import channel
 from services.local.config import complete
 from services.local.processes import Processes, processes
 from services.local.supervisor import Program, Supervised
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 
-    from services.local.config import LocalConfig, ServiceConfig
+    import grpc
+
+    from services.local.config import LocalConfig, LocalEnvironment, ServiceConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 """Services are not installed: their processes are told where they lie."""
@@ -60,7 +61,11 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """A mesh that runs: `members` are coordinator, trainer-0, …, sampler-0, … and reward."""
+    """A mesh that runs.
+
+    `members` are coordinator, trainer-0, …, sampler-0, …, reward, and environment-NAME of each
+    environment that it has started.
+    """
 
     members: Mapping[str, Member]
 
@@ -111,6 +116,9 @@ async def mesh(
                 )
                 for name in configs
             }
+            for name, program in config.programs().items():
+                supervised = environment(name, program, addresses[name], state_dir, started, say)
+                members[name] = Member(addresses[name], supervised)
             running = {
                 name: tasks.create_task(member.supervised.keep_running())
                 for name, member in members.items()
@@ -137,14 +145,13 @@ def _supervised(
     path, log = state_dir / "config" / f"{name}.yaml", state_dir / "logs" / f"{name}.log"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
     log.write_bytes(b"")  # the log is that of this mesh, not of the one before
-    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return Supervised(
         Program(
             name=name,
             command=(sys.executable, "-m", module, "--config", str(path)),
             log=log,
             stop_s=config.drain_s + STOP_MARGIN_S,
-            environment={"PYTHONPATH": python_path},
+            environment={"PYTHONPATH": _first(str(ROOT), "PYTHONPATH")},
         ),
         started,
         until_serving=lambda: _until_serving(config.listen),
@@ -152,15 +159,59 @@ def _supervised(
     )
 
 
-async def _until_serving(address: str) -> None:
+def environment(
+    name: str,
+    config: LocalEnvironment,
+    address: str,
+    state_dir: Path,
+    started: Processes,
+    say: Callable[[str], None],
+) -> Supervised:
+    """An author's program, not started yet."""
+    log = state_dir / "logs" / f"{name}.log"
+    log.write_bytes(b"")
+    return Supervised(
+        Program(
+            name=name,
+            command=(*config.command, "--listen", address),
+            log=log,
+            stop_s=STOP_MARGIN_S,
+            environment={
+                "PYTHONPATH": _first(str(ROOT), "PYTHONPATH"),
+                "PATH": _first(str(Path(sys.executable).parent), "PATH"),
+            },
+        ),
+        started,
+        until_serving=lambda: _until_serving(address, _environment_serves),
+        say=say,
+    )
+
+
+def _first(folder: str, variable: str) -> str:
+    """The search path in `variable`, with `folder` before all that it has."""
+    return os.pathsep.join(filter(None, [folder, os.environ.get(variable)]))
+
+
+async def _serves(connection: grpc.aio.Channel) -> bool:
+    return await HealthClient(connection).check()
+
+
+async def _environment_serves(connection: grpc.aio.Channel) -> bool:
+    try:
+        return await _serves(connection)
+    except (NotFound, Unimplemented):  # It does not tell its health.
+        return bool(await EnvironmentClient(connection).describe())
+
+
+async def _until_serving(
+    address: str, serves: Callable[[grpc.aio.Channel], Awaitable[bool]] = _serves
+) -> None:
     async with channel(address) as connection:
-        health: Any = health_pb2_grpc.HealthStub(connection)  # its types leave its calls out
         while True:
-            with contextlib.suppress(grpc.aio.AioRpcError):
-                request = health_pb2.HealthCheckRequest()
-                response = await health.Check(request, timeout=PROBE_TIMEOUT_S)
-                if response.status == health_pb2.HealthCheckResponse.SERVING:
-                    return
+            with contextlib.suppress(MeshError, TimeoutError):
+                async with asyncio.timeout(PROBE_TIMEOUT_S):
+                    if await serves(connection):
+                        return
             await asyncio.sleep(PROBE_INTERVAL_S)
 
 
@@ -190,7 +241,8 @@ def _addresses(config: LocalConfig) -> Iterator[dict[str, str]]:
     """A free address of the loopback interface for each member, reserved while the block runs."""
     with contextlib.ExitStack() as stack:
         yield {
-            name: f"127.0.0.1:{stack.enter_context(_reserved_port())}" for name in config.members()
+            name: f"127.0.0.1:{stack.enter_context(_reserved_port())}"
+            for name in (*config.members(), *config.programs())
         }
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from rollmesh.config import Address, Config
+from rollmesh.names import ID_PATTERN
 from rollmesh.telemetry import TelemetryConfig
+from services.reward.environments.config import EnvironmentConfig
+
+MAX_SIZE = 1_000_000
+"""Tasks of a split."""
 
 
 class SandboxConfig(Config):
@@ -25,6 +30,21 @@ class SandboxConfig(Config):
     """Most memory in MiB that a caller may ask for one program."""
 
 
+class ReasoningGymConfig(Config):
+    """An environment with tasks of one kind of reasoning-gym."""
+
+    name: str = Field(pattern=rf"^{ID_PATTERN}$")
+    """Name that jobs call it by."""
+    tasks: str
+    """The kind, e.g. chain_sum."""
+    config: dict[str, Any] = {}
+    """What the package configures the kind with, e.g. {max_terms: 3}."""
+    num_train: Annotated[int, Field(ge=1, le=MAX_SIZE)] = 10_000
+    """Tasks of the split train."""
+    num_heldout: Annotated[int, Field(ge=1, le=MAX_SIZE)] = 1_000
+    """Tasks of the split heldout, of other seeds."""
+
+
 class RewardConfig(Config):
     """The reward service: scores completions with named functions."""
 
@@ -38,7 +58,20 @@ class RewardConfig(Config):
     """Processor time in seconds that one item may take in such a process."""
     max_batches: PositiveInt = 1024
     """Batches scored or waiting at once; one more is refused with OVERLOADED."""
+    environments: list[EnvironmentConfig] = []
+    """Environments that others serve, which calls of EnvironmentService are sent on to."""
+    reasoning_gym: list[ReasoningGymConfig] = []
+    """Environments of single turns with tasks of reasoning-gym, served by this service itself."""
     sandbox: SandboxConfig = SandboxConfig()
     """Where Python that a model wrote is run."""
     telemetry: TelemetryConfig = TelemetryConfig()
     """Traces, metrics and logs."""
+
+    @model_validator(mode="after")
+    def _names_once(self) -> Self:
+        names = [each.name for each in self.environments]
+        names += [each.name for each in self.reasoning_gym]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"environments: there are two of the name {', '.join(twice)}")
+        return self

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from services.reward.scoring import Isolation
 
 INSTRUCTION = "Give the final answer between <answer> and </answer>."
-MAX_SIZE = 1_000_000
-"""Tasks of one split."""
 _SEEDS = {"train": 0, "heldout": 1 << 30}
 """The first seed of each split. Item i is made from the seed plus i."""
 
@@ -37,7 +35,7 @@ class ReasoningGym:
         name: what the environment is called.
         tasks: the kind, e.g. "chain_sum".
         config: what the tasks are configured with.
-        sizes: tasks of the splits train and heldout, each in [1, MAX_SIZE].
+        sizes: tasks of the splits train and heldout.
         isolation: where answers are scored.
 
     Raises:

@@ -12,20 +12,26 @@ from rollmesh.api.reward.v1 import reward_service_pb2 as pb
 from rollmesh.api.reward.v1.reward_service_pb2_grpc import RewardServiceServicer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     import grpc
 
+    from rollmesh import chat
     from services.reward.registry import Registry
 
     Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class RewardServicer(RewardServiceServicer):
-    """RewardService."""
+    """RewardService. `environments`: how those are that the service knows."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        environments: Callable[[], Sequence[chat.EnvironmentStatus]] = tuple,
+    ) -> None:
         self._registry = registry
+        self._environments = environments
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         """Scores a batch."""
@@ -33,6 +39,14 @@ class RewardServicer(RewardServiceServicer):
         items = convert.score_items_from_pb(request.items)
         return pb.ScoreResponse(
             rewards=await self._registry.score(request.function, parameters, items)
+        )
+
+    async def ListEnvironments(
+        self, request: pb.ListEnvironmentsRequest, context: Context
+    ) -> pb.ListEnvironmentsResponse:
+        """The environments, and how they are."""
+        return pb.ListEnvironmentsResponse(
+            environments=map(convert.environment_status_to_pb, self._environments())
         )
 
     async def ScoreEach(  # type: ignore[override] # it writes by itself, as grpc.aio allows

@@ -16,14 +16,15 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from rollmesh.client import Client
 from rollmesh.errors import MeshError
 from rollmesh.job import JobSpec, StateChanged, StepCompleted, Warned
-from services.coordinator.groups import group_from_bytes
+from services.coordinator.group_bytes import group_from_bytes
 from services.coordinator.rollouts import TaskOrder
 from services.coordinator.store import check_url
 from services.coordinator.store.tables import job_groups, jobs
-from services.coordinator.tasks import training_tasks
+from services.coordinator.tasks import Taskmaster
 from tests.chaos.job_world import job_world
 from tests.chaos.script import insist
 from tests.fakes.databases import postgresql_server
+from tests.fakes.worlds import FakeEnvironments
 
 KILLS = os.environ.get("CHAOS_COORDINATOR_KILLS")
 SEED = int(os.environ.get("CHAOS_SEED", "20"))
@@ -147,7 +148,7 @@ async def test_jobs_survive_a_coordinator_that_is_killed_at_random_points(world,
     assert len(storm.recoveries) == kills
     for job, spec in specs.items():
         check_events(events[job], steps)
-        check_groups(groups[job], [kept.get(job, {}) for kept in storm.kept], spec)
+        await check_groups(groups[job], [kept.get(job, {}) for kept in storm.kept], spec)
 
 
 async def watch(client, job, storm):
@@ -178,15 +179,16 @@ def check_events(events, steps):
         assert {"loss", "grad_norm", "reward_mean"} <= set(step.metrics), "a step tells everything"
 
 
-def check_groups(groups, at_each_kill, spec):
+async def check_groups(groups, at_each_kill, spec):
     """Of the groups that were trained, and of those that were kept at each kill."""
-    algorithm, order = spec.algorithm, TaskOrder(training_tasks(spec), spec.seed)
+    tasks = await Taskmaster(FakeEnvironments()).training(spec)
+    algorithm, order = spec.algorithm, TaskOrder(tasks, spec.seed)
     assert sorted(groups) == list(range(spec.stop.max_steps * GROUPS_PER_STEP))
     for number, body in groups.items():
         group = group_from_bytes(body)
         staleness = number // GROUPS_PER_STEP - group.policy_version
         assert 0 <= staleness <= algorithm.max_staleness
-        assert group.drawn.task == order.choose(number, group.attempt)
+        assert group.task == order.choose(number, group.attempt)
         assert group.attempt <= algorithm.max_group_replacements
     for kept in at_each_kill:
         for number, body in kept.items():

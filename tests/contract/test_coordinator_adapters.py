@@ -256,7 +256,9 @@ class TestTraining:
     async def test_an_ended_job_trains_no_more(self, tmp_path, fakes):
         trained = asyncio.Event()
 
-        def play(training, *_):
+        def play(peers):
+            training = peers.training
+
             async def stubborn(context, _recorder):
                 try:
                     await asyncio.Event().wait()

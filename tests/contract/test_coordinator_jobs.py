@@ -28,7 +28,6 @@ from rollmesh.rpc.status import mesh_errors
 from services.coordinator.border import Outcome
 from services.coordinator.play import playing
 from tests.fakes.coordinator import PROJECT, Fakes, running_coordinator, spec_of
-from tests.fakes.mesh import FakeTokenizer
 
 DATUM = types.Datum(np.array([1, 2], np.int32), np.array([2, 3], np.int32))
 LOSS = types.LossConfig("cross_entropy")
@@ -355,13 +354,7 @@ class TestRunning:
             stop={"max_steps": 2},
             evaluation={"dataset": {"tasks": [{"fields": {"question": "1", "answer": "1"}}]}},
         )
-        async with running_coordinator(
-            tmp_path,
-            fakes,
-            play=lambda training, sampling, checkpoints: playing(
-                training, sampling, fakes.reward, checkpoints, lambda _model: FakeTokenizer()
-            ),
-        ) as mesh:
+        async with running_coordinator(tmp_path, fakes, play=playing) as mesh:
             await mesh.client.jobs.create(PROJECT, spec, "j")
             assert await mesh.until("j", "SUCCEEDED") == "all 2 steps are done"
             job = await mesh.client.jobs.get(name("j"))
@@ -433,13 +426,7 @@ class TestCancelling:
 
     async def test_samples_under_way_are_aborted(self, tmp_path, fakes):
         fakes.sampler.sampling.clear()
-        async with running_coordinator(
-            tmp_path,
-            fakes,
-            play=lambda training, sampling, checkpoints: playing(
-                training, sampling, fakes.reward, checkpoints, lambda _model: FakeTokenizer()
-            ),
-        ) as mesh:
+        async with running_coordinator(tmp_path, fakes, play=playing) as mesh:
             await mesh.client.jobs.create(PROJECT, spec_of(), "j")
             await fakes.sampler.until_running(32)
             await mesh.client.jobs.cancel(name("j"))
@@ -626,7 +613,9 @@ class TestRestart:
     async def test_a_job_does_not_notice_that_its_trainer_was_restarted(self, tmp_path, fakes):
         stepped, go = asyncio.Event(), asyncio.Event()
 
-        def play(training, *_):
+        def play(peers):
+            training = peers.training
+
             async def trains(context, recorder):
                 for step in range(3):
                     adapter, job = context.adapter, context.name

@@ -9,7 +9,7 @@ from rollmesh.errors import AlreadyExists, InvalidRequest, NotFound, Overloaded
 from services.coordinator import retention
 from services.coordinator.play import playing
 from tests.fakes.coordinator import PROJECT, Fakes, eventually, running_coordinator, spec_of
-from tests.fakes.mesh import BASE_MODEL, FakeTokenizer, digest_of
+from tests.fakes.mesh import BASE_MODEL, digest_of
 from tests.fakes.training import ADAM, DATUM, LOSS
 
 A = f"{PROJECT}/adapters/a"
@@ -169,9 +169,7 @@ async def test_the_teacher_of_a_job_is_kept_while_it_runs_whatever_else_the_proj
         tmp_path,
         fakes,
         max_leases=1,
-        play=lambda *ports: playing(
-            ports[0], ports[1], fakes.reward, *ports[2:], lambda _: FakeTokenizer()
-        ),
+        play=playing,
         **AT_ONCE,
     ) as mesh:
         await mesh.until_served()

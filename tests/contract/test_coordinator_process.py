@@ -33,12 +33,15 @@ J = f"{PROJECT}/jobs/j"
 
 
 class RewardServicer(RewardServiceServicer):
-    async def Score(self, request, _context):
-        items = convert.score_items_from_pb(request.items)
-        parameters = convert.struct_from_pb(request.parameters)
-        return pb.ScoreResponse(
-            rewards=await FakeReward().score(request.function, parameters, items)
-        )
+    async def ScoreEach(self, requests, _context):
+        batch = (await anext(aiter(requests))).batch
+        items = convert.score_items_from_pb(batch.items)
+        parameters = convert.struct_from_pb(batch.parameters)
+        for score in await FakeReward().score_each(batch.function, parameters, items):
+            yield pb.ScoreEachResponse(score=convert.item_score_to_pb(score))
+
+    async def ListEnvironments(self, _request, _context):
+        return pb.ListEnvironmentsResponse()
 
 
 @pytest.fixture

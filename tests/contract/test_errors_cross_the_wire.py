@@ -39,7 +39,7 @@ from rollmesh.errors import (
 from rollmesh.job import JobEvent, Warned
 from rollmesh.rpc.channel import MAX_MESSAGE_BYTES, channel
 from rollmesh.rpc.server import serving
-from rollmesh.rpc.status import mesh_errors
+from rollmesh.rpc.status import mesh_errors, to_error
 
 SERVICE = "rollmesh.api.coordinator.v1.JobService"
 CONTEXT = {"field": "rank", "value": "0", "allowed": "1 to 64", "text": "ü\n\0 %"}
@@ -248,6 +248,15 @@ async def test_a_status_that_is_none_of_ours_becomes_the_nearest_error(jobs, ope
     with pytest.raises(MeshError, match=f"^{code.name}: as a proxy would$") as caught:
         await unary(opened)
     assert type(caught.value) is error
+
+
+def test_a_write_to_a_call_that_has_ended_says_that_the_peer_is_away():
+    # What gRPC's client raises where it has not heard yet why the call ended.
+    nothing = grpc.aio.Metadata()
+    error = grpc.aio.AioRpcError(
+        grpc.StatusCode.INTERNAL, nothing, nothing, details="Internal error from Core"
+    )
+    assert type(to_error(error)) is Unavailable
 
 
 async def test_a_message_that_is_too_large_is_refused_with_the_limit(opened):

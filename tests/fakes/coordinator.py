@@ -21,13 +21,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rollmesh.job import JobState
-    from services.coordinator.ports import (
-        Checkpointing,
-        JobContext,
-        Recorder,
-        Sampling,
-        Training,
-    )
+    from services.coordinator.makers import Peers
+    from services.coordinator.ports import JobContext, Recorder
     from services.coordinator.runner import Play
     from services.coordinator.store import Store
 
@@ -185,7 +180,7 @@ async def running_coordinator(
     folder: Path,
     fakes: Fakes,
     *,
-    play: Callable[[Training, Sampling, Checkpointing], Play] | None = None,
+    play: Callable[[Peers], Play] | None = None,
     **settings: Any,
 ) -> AsyncIterator[Coordinator]:
     """A coordinator with its store in `folder`, which a second one may be started on."""
@@ -208,8 +203,9 @@ async def running_coordinator(
             trainers=fakes.trainers,
             samplers=fakes.samplers,
             reward=fakes.reward,
+            environments=fakes.reward.environments,
             load_tokenizer=lambda _: FakeTokenizer(),
-            play=play or (lambda *_: fakes.script),
+            play=play or (lambda _: fakes.script),
         ) as server,
         Client(f"127.0.0.1:{server.port}") as client,
     ):

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from rollmesh import types
+from rollmesh import chat, types
 from rollmesh.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -29,7 +29,9 @@ from rollmesh.job import EvaluationCompleted, JobSpec, StepCompleted, Warned
 from services.coordinator import border, loop
 from services.coordinator.datasets import Task
 from services.coordinator.evaluation import is_better
-from services.coordinator.groups import group_from_bytes
+from services.coordinator.group_bytes import group_from_bytes
+from services.coordinator.makers import Peers
+from tests.fakes.worlds import FakeEnvironments
 
 TEACHER = "projects/p/adapters/teacher"
 JOB, ADAPTER = "projects/p/jobs/j", "projects/p/adapters/j"
@@ -67,6 +69,7 @@ class Context:
     pause_after: int | None = None
     hold_step: int | None = None
     memory: dict[str, Any] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
     kept: dict[int, bytes] = field(default_factory=dict)
 
     @property
@@ -111,13 +114,20 @@ class Context:
 class Letters:
     """A token for each character; tokens of completions are beyond them and read as numbers."""
 
-    def render(self, messages):
+    def render(self, messages, tools=None):
         return self.encode("".join(message["content"] for message in messages))
+
+    def follow(self, observation, last_token, tools=None):
+        return self.render(observation)
+
+    @property
+    def special_tokens(self):
+        return []
 
     def encode(self, text):
         return [ord(character) for character in text]
 
-    def decode(self, token_ids):
+    def decode(self, token_ids, *, skip_special_tokens=True):
         return "".join(chr(token) if token < FIRST_TOKEN else f"<{token}>" for token in token_ids)
 
     def answer(self, messages, text):
@@ -201,19 +211,29 @@ class JobMesh:
         self.checkpoints: dict[str, int] = {}
         self.checkpoint_requests: set[str] = set()
         self.last_event_at = 0.0
+        self.max_length: int | None = None
+        self.world = FakeEnvironments()
         self._next_token = FIRST_TOKEN
 
     async def run(self, tokenizer=None) -> border.Outcome:
+        tokenizer = tokenizer or Letters()
         return await loop.run(
             self.context,
-            training=self,
-            sampling=self,
-            reward=self,
-            tokenizer=tokenizer or Letters(),
+            Peers(
+                training=self,
+                sampling=self,
+                reward=self,
+                environments=self.world,
+                checkpoints=self,
+                load_tokenizer=lambda _: tokenizer,
+            ),
+            loop.Tasks(
+                self.tasks,
+                {"": HELD_OUT, **self.evaluation_sets},
+                self.world.info if self.context.spec.environment else None,
+            ),
+            tokenizer=tokenizer,
             recorder=self,
-            tasks=self.tasks,
-            evaluation_tasks={"": HELD_OUT, **self.evaluation_sets},
-            checkpoints=self,
         )
 
     @contextlib.asynccontextmanager
@@ -334,6 +354,9 @@ class JobMesh:
 
     # The samplers
 
+    def context_length(self, base_model):
+        return self.max_length
+
     async def load(self, base_model, source):
         async with self._call("load"):
             assert source.policy_version in self.published
@@ -452,13 +475,15 @@ class JobMesh:
 
     # The reward service
 
-    async def score(self, function, parameters, items):
+    async def score_each(self, function, parameters, items, *, judge):
         async with self._call("score"):
             if any(item.prompt.startswith("h") for item in items):
-                return [self.evaluation_rewards.get(self.version, 0.5) for _ in items]
-            if self.same_rewards or self._is_equal(items):
-                return [1.0 for _ in items]
-            return [float(index) for index, _ in enumerate(items)]
+                rewards = [self.evaluation_rewards.get(self.version, 0.5) for _ in items]
+            elif self.same_rewards or self._is_equal(items):
+                rewards = [1.0 for _ in items]
+            else:
+                rewards = [float(index) for index, _ in enumerate(items)]
+            return [chat.ItemScore(index, reward) for index, reward in enumerate(rewards)]
 
     def _is_equal(self, items):
         """Of `equal_share` of all groups, the same ones in every life."""
@@ -466,7 +491,7 @@ class JobMesh:
         seed = self.seed_of.get(first)  # None: it is an evaluation's
         return seed is not None and random.Random(seed).random() < self.equal_share
 
-    async def list_functions(self):
+    async def list_environments(self):
         return []
 
     # A teacher
@@ -516,7 +541,7 @@ class JobMesh:
 
     async def keep(self, number, group):
         async with self._transaction("keep"):
-            first = group_from_bytes(group).drawn.completions[0].token_ids[0]
+            first = group_from_bytes(group).rollouts[0].turns[0].completion.token_ids[0]
             # What is trained is let go of with its event: nobody may bring it back.
             assert number >= self.context.step * self.context.spec.algorithm.groups_per_step
             self.context.kept[number] = group

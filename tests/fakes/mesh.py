@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rollmesh import types
+from rollmesh import chat, types
 from rollmesh.convert.journal import op_to_bytes
 from rollmesh.errors import (
     AlreadyExists,
@@ -27,6 +27,7 @@ from rollmesh.errors import (
     SequenceGap,
     Unavailable,
 )
+from tests.fakes.worlds import FakeEnvironments
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
@@ -421,13 +422,24 @@ class FakeSampler(Away):
 class FakeReward(Away):
     """Knows `even`: whether a completion has an even length; parameter `bonus`."""
 
-    async def list_functions(self) -> list[types.RewardFunctionInfo]:
-        self.check_here()
-        return [types.RewardFunctionInfo("even", "Rewards an even length.", "{}")]
+    environments: FakeEnvironments
 
-    async def score(
-        self, function: str, parameters: Mapping[str, Any], items: Sequence[types.ScoreItem]
-    ) -> list[float]:
+    def __init__(self) -> None:
+        super().__init__()
+        self.environments = FakeEnvironments()
+
+    async def list_environments(self) -> list[chat.EnvironmentStatus]:
+        self.check_here()
+        return await self.environments.list_environments()
+
+    async def score_each(
+        self,
+        function: str,
+        parameters: Mapping[str, Any],
+        items: Sequence[types.ScoreItem],
+        *,
+        judge: Any = None,
+    ) -> list[chat.ItemScore]:
         self.check_here()
         if function != "even":
             raise InvalidRequest(
@@ -439,22 +451,31 @@ class FakeReward(Away):
         for name in parameters:
             if name != "bonus":
                 raise InvalidRequest(f"parameters.{name}: unknown key", field=f"parameters.{name}")
-        return [float(index % 2) for index, _ in enumerate(items)]
+        return [chat.ItemScore(index, float(index % 2)) for index, _ in enumerate(items)]
 
 
 class FakeTokenizer:
     """One token a character, within the vocabulary of the fake sampler."""
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
         return self.encode("".join(message["content"] for message in messages))
+
+    def follow(
+        self, observation: Sequence[Mapping[str, Any]], last_token: int | None, tools: Any = None
+    ) -> list[int]:
+        return self.render(observation)
+
+    @property
+    def special_tokens(self) -> list[str]:
+        return []
 
     def encode(self, text: str) -> list[int]:
         return [ord(character) % 20 for character in text]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return "".join(chr(97 + token) for token in token_ids)
 
-    def answer(self, messages: Sequence[Mapping[str, str]], text: str) -> list[int]:
+    def answer(self, messages: Sequence[Mapping[str, Any]], text: str) -> list[int]:
         return self.ending(text)
 
     def ending(self, text: str) -> list[int]:

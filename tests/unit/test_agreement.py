@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from rollmesh.types import Completion, PolicySpan
 from services.coordinator.agreement import gaps
+from services.coordinator.groups import Rollout, Turn
 from tests.fakes.job_mesh import Context, JobMesh, spec
 from tests.fakes.virtual_time import simulate
 
 SEEDS = range(10)
 
 
-def completion(logprobs, *spans):
-    return Completion(
+def rollout(logprobs, *spans, prompt=1):
+    """Of one turn, with so many tokens of prompt."""
+    completion = Completion(
         token_ids=tuple(range(len(logprobs))),
         logprobs=tuple(logprobs),
         spans=tuple(PolicySpan(count, version, "d", sampler) for count, version, sampler in spans),
         stop_reason="stop",
     )
+    return Rollout([Turn(range(prompt), completion)])
 
 
 NAN, INF = math.nan, math.inf
@@ -32,26 +36,39 @@ NAN, INF = math.nan, math.inf
     ("drawn", "trainer", "expected"),
     [
         pytest.param(
-            [completion([-1, -2], (2, 5, "a"))],
+            [rollout([-1, -2], (2, 5, "a"), prompt=3)],
             [[-9, -9, -1.5, -2.25]],
             {"a": [0.5, 0.25]},
             id="the completion is the last of its sequence",
         ),
         pytest.param(
-            [completion([-1, -2, -3, -4], (1, 4, "a"), (2, 5, "a"), (1, 5, "b"))],
+            [
+                Rollout(
+                    [
+                        rollout([-1], (1, 5, "a"), prompt=2).turns[0],
+                        rollout([-2, -3], (2, 5, "b"), prompt=3).turns[0],
+                    ]
+                )
+            ],
+            [[-9, -2, -9, -9, -9, -4, -6]],
+            {"a": [1], "b": [2, 3]},
+            id="two turns, between which the environment spoke",
+        ),
+        pytest.param(
+            [rollout([-1, -2, -3, -4], (1, 4, "a"), (2, 5, "a"), (1, 5, "b"), prompt=2)],
             [[-9, -1, -1, -1, -1]],
             {"a": [1, 2], "b": [3]},
             id="spans of an older version, of the same, of another sampler",
         ),
         pytest.param(
-            [completion([-1], (1, 5, "a")), completion([-2, -1], (1, 5, "b"), (1, 5, "a"))],
+            [rollout([-1], (1, 5, "a")), rollout([-2, -1], (1, 5, "b"), (1, 5, "a"))],
             [[-2], [-4, -4]],
             {"a": [1, 3], "b": [2]},
-            id="two completions",
+            id="two rollouts",
         ),
-        pytest.param([completion([-1], (1, 4, "a"))], [[-7]], {}, id="nothing to compare"),
+        pytest.param([rollout([-1], (1, 4, "a"))], [[-7]], {}, id="nothing to compare"),
         pytest.param(
-            [completion([NAN, -INF, -1, -1, -INF], (5, 5, "a"))],
+            [rollout([NAN, -INF, -1, -1, -INF], (5, 5, "a"))],
             [[-1, -1, NAN, -1, -INF]],
             {"a": [INF, INF, INF, 0, INF]},
             id="no numbers",
@@ -254,13 +271,15 @@ def test_one_sampler_after_another_that_drifts_is_found_in_one_step(seed):
 def test_rollouts_that_teach_nothing_are_not_looked_at():
     mesh = mesh_with(7, sampling=BOUND)
     looked_at = []
-    score = mesh.score
+    score_each = mesh.score_each
 
-    async def second_group_all_the_same(function, parameters, items):
-        rewards = await score(function, parameters, items)
-        return [1.0] * len(items) if items[0].reference == "1" else rewards
+    async def second_group_all_the_same(function, parameters, items, *, judge):
+        scores = await score_each(function, parameters, items, judge=judge)
+        if items[0].reference != "1":
+            return scores
+        return [replace(score, reward=1.0) for score in scores]
 
-    mesh.score = second_group_all_the_same
+    mesh.score_each = second_group_all_the_same
     simulate(mesh.run())
     looked_at = [count for _, count in mesh.forwarded]
     assert looked_at == [len(data) for data in mesh.data]

@@ -8,7 +8,7 @@ import pytest
 from rollmesh.types import Completion, PolicySpan
 from services.coordinator.batch import batch, teacher_metrics, teaching
 from services.coordinator.datasets import Task
-from services.coordinator.rollouts import Drawn, Group
+from services.coordinator.groups import Group, Rollout, Turn
 from tests.fakes.job_mesh import spec
 
 JOB = spec()
@@ -24,8 +24,11 @@ def group(*lengths, rewards, prompt=(7, 8, 9), number=0, teacher=None):
         )
         for length in lengths
     ]
-    drawn = Drawn(Task("t", {}), prompt, completions)
-    return Group(number, 0, drawn, rewards, 0.0, 0.0, teacher_logprobs=teacher)
+    rollouts = [
+        Rollout([Turn(prompt, completion)], reward)
+        for completion, reward in zip(completions, rewards, strict=True)
+    ]
+    return Group(number, 0, Task("t", {}), rollouts, 0.0, 0.0, teacher_logprobs=teacher)
 
 
 def test_a_datum_says_for_each_completion_token_what_it_was_and_how_likely():
@@ -39,6 +42,24 @@ def test_a_datum_says_for_each_completion_token_what_it_was_and_how_likely():
     assert {array.dtype.name for array in (first.token_ids, first.target_token_ids)} == {"int32"}
     floats = (first.weights, first.sampling_logprobs, first.advantages)
     assert {array.dtype.name for array in floats} == {"float32"}
+
+
+def test_of_several_turns_only_what_the_policy_drew_is_trained_on():
+    spans = (PolicySpan(1, 0, "d"),)
+    turns = [
+        Turn([7, 8], Completion((100, 101), (-0.1, -0.2), spans * 2, "stop")),
+        Turn([9], Completion((102,), (-0.3,), spans, "stop")),
+    ]
+    played = Group(0, 0, Task("t", {}), [Rollout(turns, 1.0), Rollout(turns[:1], 0.0)], 0.0, 0.0)
+    first, second = batch([played], JOB)
+    assert first.token_ids.tolist() == [7, 8, 100, 101, 9]
+    assert first.target_token_ids.tolist() == [8, 100, 101, 9, 102]
+    assert (first.weights > 0).tolist() == [False, True, True, False, True]
+    assert first.weights[first.weights > 0].tolist() == [np.float32(1 / (2 * 3))] * 3
+    drawn_at = np.float32([0, -0.1, -0.2, 0, -0.3])
+    assert first.sampling_logprobs.tolist() == drawn_at.tolist()
+    assert (first.advantages != 0).tolist() == [False, True, True, False, True]
+    assert second.target_token_ids.tolist() == [8, 100, 101]
 
 
 def test_a_prompt_of_one_token_leaves_nothing_to_mask():
@@ -72,7 +93,7 @@ def test_where_nothing_teaches_everything_stays_so_that_the_step_can_be_taken():
 
 def test_a_logprob_above_zero_by_rounding_is_zero():
     over = group(1, 1, rewards=[0, 1])
-    object.__setattr__(over.drawn.completions[0], "logprobs", (1e-7,))
+    object.__setattr__(over.rollouts[0].turns[0].completion, "logprobs", (1e-7,))
     (first, _) = batch([over], JOB)
     assert first.sampling_logprobs.max() == 0.0
 

@@ -512,7 +512,7 @@ def test_a_spec_that_is_wrong_is_refused_by_its_key(change, field):
     assert caught.value.context["field"].startswith(field)
 
 
-@pytest.mark.parametrize("field", ["base_model", "dataset", "prompt", "stop"])
+@pytest.mark.parametrize("field", ["base_model", "dataset", "stop"])
 def test_a_spec_without_what_it_needs_is_refused(field):
     message = convert.spec_to_pb(job.JobSpec.parse(MINIMAL, source="test"))
     message.ClearField(field)
@@ -520,10 +520,81 @@ def test_a_spec_without_what_it_needs_is_refused(field):
         convert.spec_from_pb(message)
 
 
+IN_WORLD = {
+    "base_model": "m",
+    "environment": {"name": "world"},
+    "dataset": {"split": "train"},
+    "stop": {"max_steps": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        pytest.param({}, "", id="as it should be"),
+        pytest.param(
+            {"environment": None, "reward": {"function": "f"}}, "prompt is needed", id="no prompt"
+        ),
+        pytest.param(
+            {"environment": None, "prompt": {"text": "x"}, "reward": {"function": "f"}},
+            "a split is one of an environment's, and there is none",
+            id="a split of nothing",
+        ),
+        pytest.param(
+            {"dataset": {"tasks": [{"fields": {}}]}},
+            "with environment each dataset is a split",
+            id="tasks of its own",
+        ),
+        pytest.param(
+            {"evaluation": {"dataset": {"generator": {"name": "g"}}}},
+            "with environment each dataset is a split",
+            id="evaluated on other tasks",
+        ),
+        pytest.param(
+            {"prompt": {"text": "x"}, "reward": {"function": "f"}},
+            "without prompt, reward",
+            id="prompt and reward beside it",
+        ),
+        pytest.param(
+            {"dataset": {"split": "a", "tasks": [{"fields": {}}]}}, "exactly one", id="two sources"
+        ),
+        pytest.param({"environment": {"name": "A b"}}, "environment.name", id="no name"),
+        pytest.param({"environment": {"name": "world", "max_turns": 0}}, "max_turns", id="no turn"),
+    ],
+)
+def test_an_environment_goes_with_splits_of_its_own_and_nothing_else_that_scores(changes, says):
+    values = {key: value for key, value in {**IN_WORLD, **changes}.items() if value is not None}
+    if not says:
+        spec = job.JobSpec.parse(values, source="test")
+        assert convert.spec_from_pb(convert.spec_to_pb(spec)) == spec
+        return
+    with pytest.raises(InvalidRequest, match=says):
+        job.JobSpec.parse(values, source="test")
+
+
+@pytest.mark.parametrize(
+    ("reward", "prompt", "says"),
+    [
+        ({"environment": "w"}, {"messages": [{"role": "user", "content": "x"}]}, ""),
+        ({"environment": "w"}, {"text": "x"}, "it needs prompt.messages"),
+        ({"environment": "w", "function": "f"}, {"text": "x"}, "exactly one of function and env"),
+        ({}, {"text": "x"}, "exactly one of function and environment"),
+        ({"environment": "w", "reference": "r"}, {"text": "x"}, "are a function's"),
+    ],
+)
+def test_a_reward_is_by_a_function_or_by_an_environment_that_reads_chats(reward, prompt, says):
+    values = {**MINIMAL, "reward": reward, "prompt": prompt}
+    if not says:
+        assert job.JobSpec.parse(values, source="test").reward.environment == "w"
+        return
+    with pytest.raises(InvalidRequest, match=says):
+        job.JobSpec.parse(values, source="test")
+
+
 def test_a_spec_without_a_reward_needs_something_else_to_learn_from():
     message = convert.spec_to_pb(job.JobSpec.parse(MINIMAL, source="test"))
     message.ClearField("reward")
-    with pytest.raises(InvalidRequest, match="reward is needed, but with sft or distillation"):
+    with pytest.raises(InvalidRequest, match="reward is needed, but with environment, sft"):
         convert.spec_from_pb(message)
     message.sft.completion = "{answer}"
     assert convert.spec_from_pb(message).reward is None

@@ -46,6 +46,7 @@ def watching(store):
         checks=None,
         projects=None,
         queue=None,
+        problems=None,
         max_pending=1,
         clock=lambda: 0.0,
         new_id=lambda: "j",

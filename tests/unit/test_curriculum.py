@@ -9,7 +9,7 @@ import pytest
 
 from services.coordinator.curriculum import Curriculum
 from services.coordinator.datasets import Task
-from services.coordinator.rollouts import Drawn, Group
+from services.coordinator.groups import Group, Rollout
 from tests.fakes.job_mesh import TASKS, Context, JobMesh, held_out, spec
 from tests.fakes.virtual_time import simulate
 
@@ -24,7 +24,7 @@ def job(*, groups_per_step=2, seed=0, **curriculum):
 
 
 def group_of(task, reward, number=0):
-    return Group(number, 0, Drawn(task, [1], []), [reward, reward], 0.0, 0.0)
+    return Group(number, 0, task, [Rollout([], reward)] * 2, 0.0, 0.0)
 
 
 def drawn(source, numbers):

@@ -25,7 +25,7 @@ class FakeTrainer:
 
 
 class FakeReward:
-    async def list_functions(self):
+    async def list_environments(self):
         return []
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rollmesh.chat import Message, Role, ToolCall
 from rollmesh.job import AlgorithmSpec
 from rollmesh.types import AdapterSource, Completion, PolicySpan
 from services.coordinator.batch import batch
 from services.coordinator.datasets import Task
-from services.coordinator.groups import group_from_bytes, group_to_bytes
-from services.coordinator.rollouts import Drawn, Group, TaskOrder
+from services.coordinator.group_bytes import group_from_bytes, group_to_bytes
+from services.coordinator.groups import Group, Rollout, Turn
+from services.coordinator.rollouts import TaskOrder
 from services.coordinator.supply import Supply
 from services.coordinator.versions import Versions
 from tests.fakes.job_mesh import TASKS, spec
@@ -37,25 +40,41 @@ def completions(draw):
     return Completion(token_ids, logprobs, tuple(spans), draw(st.sampled_from(["stop", "length"])))
 
 
+finite = st.floats(allow_nan=False)
+messages = st.builds(
+    Message,
+    st.sampled_from(get_args(Role)),
+    st.text(max_size=4),
+    st.lists(st.builds(ToolCall, st.text(), st.text(), st.text()), max_size=2).map(tuple),
+    st.text(max_size=4),
+)
+rollouts = st.builds(
+    Rollout,
+    st.lists(st.builds(Turn, st.lists(tokens, min_size=1), completions()), min_size=1, max_size=3),
+    finite,
+    st.dictionaries(st.text(), finite, max_size=2),
+    truncated=st.booleans(),
+)
+
+
 @st.composite
 def groups(draw):
-    drawn = draw(st.lists(completions(), min_size=1, max_size=4))
-    size = {"min_size": len(drawn), "max_size": len(drawn)}
+    drawn = draw(st.lists(rollouts, min_size=1, max_size=4))
     teacher = None
     if draw(st.booleans()):
         teacher = [
-            draw(st.lists(float32s, min_size=len(c.token_ids), max_size=len(c.token_ids)))
-            for c in drawn
+            draw(st.lists(float32s, min_size=r.num_drawn, max_size=r.num_drawn)) for r in drawn
         ]
     return Group(
         number=draw(st.integers(0, 2**40)),
         policy_version=draw(st.integers(0, 2**40)),
-        drawn=Drawn(
-            Task(draw(st.text()), draw(st.dictionaries(st.text(), st.text()))),
-            draw(st.lists(tokens, min_size=1)),
-            drawn,
+        task=Task(
+            draw(st.text()),
+            draw(st.dictionaries(st.text(), st.text())),
+            draw(st.text()),
+            tuple(draw(st.lists(messages, max_size=2))),
         ),
-        rewards=draw(st.lists(st.floats(allow_nan=False), **size)),
+        rollouts=drawn,
         sample_s=draw(st.floats(0, 1e6)),
         reward_s=draw(st.floats(0, 1e6)),
         attempt=draw(st.integers(0, 100)),
@@ -74,23 +93,28 @@ def bits(group):
     """All that is in it; NaN is not equal to itself, but its bits are."""
     return dataclasses.replace(
         group,
-        drawn=dataclasses.replace(
-            group.drawn,
-            completions=[
-                dataclasses.replace(c, logprobs=np.float32(c.logprobs).tobytes())
-                for c in group.drawn.completions
-            ],
-        ),
+        rollouts=[
+            dataclasses.replace(rollout, turns=[turn_bits(turn) for turn in rollout.turns])
+            for rollout in group.rollouts
+        ],
         teacher_logprobs=None
         if group.teacher_logprobs is None
         else [np.float32(row).tobytes() for row in group.teacher_logprobs],
     )
 
 
+def turn_bits(turn):
+    logprobs = np.float32(turn.completion.logprobs).tobytes()
+    return Turn(turn.prompt_token_ids, dataclasses.replace(turn.completion, logprobs=logprobs))
+
+
 def group_of(number, *, attempt=0, rewards=(0.0, 1.0), task=TASKS[0]):
     spans = (PolicySpan(2, 3, "digest-3", "s1"),)
-    drawn = [Completion((5, 6 + n), (-0.1, -1 / 3), spans, "stop") for n in range(len(rewards))]
-    return Group(number, 3, Drawn(task, [1, 2, 3], drawn), list(rewards), 1.0, 0.5, attempt)
+    drawn = [
+        Rollout([Turn([1, 2, 3], Completion((5, 6 + n), (-0.1, -1 / 3), spans, "stop"))], reward)
+        for n, reward in enumerate(rewards)
+    ]
+    return Group(number, 3, task, drawn, 1.0, 0.5, attempt)
 
 
 def test_the_batch_of_groups_that_were_kept_is_the_same_bit_for_bit():
@@ -128,7 +152,7 @@ class Maker:
 
     async def logprobs(self, group):
         self.judged.append((group.number, group.attempt))
-        return [[-0.5] * len(completion.token_ids) for completion in group.drawn.completions]
+        return [[-0.5] * rollout.num_drawn for rollout in group.rollouts]
 
 
 def supply(maker, *, replacements, teacher=None):

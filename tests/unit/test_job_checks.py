@@ -48,7 +48,7 @@ class Mesh:
 
 def check_teacher(contexts=None, **distillation):
     mesh = Mesh(contexts=contexts)
-    checks = Checks(mesh, mesh, mesh, mesh.load_tokenizer)
+    checks = Checks(mesh, mesh, mesh, mesh, mesh, mesh.load_tokenizer)
     asyncio.run(checks.teacher("p", spec(distillation=distillation)))
 
 
@@ -100,7 +100,7 @@ def test_a_teacher_that_reads_less_than_is_drawn_is_refused():
 
 def check_completions(*max_lengths, completion="{answer}"):
     mesh = Mesh(max_lengths=max_lengths)
-    checks = Checks(mesh, mesh, mesh, lambda _: Letters())
+    checks = Checks(mesh, mesh, mesh, mesh, mesh, lambda _: Letters())
     asyncio.run(checks.completions(spec(sft={"completion": completion}), TASKS))
 
 
@@ -118,5 +118,5 @@ def test_a_completion_that_asks_for_what_a_task_has_not_is_refused():
 
 
 def test_a_job_that_learns_from_rewards_is_asked_nothing():
-    asyncio.run(Checks(None, None, None, None).teacher("p", spec()))
-    asyncio.run(Checks(None, None, None, None).completions(spec(), TASKS))
+    asyncio.run(Checks(*[None] * 6).teacher("p", spec()))
+    asyncio.run(Checks(*[None] * 6).completions(spec(), TASKS))

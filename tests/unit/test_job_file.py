@@ -59,7 +59,7 @@ def test_every_message_of_a_job_spec_is_compared():
         *("JobSpec", "AdapterSpec", "DatasetSpec", "Task", "GeneratorSpec", "PromptSpec"),
         *("ChatMessage", "RewardSpec", "AlgorithmSpec", "LearningRateSpec", "SamplingSpec"),
         *("StopSpec", "EvaluationSpec", "EvaluationSetSpec", "DistillationSpec", "SftSpec"),
-        *("CurriculumSpec",),
+        *("CurriculumSpec", "EnvironmentSpec"),
     }
 
 

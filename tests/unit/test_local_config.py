@@ -15,6 +15,7 @@ from services.coordinator.config import CoordinatorConfig
 from services.coordinator.datasets import generate
 from services.local.config import LocalConfig, complete
 from services.local.mesh import _alone_in, _reserved_port, _until_serving
+from services.reward.config import RewardConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 VALUES = {
@@ -50,6 +51,33 @@ def test_every_member_gets_its_address_and_the_coordinator_all_of_them(tmp_path)
         assert configs[name].blobs == str(tmp_path / "blobs")
 
 
+def test_an_environment_that_the_mesh_starts_is_one_that_the_reward_service_knows(tmp_path):
+    values = {
+        **VALUES,
+        "reward": {"environments": [{"name": "far", "addresses": ["far:7000"]}]},
+        "environments": [
+            {"name": "near", "command": ["python", "near.py"], "max_concurrent": 7},
+            {"name": "other", "command": ["./other", "--fast"], "remote_name": "its-own"},
+        ],
+    }
+    config = LocalConfig.parse(values, source="test")
+    assert list(config.programs()) == ["environment-near", "environment-other"]
+    names = [*config.members(), *config.programs()]
+    addresses = {name: f"127.0.0.1:{port}" for port, name in enumerate(names, start=1)}
+    reward = complete(config, addresses, tmp_path)["reward"]
+    text = yaml.safe_dump(reward.model_dump(mode="json", exclude_unset=True))
+    assert yaml.safe_load(text)["environments"] == [
+        {"name": "far", "addresses": ["far:7000"]},
+        {"name": "near", "addresses": [addresses["environment-near"]], "max_concurrent": 7},
+        {
+            "name": "other",
+            "addresses": [addresses["environment-other"]],
+            "remote_name": "its-own",
+        },
+    ]
+    assert RewardConfig.parse(yaml.safe_load(text), source="test") == reward
+
+
 def test_what_is_written_for_a_service_reads_back_the_same(tmp_path):
     config = LocalConfig.load(ROOT / "examples" / "local.yaml")
     addresses = dict.fromkeys(config.members(), "127.0.0.1:1")
@@ -73,6 +101,26 @@ def test_what_is_written_for_a_service_reads_back_the_same(tmp_path):
         pytest.param(("samplers",), [], "samplers: ", id="no sampler"),
         pytest.param(("coordinator",), None, "coordinator: ", id="not a section"),
         pytest.param(("trainers",), {}, "trainers: ", id="not a list"),
+        pytest.param(
+            ("environments",),
+            [{"name": "game", "command": []}],
+            "environments[0].command: ",
+            id="no program",
+        ),
+        pytest.param(
+            ("environments",),
+            [{"name": "game", "command": ["game"]}] * 2,
+            "environments: there are two of the name game",
+            id="two of a name",
+        ),
+        *(
+            pytest.param(
+                ("environments",),
+                [{"name": "game", "command": ["game"], key: value}],
+                f"environments: {key!r} is chosen when the mesh starts",
+            )
+            for key, value in {"addresses": ["127.0.0.1:1"], "tls": {}}.items()
+        ),
         *(
             pytest.param(
                 path, "127.0.0.1:1", f"{path[0]}: {path[-1]!r} is chosen when the mesh starts"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from rollmesh.job import Warned
 from services.coordinator import loop
-from services.coordinator.groups import group_from_bytes
+from services.coordinator.group_bytes import group_from_bytes
 from services.coordinator.rollouts import TaskOrder, derived_seed
 from tests.fakes.job_mesh import TASKS, Context, JobMesh, held_out, spec
 from tests.fakes.virtual_time import VirtualTimeLoop, simulate

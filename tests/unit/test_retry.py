@@ -16,7 +16,8 @@ class Peer:
     def __init__(self, *answers):
         self.answers = list(answers)
         self.warnings = []
-        self.patience = Patience("reward", self.warn)
+        self.problems = {}
+        self.patience = Patience("reward", self.warn, self.problems)
 
     async def warn(self, warned):
         self.warnings.append((warned.reason, warned.message))
@@ -82,7 +83,7 @@ def test_patience_counts_from_the_first_failure_however_long_the_attempt_was():
 def test_an_outage_is_told_once_until_nobody_waits_any_more():
     async def scenario():
         peer = Peer()
-        outage = Outage("sampler", peer.warn)
+        outage = Outage("sampler", peer.warn, peer.problems)
         async with outage.noticed() as first:
             async with outage.noticed() as second:
                 await first("a")

@@ -12,35 +12,6 @@ if TYPE_CHECKING:
     from rollmesh.errors import MeshError
     from services.coordinator.fleet.membership import Fleet
 
-TICK_S = 0.25
-
-
-@contextlib.asynccontextmanager
-async def in_ticks(limit_s: float) -> AsyncIterator[None]:
-    """`asyncio.timeout`, except that a busy loop takes however long it was busy for one tick.
-
-    Else a coordinator that is held up itself would find that nobody had answered in time.
-    """
-    loop = asyncio.get_running_loop()
-    num_left = round(limit_s / TICK_S)
-    ticking: asyncio.TimerHandle
-
-    async with asyncio.timeout(None) as limit:
-
-        def tick() -> None:
-            nonlocal num_left, ticking
-            num_left -= 1
-            if num_left:
-                ticking = loop.call_later(TICK_S, tick)
-            else:
-                limit.reschedule(loop.time())
-
-        ticking = loop.call_later(TICK_S, tick)
-        try:
-            yield
-        finally:
-            ticking.cancel()
-
 
 class Limits:
     """Limits that run only while something about a fleet is amiss."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     # Only named in quotes.
+    from rollmesh import chat
     from services.coordinator.ports import RewardPort, SamplerPort, TrainerPort  # noqa: F401
 
 Port = TypeVar("Port")
@@ -37,7 +38,7 @@ class FleetMember(Generic[Port, Info]):
 
 Trainer = FleetMember["TrainerPort", types.TrainerInfo]
 Sampler = FleetMember["SamplerPort", types.SamplerInfo]
-Reward = FleetMember["RewardPort", "list[types.RewardFunctionInfo]"]
+Reward = FleetMember["RewardPort", "list[chat.EnvironmentStatus]"]
 
 
 class Fleet(Protocol):
@@ -73,6 +74,10 @@ class Fleet(Protocol):
 
     def base_models(self) -> list[str]:
         """Base models that some member has ever said to serve, sorted."""
+        ...
+
+    def environment(self, name: str) -> chat.EnvironmentStatus | None:
+        """How an environment was when the reward service last said it; None: it knows none such."""
         ...
 
     def snapshot(self, num_queued_requests: int) -> types.Fleet:

@@ -12,9 +12,9 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from rollmesh import types
+from rollmesh import chat, types
 from rollmesh.errors import MeshError
-from services.coordinator.fleet.limits import in_ticks
+from rollmesh.ticks import in_ticks
 from services.coordinator.fleet.membership import FleetMember, Info, Port
 from services.coordinator.fleet.refusals import Refusals
 
@@ -55,7 +55,7 @@ class StaticFleet:
             for address, port in sorted(samplers.items())
         ]
         self._rewards: list[Reward] = [
-            FleetMember("reward", address, port, port.list_functions)
+            FleetMember("reward", address, port, port.list_environments)
             for address, port in sorted(rewards.items())
         ]
         self._clock = clock
@@ -117,6 +117,13 @@ class StaticFleet:
         sampled = {member.info.base_model for member in self._samplers if member.info}
         return sorted(trained | sampled)
 
+    def environment(self, name: str) -> chat.EnvironmentStatus | None:
+        """How an environment was when the reward service last said it; None: it knows none such."""
+        return next((status for _, status in self._environments() if status.name == name), None)
+
+    def _environments(self) -> list[tuple[Reward, chat.EnvironmentStatus]]:
+        return [(member, status) for member in self._rewards for status in member.info or []]
+
     def snapshot(self, num_queued_requests: int) -> types.Fleet:
         """Every member as it is seen now, by role and address."""
         return types.Fleet(
@@ -143,6 +150,17 @@ class StaticFleet:
                     for member in self._samplers
                 ),
                 *(_told(member) for member in self._rewards),
+                *(
+                    types.Member(
+                        role="environment",
+                        address=status.name,
+                        serving=member.serving and status.serving,
+                        problem=status.problem if member.serving else member.problem,
+                        num_running=status.num_running,
+                        update_time=member.update_time,
+                    )
+                    for member, status in self._environments()
+                ),
             ),
             num_queued_requests=num_queued_requests,
         )

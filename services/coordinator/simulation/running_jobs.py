@@ -10,7 +10,7 @@ from services.coordinator.buffer import RolloutBuffer
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-    from services.coordinator.rollouts import Group
+    from services.coordinator.groups import Group
     from services.coordinator.simulation.jobs import JobModel
     from services.coordinator.simulation.trace import Phase
 

@@ -34,6 +34,8 @@ class _MemberRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MemberRole
     """Samples completions."""
     MEMBER_ROLE_REWARD: _MemberRole.ValueType  # 3
     """Scores completions."""
+    MEMBER_ROLE_ENVIRONMENT: _MemberRole.ValueType  # 4
+    """An environment that the reward service reaches: all its replicas together."""
 
 class MemberRole(_MemberRole, metaclass=_MemberRoleEnumTypeWrapper):
     """What a member does."""
@@ -46,6 +48,8 @@ MEMBER_ROLE_SAMPLER: MemberRole.ValueType  # 2
 """Samples completions."""
 MEMBER_ROLE_REWARD: MemberRole.ValueType  # 3
 """Scores completions."""
+MEMBER_ROLE_ENVIRONMENT: MemberRole.ValueType  # 4
+"""An environment that the reward service reaches: all its replicas together."""
 Global___MemberRole: _TypeAlias = MemberRole  # noqa: Y015
 
 @_typing.final
@@ -66,11 +70,11 @@ class Member(_message.Message):
     role: Global___MemberRole.ValueType
     """What it does."""
     address: _builtins.str
-    """host:port of its gRPC server."""
+    """host:port of its gRPC server. Of an environment its name."""
     serving: _builtins.bool
     """Whether it answered the coordinator's last poll."""
     base_model: _builtins.str
-    """Name of the base model it serves. Empty: none (reward)."""
+    """Name of the base model it serves. Empty: none (reward, environment)."""
     problem: _builtins.str
     """Why it is not serving. Of one that serves: "draining" where it was told to end and so finishes
     what it has and is given nothing more, or what some job holds against it. Empty: nothing.
@@ -78,7 +82,9 @@ class Member(_message.Message):
     num_adapters: _builtins.int
     """Adapters (trainer) or policy versions (sampler) that it holds."""
     num_running: _builtins.int
-    """Completions being drawn, for whomever, as the sampler itself said at that poll."""
+    """Completions being drawn, for whomever, as the sampler itself said at that poll; of an environment
+    episodes and Score calls.
+    """
     backend: _builtins.str
     """The engine behind it, e.g. "vllm", "transformers", "torch". Empty: none."""
     @_builtins.property

@@ -417,7 +417,7 @@ class ListTasksResponse(_message.Message):
     """What the next page is asked for with. Empty: this is the last one."""
     @_builtins.property
     def tasks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Task]:
-        """The tasks of this page."""
+        """The tasks of this page; none only on the last."""
 
     def __init__(
         self,

@@ -1,0 +1,96 @@
+"""Chats as chat templates take them, and what a model wrote as a message.
+
+Tool calls are written and read in the form that Hermes models introduced and Qwen, SmolLM and many
+others share: `<tool_call>{"name": …, "arguments": {…}}</tool_call>`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+from rollmesh.chat import Message, ToolCall
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from rollmesh.chat import Tool
+    from services.coordinator.ports import Tokenizer
+
+_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+
+
+def template_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
+    """In the form of OpenAI's chat completions; arguments as objects, as templates want them."""
+    return [_template_message(message) for message in messages]
+
+
+def template_tools(tools: Iterable[Tool]) -> list[dict[str, Any]] | None:
+    """The same of tools; None: there are none."""
+    found = [
+        {
+            "type": "function",
+            "function": {
+                "name": tool.name,
+                "description": tool.description,
+                "parameters": json.loads(tool.parameters_schema_json or "{}"),
+            },
+        }
+        for tool in tools
+    ]
+    return found or None
+
+
+def answer_of(token_ids: Sequence[int], tokenizer: Tokenizer, *, num_calls: int = 0) -> Message:
+    """What a model wrote, as the assistant's message: its text, and the tools that it calls.
+
+    A call that is no JSON object with a name is not one, and stays in the text. `num_calls`: of the
+    episode before, so that ids do not come twice.
+    """
+    calls: list[ToolCall] = []
+
+    def take(match: re.Match[str]) -> str:
+        call = _call(match[1], num_calls + len(calls))
+        if call is None:
+            return match[0]
+        calls.append(call)
+        return ""
+
+    # To some tokenizers the tags are special tokens too.
+    text = tokenizer.decode(token_ids, skip_special_tokens=False)
+    if "<tool_call>" not in text:
+        return Message("assistant", tokenizer.decode(token_ids))
+    for token in tokenizer.special_tokens:
+        if token not in {"<tool_call>", "</tool_call>"}:
+            text = text.replace(token, "")
+    content = _CALL.sub(take, text)
+    return Message("assistant", content.strip() if calls else content, tuple(calls))
+
+
+def _call(text: str, number: int) -> ToolCall | None:
+    try:
+        call = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        return None
+    # JSON may escape half a character, which no text on the wire can hold; escaped it stays so.
+    name = call["name"].encode(errors="replace").decode()
+    return ToolCall(f"call_{number}", name, json.dumps(call.get("arguments", {})))
+
+
+def _template_message(message: Message) -> dict[str, Any]:
+    found: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        found["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": json.loads(call.arguments_json)},
+            }
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id:
+        found["tool_call_id"] = message.tool_call_id
+    return found

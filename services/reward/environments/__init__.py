@@ -1,0 +1,1 @@
+"""The environments that the reward service knows, and how calls reach them."""
