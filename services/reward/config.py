@@ -23,7 +23,7 @@ class SandboxConfig(Config):
     passes its test at start; where none does, functions that need one are refused. One that is
     named must pass, or the service does not start."""
     max_runs: PositiveInt = 2
-    """Programs that run at once; more of them wait."""
+    """Completions that are run at once; more of them wait. The tests of each run beside it."""
     max_cpu_s: Annotated[float, Field(gt=0, le=600)] = 30.0
     """Most seconds of processor time that a caller may ask for one program."""
     max_memory_mib: Annotated[int, Field(ge=32, le=65536)] = 1024

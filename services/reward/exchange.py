@@ -92,8 +92,8 @@ class Exchange:
 
     async def tell(self, score: ItemScore) -> None:
         """Tell what an item is worth."""
-        async with self._saying:  # One at a time, as gRPC wants it.
-            await self._say(score)
+        async with self._saying:
+            await self._say_whole(score)
 
     async def ask(self, question: Question) -> str:
         """The caller's answer to `question`, which gets its number here."""
@@ -103,8 +103,22 @@ class Exchange:
             if self._ended:
                 raise _unanswered(number)
             self._waiting[number] = answered
-            await self._say(replace(question, number=number))
+            await self._say_whole(replace(question, number=number))
         return await answered
+
+    async def _say_whole(self, said: ItemScore | Question) -> None:
+        """One at a time, and each to its end, even when another task has failed meanwhile.
+
+        gRPC never ends a call in which a message was broken off: nobody would hear of the failure.
+        """
+        saying = asyncio.ensure_future(self._say(said))
+        try:
+            await asyncio.shield(saying)
+        except asyncio.CancelledError:
+            await asyncio.wait([saying])
+            if not saying.cancelled():
+                saying.exception()  # The caller may be gone.
+            raise
 
 
 def _unanswered(number: int) -> InvalidRequest:

@@ -424,6 +424,16 @@ async def test_no_caller_takes_more_than_the_service_allows(worth, parameters, f
     assert caught.value.context["field"] == field
 
 
+async def test_what_is_too_long_is_not_run(worth):
+    comment = "#" * (1 << 20)
+    assert (await worth(f"{comment}\n{ADD}", WRONG)).feedback == "longer than 1048576 characters"
+    assert (await worth(f"{ADD}{comment[: 1 << 19]}", WRONG)).reward == 1
+    long = {"tests": ["assert add(1, 2) == 3"], "setup": comment * 4}
+    with pytest.raises(InvalidRequest, match="longer than 4194304 characters"):
+        await worth(ADD, long)
+    assert (await worth(ADD, long | {"setup": comment * 3})).reward == 1
+
+
 async def test_failures_are_told(worth):
     scored = await worth(
         ADD, "assert add(1, 2) == 4\nassert add(1, '2') == 3\nassert add(1, 2) == 3"

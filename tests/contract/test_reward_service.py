@@ -254,6 +254,17 @@ async def test_what_does_not_belong_on_a_call_is_invalid(reward_channel, request
     assert match in str(error)
 
 
+async def test_a_call_that_fails_while_something_is_said_ends_all_the_same(reward_channel):
+    for _ in range(100):
+        call = RewardServiceStub(reward_channel).ScoreEach()
+        # The second is wrong at the moment at which the first one's question is said.
+        await call.write(batch("llm_judge", JUDGE, "x"))
+        await call.write(batch("llm_judge", JUDGE, "x"))
+        with pytest.raises(grpc.aio.AioRpcError, match="a second one"):
+            async for _ in call:
+                pass
+
+
 async def test_a_caller_that_goes_away_leaves_no_batch(reward_channel, client):
     for _ in range(10):  # More than max_batches.
         call = RewardServiceStub(reward_channel).ScoreEach()

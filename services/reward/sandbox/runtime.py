@@ -67,16 +67,28 @@ class Runtime:
 def runtime() -> Iterator[Runtime]:
     """Make the tree, and remove it in the end. Blocks for up to some seconds."""
     _sweep()
-    made = Runtime(Path(tempfile.mkdtemp(prefix=_PREFIX)))
-    lock = os.open(made.folder, os.O_RDONLY)
+    folder, lock = _folder()
+    made = Runtime(folder)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         made.folder.chmod(0o755)
         _fill(made.root)
         yield made
     finally:
         shutil.rmtree(made.folder, ignore_errors=True)
         os.close(lock)
+
+
+def _folder() -> tuple[Path, int]:
+    """A new folder, and the file that holds its lock."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        # Until it is locked, another service that starts now may take it for one that was left.
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(folder, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if folder.exists():
+                return folder, lock
+            os.close(lock)
 
 
 def _sweep() -> None:

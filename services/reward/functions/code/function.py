@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from services.reward.functions.function import Means
     from services.reward.sandbox import Place, Sandbox
 
+MAX_CODE = 1 << 20
+"""Characters of code that a completion may have."""
 _MAX_FEEDBACK = 20
 """Failures that are told."""
 
@@ -58,11 +60,12 @@ async def code_tests(item: ScoreItem, parameters: CodeTests, means: Means) -> Sc
     limits = _limits(parameters, means.sandbox)
     reference = code_reference(item.reference)
     code = fenced(item.completion) if parameters.find == "fence" else None
+    code = item.completion if code is None else code
+    if len(code) > MAX_CODE:
+        return Scored(0.0, feedback=f"longer than {MAX_CODE} characters")
+    tally = _Tally(stops=parameters.reward == "all")
     async with means.sandbox.place() as place:
-        tally = _Tally(stops=parameters.reward == "all")
-        await _judge(
-            tally, place, item.completion if code is None else code, reference, parameters, limits
-        )
+        await _judge(tally, place, code, reference, parameters, limits)
     return tally.scored()
 
 

@@ -13,6 +13,8 @@ from rollmesh.errors import InvalidRequest
 if TYPE_CHECKING:
     from typing import NoReturn
 
+MAX_REFERENCE = 4 << 20
+"""Characters of one reference."""
 MAX_TESTS = 256
 """Tests, and cases, of one reference."""
 
@@ -45,6 +47,8 @@ def code_reference(reference: str) -> CodeReference:
     Raises:
         InvalidRequest: another object, or nothing to test.
     """
+    if len(reference) > MAX_REFERENCE:
+        _refuse(f"it is longer than {MAX_REFERENCE} characters", reference)
     try:
         values = json.loads(reference)
     except (ValueError, RecursionError):
