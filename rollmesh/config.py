@@ -244,7 +244,7 @@ def _keys_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str]
         if inner is None:
             return []
         current = inner
-    return list(current.model_fields)
+    return [field.alias or name for name, field in current.model_fields.items()]
 
 
 @functools.cache

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rollmesh.chat import EnvironmentInfo
-from rollmesh.cli.options import Json
+from rollmesh.cli.fleet import state_of
+from rollmesh.cli.options import ADDRESS, Address, Json, ask
 from rollmesh.cli.output import one_line, print_fields, print_json, print_table
 
 if TYPE_CHECKING:
@@ -69,6 +70,20 @@ def check(
         _print_reports(reports)
     if not all(report.passed for report in reports):
         raise typer.Exit(1)
+
+
+@app.command("list")
+def list_(address: Address = ADDRESS, *, as_json: Json = False) -> None:
+    """Show the environments that the mesh knows, by the names that jobs call them."""
+    fleet = ask(address, lambda client: client.fleet.get())
+    members = [member for member in fleet.members if member.role == "environment"]
+    if as_json:
+        print_json({"environments": members})
+        return
+    print_table(
+        ("NAME", "STATE", "RUNNING"),
+        ((member.address, state_of(member), str(member.num_running)) for member in members),
+    )
 
 
 @app.command()

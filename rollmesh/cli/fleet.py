@@ -45,7 +45,7 @@ def fleet(context: typer.Context, address: Address = ADDRESS, *, as_json: Json =
             (
                 member.role,
                 member.address,
-                _state(member),
+                state_of(member),
                 member.base_model,
                 member.backend,
                 str(member.num_adapters) if member.base_model else "",
@@ -157,6 +157,7 @@ def _print_quotas(answer: types.Schedule) -> None:
     )
 
 
-def _state(member: types.Member) -> str:
+def state_of(member: types.Member) -> str:
+    """Whether it serves, and what is the matter with it."""
     state = "serving" if member.serving else "not serving"
     return f"{state}: {one_line(member.problem)}" if member.problem else state

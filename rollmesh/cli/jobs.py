@@ -203,6 +203,7 @@ def _print_job(job: Job) -> None:
             if job.state_reason
             else job.state,
             "Queue": _queue(job.queue) if job.queue else "",
+            "Waits": "; ".join(map(one_line, job.problems)),
             "Step": f"{job.step}/{job.spec.stop.max_steps}",
             "Base model": job.spec.base_model,
             "Adapter": job.adapter,

@@ -9,14 +9,13 @@ def score(task: Task, answer: str) -> float:
 serve(reverse)
 """
 
-from rollmesh.chat import Answered, Message, Response, Scored, Task, Tool, ToolCall
+from rollmesh.chat import Message, Response, Scored, Task, Tool, ToolCall
 from rollmesh.environment.author import Environment
 from rollmesh.environment.episode import Episode, NoMoreActions
 from rollmesh.environment.server import run, serve, serving
 from rollmesh.environment.tasks import Generated, task_of
 
 __all__ = [
-    "Answered",
     "Environment",
     "Episode",
     "Generated",

@@ -7,6 +7,7 @@ import inspect
 import logging
 import math
 import threading
+import time
 from typing import TYPE_CHECKING, cast
 
 from rollmesh import chat
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 MAX_AT_ONCE = 256
 """Items of one batch that a coroutine scores at once; the rest of the batch waits."""
+
+TURN_S = 0.05
+"""Seconds after which a batch makes way for others in its threads, once its item is scored."""
 
 log = logging.getLogger(__name__)
 
@@ -58,25 +62,40 @@ class Scorer:
         # Going to a thread costs more than most functions do, so each takes many items.
         gone = threading.Event()
         num_parts = min(self._num_threads, len(items))
-        parts = [items[first::num_parts] for first in range(num_parts)]
-        loop = asyncio.get_running_loop()
         try:
-            scored = await asyncio.gather(
-                *(loop.run_in_executor(self._threads, self._part, part, gone) for part in parts)
-            )
+            async with asyncio.TaskGroup() as tasks:
+                parts = [
+                    tasks.create_task(self._score_part(items[first::num_parts], gone))
+                    for first in range(num_parts)
+                ]
         finally:
             gone.set()
+        scored = [part.result() for part in parts]
         return [scored[place % num_parts][place // num_parts] for place in range(len(items))]
 
-    def _part(self, items: Sequence[chat.Answered], gone: threading.Event) -> list[chat.Scored]:
+    async def _score_part(
+        self, items: Sequence[chat.Answered], gone: threading.Event
+    ) -> list[chat.Scored]:
+        loop = asyncio.get_running_loop()
+        scores: list[chat.Scored] = []
+        while len(scores) < len(items):
+            rest = items[len(scores) :]
+            scores += await loop.run_in_executor(self._threads, self._score_some, rest, gone)
+        return scores
+
+    def _score_some(
+        self, items: Sequence[chat.Answered], gone: threading.Event
+    ) -> list[chat.Scored]:
+        """The scores of the first of `items`, as many as a turn has time for."""
+        until = time.monotonic() + TURN_S
         scores: list[chat.Scored] = []
         for item in items:
-            if gone.is_set():
-                break
             try:
                 scores.append(_scored(self._call(item)))
             except Exception as error:  # noqa: BLE001 - the author's code may raise anything
                 scores.append(_failed(item, error))
+            if gone.is_set() or time.monotonic() > until:
+                break
         return scores
 
     def _call(self, item: chat.Answered) -> object:

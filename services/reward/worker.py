@@ -14,6 +14,7 @@ import resource
 import signal
 import sys
 import traceback
+import warnings
 from dataclasses import asdict
 from typing import Any
 
@@ -30,7 +31,9 @@ def main() -> None:
     """Serve standard input to its end; the argument is the bound in seconds of processor time."""
     limit_s = float(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
-    logging.disable()  # math-verify's remarks on each text that it cannot read
+    # What libraries remark on texts that they cannot read.
+    logging.disable()
+    warnings.simplefilter("ignore")
     with os.fdopen(os.dup(sys.stdout.fileno()), "w") as answers:
         # A library that prints must not break the protocol.
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

@@ -477,6 +477,34 @@ async def test_the_fleet_is_shown_with_what_is_wrong(coordinator, rollmesh):
     assert "serving: drifts" in " ".join(shown.split())
 
 
+async def test_environments_are_listed_by_the_names_that_jobs_call_them(coordinator, rollmesh):
+    coordinator.fleet = types.Fleet(
+        members=(
+            types.Member("reward", "127.0.0.1:1", serving=True),
+            types.Member("environment", "maze", serving=True, num_running=17),
+            types.Member("environment", "shop", serving=False, problem="no replica\nanswers"),
+        )
+    )
+    listed = (await rollmesh("environment", "list", "--json")).json["environments"]
+    assert [(each["address"], each["num_running"]) for each in listed] == [
+        ("maze", 17),
+        ("shop", 0),
+    ]
+    shown = " ".join((await rollmesh("environment", "list")).stdout.split())
+    assert "maze serving 17" in shown
+    assert "shop not serving: no replica answers 0" in shown
+    assert "127.0.0.1:1" not in shown
+
+
+async def test_a_job_says_what_it_waits_for_because_that_is_away(coordinator, rollmesh, job_file):
+    await rollmesh("job", "create", str(job_file), "--id", "j")
+    name = "projects/default/jobs/j"
+    problems = ["the environment 'maze' is away: no replica answers"]
+    coordinator.jobs[name] = coordinator.jobs[name].model_copy(update={"problems": problems})
+    assert problems[0] in " ".join((await rollmesh("job", "get", "j")).stdout.split())
+    assert (await rollmesh("job", "get", "j", "--json")).json["problems"] == problems
+
+
 async def test_the_schedule_is_explained_of_a_project_a_job_or_a_request(coordinator, rollmesh):
     coordinator.schedule = types.Schedule(
         waiting=(

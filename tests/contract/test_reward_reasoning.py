@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -140,29 +141,30 @@ EVIL = [
 ]
 
 
-@pytest.mark.parametrize("answer", EVIL)
-async def test_no_answer_runs(package, workers, answer, tmp_path):
+# Those that would evaluate it, were their eval and parse_expr not replaced.
+EVALUATING = [
+    "countdown", "puzzle24", "simple_integration", "intermediate_integration",
+    "polynomial_multiplication", "n_queens", "spiral_matrix", "binary_matrix",
+    "string_insertion", "number_sorting", "bitwise_arithmetic",
+]  # fmt: skip
+
+
+async def test_no_answer_and_no_entry_runs(workers, tmp_path):
     file = tmp_path / "made"
-    answer = answer.replace("FILE", str(file))
-    evil_entry = {
-        "question": "", "answer": answer, "metadata": {
-            "integrand": answer, "problem": answer, "numbers": [1], "target": 1, "variable": "x",
-        },
-    }  # fmt: skip
-    for name in (
-        "countdown", "puzzle24", "simple_integration", "intermediate_integration",
-        "polynomial_multiplication", "n_queens", "spiral_matrix", "binary_matrix",
-        "string_insertion", "number_sorting", "bitwise_arithmetic",
-    ):  # fmt: skip
-        where = {"seed": 1, "index": 0, "size": 1}
-        for reference in (where, evil_entry):
-            item = ScoreItem(f"<answer>{answer}</answer>", json.dumps(reference))
-            try:
-                scored = await workers.score("reasoning_gym", {"dataset": name}, item)
-            except InvalidRequest:
-                continue
-            assert scored.reward < 1 or reference is evil_entry
-    assert not file.exists()
+    where = json.dumps({"seed": 1, "index": 0, "size": 1})
+    for text in EVIL:
+        answer = text.replace("FILE", str(file))
+        metadata = dict.fromkeys(("integrand", "problem"), answer)
+        metadata |= {"numbers": [1], "target": 1, "variable": "x"}
+        entry = json.dumps({"question": "", "answer": answer, "metadata": metadata})
+        for name in EVALUATING:
+            item = ScoreItem(f"<answer>{answer}</answer>", where)
+            scored = await workers.score("reasoning_gym", {"dataset": name}, item)
+            assert scored.reward < 0.1, (name, answer)
+            with contextlib.suppress(InvalidRequest):
+                item = ScoreItem(f"<answer>{answer}</answer>", entry)
+                await workers.score("reasoning_gym", {"dataset": name}, item)
+            assert not file.exists(), (name, answer)
 
 
 @pytest.mark.parametrize(

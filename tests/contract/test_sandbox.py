@@ -126,7 +126,9 @@ async def test_a_sandbox_that_does_not_come_up_says_why(made, tool):
         name = tool.name
 
         def command(self, user, limits, control, python):
-            return contextlib.nullcontext(Command(["/bin/sh", "-c", "echo broken >&2; exit 1"]))
+            return contextlib.nullcontext(
+                Command(["/bin/sh", "-c", "echo broken >&2; exit 1"], [control])
+            )
 
     with pytest.raises(Unavailable, match=f"{tool.name} made no sandbox: broken"):
         await Sandbox(Broken(), max_runs=1).run(Program({"main.py": b""}))

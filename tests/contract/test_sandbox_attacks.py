@@ -331,6 +331,42 @@ async def test_only_three_files_are_open(attack):
     assert outcome.stdout == b"0\n1\n2\n"
 
 
+async def test_the_pair_of_sockets_that_asyncio_needs_reaches_nobody(attack):
+    name = f"\0sandbox-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
+        server.bind(name)
+        server.settimeout(0)
+        outcome = await attack(
+            f"""
+            import socket
+            pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+            try:
+                print("sent", pair[0].sendto(b"x", {name!r}))
+            except OSError as error:
+                print(type(error).__name__)
+            """
+        )
+        assert outcome.stdout == b"ConnectionRefusedError\n"
+        with pytest.raises(BlockingIOError):
+            server.recv(1)
+
+
+async def test_a_daemon_does_not_come_to_be(attack):
+    outcome = await attack(
+        """
+        import os, time
+        for _ in range(2):
+            try:
+                if os.fork():
+                    os._exit(0)
+                os.setsid()
+            except PermissionError:
+                print("alone")
+        """
+    )
+    assert (outcome.is_well, outcome.stdout) == (True, b"alone\nalone\n")
+
+
 async def test_threads_are_bounded(attack):
     outcome = await attack(
         """
@@ -346,7 +382,8 @@ async def test_threads_are_bounded(attack):
     )
     count, _, said = outcome.stdout.decode().partition(" ")
     assert said == "can't start new thread\n"
-    assert 1 <= int(count) <= LIMITS.num_threads
+    # Of bubblewrap a process of its own counts too.
+    assert 1 <= int(count) <= LIMITS.num_threads + 1
 
 
 async def test_open_files_are_bounded(attack):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import threading
+import time
 
 import pytest
 
@@ -401,6 +403,23 @@ async def test_a_batch_of_a_size_that_is_not_allowed_is_refused(count):
             await host.score("", answers(*["x"] * count))
         assert caught.value.context["allowed"] == "1 to 4"
         assert len(await host.score("", answers(*["x"] * 4))) == 4
+
+
+async def test_a_slow_batch_holds_no_other_up():
+    scored = itertools.count()
+
+    def slow(task, answer):
+        if answer == "slow":
+            time.sleep(0.03)
+            next(scored)
+        return 1.0
+
+    async with hosting(made(score=slow)) as host:
+        long = asyncio.ensure_future(host.score("", answers(*["slow"] * 600)))
+        await asyncio.sleep(0)
+        await host.score("", answers("quick"))
+        assert next(scored) < 300  # A turn of each thread, and not the whole batch.
+        assert len(await long) == 600
 
 
 async def test_a_batch_whose_caller_is_gone_is_scored_no_further():

@@ -74,6 +74,11 @@ def test_what_is_no_schema_is_refused_by_name(schema):
     assert caught.value.context["field"] == "reference"
 
 
+def test_a_misspelt_parameter_is_told_by_the_name_that_callers_use():
+    with pytest.raises(InvalidRequest, match="did you mean 'schema'"):
+        worth("1", shema={})
+
+
 @pytest.mark.parametrize("reference", ["", "x", "[]", "1"])
 def test_a_reference_that_is_no_object_is_refused(reference):
     with pytest.raises(InvalidRequest, match="not a JSON Schema") as caught:

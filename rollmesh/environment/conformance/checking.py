@@ -12,6 +12,7 @@ from rollmesh.api.environment.v1.environment_service_pb2_grpc import Environment
 from rollmesh.environment.conformance import (
     episode_rules,
     load_rules,
+    refusal_rules,
     score_rules,
     serving_rules,
     task_rules,
@@ -29,6 +30,7 @@ RULES: tuple[Rule, ...] = (
     *task_rules.RULES,
     *score_rules.RULES,
     *episode_rules.RULES,
+    *refusal_rules.RULES,
     *load_rules.RULES,
 )
 """All rules, in the order in which they are judged."""

@@ -7,8 +7,8 @@ import contextlib
 from typing import TYPE_CHECKING, TypeAlias
 
 from rollmesh.errors import FailedPrecondition, MeshError
+from services.reward.sandbox.places import Sandbox
 from services.reward.sandbox.runtime import runtime
-from services.reward.sandbox.sandbox import Sandbox
 from services.reward.sandbox.self_test import weakness
 from services.reward.sandbox.tools import Bubblewrap, Nsjail
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from services.reward.sandbox.limits import Program
 
 if TYPE_CHECKING:
-    from services.reward.sandbox.sandbox import Sandbox
+    from services.reward.sandbox.places import Sandbox
 
 
 async def start_s(sandbox: Sandbox, *, runs: int) -> float:

@@ -1,7 +1,7 @@
 """A file system with a Python and nothing else, which every run sees, read-only, as its root.
 
-It is a copy of the interpreter that runs the service, made when the service starts, readable for
-all (the service may run as root, a sandbox never does) and gone when the service ends.
+It has the files of the interpreter that runs the service. It is made when the service starts, where
+all may read it (the service may run as root, a sandbox never does), and gone when the service ends.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import sysconfig
@@ -64,7 +65,7 @@ class Runtime:
 
 @contextlib.contextmanager
 def runtime() -> Iterator[Runtime]:
-    """Make the tree, and remove it in the end. Blocks for about a second."""
+    """Make the tree, and remove it in the end. Blocks for up to some seconds."""
     _sweep()
     made = Runtime(Path(tempfile.mkdtemp(prefix=_PREFIX)))
     lock = os.open(made.folder, os.O_RDONLY)
@@ -101,17 +102,31 @@ def _fill(root: Path) -> None:
     for device in DEVICES:
         (root / device[1:]).touch()
     python = Path(sys._base_executable).resolve()  # type: ignore[attr-defined]  # noqa: SLF001
-    shutil.copy2(python, root / PYTHON[1:])
+    _take(python, root / PYTHON[1:])
     base = {"installed_base": sys.base_prefix, "platbase": sys.base_prefix}
     for library in {Path(sysconfig.get_path(name, vars=base)) for name in ("stdlib", "platstdlib")}:
         inside = root / "usr" / library.relative_to(sys.base_prefix)
-        shutil.copytree(library, inside, ignore=_LEFT_OUT, dirs_exist_ok=True)
+        shutil.copytree(library, inside, ignore=_LEFT_OUT, copy_function=_take, dirs_exist_ok=True)
     for name, source in _shared_libraries(python, [*(root / "usr").rglob("*.so")]):
         # The loader has its place; all others are found by LD_LIBRARY_PATH.
         target = root / name[1:] if name.startswith("/") else root / "usr/lib" / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source, target)
+        _take(Path(source), target)
     _compile(root / "usr/lib")
+    for path in root.rglob("*"):
+        if path.is_dir():
+            path.chmod(0o755)
+
+
+def _take(source: str | Path, target: str | Path) -> None:
+    """The same file where it can be had, else a copy: readable for all."""
+    path = Path(source)
+    if stat.S_IMODE(path.stat().st_mode) & 0o444 == 0o444:
+        with contextlib.suppress(OSError):  # Another file system, or another owner.
+            os.link(path.resolve(), target)
+            return
+    shutil.copy2(path, target)
+    Path(target).chmod(0o755)
 
 
 def _shared_libraries(python: Path, extensions: Sequence[Path]) -> set[tuple[str, str]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from services.reward.sandbox.limits import Limits, Program
 
 if TYPE_CHECKING:
-    from services.reward.sandbox.sandbox import Sandbox
+    from services.reward.sandbox.places import Sandbox
 
 # Each line that it prints is something that it could do and should not.
 _PROBE = b"""
@@ -45,7 +45,7 @@ for fd in range(3, 64):
     refused(f"has file {fd} open", lambda: os.fstat(fd))
 print("done")
 """
-_LIMITS = Limits(memory_bytes=128 << 20, file_bytes=1 << 19, num_files=32)
+_LIMITS = Limits(memory_bytes=128 << 20, file_bytes=1 << 19, num_files=32, idle_s=60)
 
 
 async def weakness(sandbox: Sandbox) -> str:

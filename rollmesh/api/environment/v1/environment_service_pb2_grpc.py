@@ -123,9 +123,10 @@ class EnvironmentServiceServicer:
         has no more actions (it ran out of turns or of context) half-closes: then the server may send one
         last response, with `done` and what the episode was worth, and ends the stream.
 
-        UNIMPLEMENTED: the environment has single turns only. INVALID_ARGUMENT: an action before `start`, a
-        second `start`, a message that is not the assistant's. RESOURCE_EXHAUSTED: limits.
-        max_concurrent_episodes are under way.
+        UNIMPLEMENTED: the environment has single turns only. INVALID_ARGUMENT: an action or the end of the
+        client's messages before `start`, a second `start`, a negative seed, a message that is not the
+        assistant's. NOT_FOUND: the task. RESOURCE_EXHAUSTED: limits.max_concurrent_episodes are under way.
+        A server reads `start` before it refuses: what a client says while it is refused is lost to it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -115,7 +115,7 @@ class Place:
         began = time.monotonic()
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            ours.setblocking(False)  # noqa: FBT003 - so it is called
+            ours.settimeout(0)
             python = ("-s", "-S", "-P", "-B", "-X", "utf8", "-c", _STAGE, str(theirs.fileno()))
             with self._sandbox.tool.command(self._user, limits, theirs.fileno(), python) as command:
                 process = await asyncio.create_subprocess_exec(
