@@ -118,7 +118,8 @@ class Stranger:
 
     def _options(self) -> list[tuple[str, str | int]]:
         options: list[tuple[str, str | int]] = [
-            *_options(STRANGERS_KEEPALIVE_S),
+            # Somebody waits for it to be back, and polls it anyway.
+            *_options(STRANGERS_KEEPALIVE_S, reconnect_s=0.5),
             ("grpc.enable_retries", 0),
             ("grpc.use_local_subchannel_pool", 1),
         ]
@@ -142,7 +143,7 @@ def read_credentials(tls: TlsConfig) -> grpc.ChannelCredentials:
     )
 
 
-def _options(keepalive_s: int) -> list[tuple[str, int]]:
+def _options(keepalive_s: int, *, reconnect_s: float = 2.0) -> list[tuple[str, int]]:
     return [
         *MESSAGE_OPTIONS,
         # Without these a peer that lost its power is noticed after minutes.
@@ -150,7 +151,7 @@ def _options(keepalive_s: int) -> list[tuple[str, int]]:
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_S * 1000),
         # A restarted peer is tried again soon, not after gRPC's default of up to two minutes.
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.max_reconnect_backoff_ms", 2_000),
+        ("grpc.max_reconnect_backoff_ms", int(reconnect_s * 1000)),
     ]
 
 

@@ -289,11 +289,6 @@ START = pb.EpisodeRequest(start=pb.Start(environment="game", task_id="t0"))
             "start.seed",
             id="a negative seed",
         ),
-        pytest.param(
-            [pb.EpisodeRequest(start=pb.Start(environment="game", task_id="t" * 256))],
-            "start.task_id",
-            id="a long id",
-        ),
     ],
 )
 async def test_what_is_no_episode_is_the_callers_mistake_and_leaves_nothing(world, requests, field):
@@ -305,6 +300,13 @@ async def test_what_is_no_episode_is_the_callers_mistake_and_leaves_nothing(worl
     assert type(error) is InvalidRequest
     assert error.context["field"] == field
     await until(lambda: world.game.open == world.status().num_running == 0)
+
+
+@pytest.mark.parametrize("task", ["", "t" * 256])
+async def test_a_task_that_no_environment_can_have_is_not_found(world, task):
+    with pytest.raises(NotFound, match="task_id"):
+        await begin(world, task)
+    assert world.game.begun == 0
 
 
 async def test_a_batch_without_items_is_refused(world):

@@ -122,7 +122,7 @@ async def test_a_service_that_ends_scores_nothing_more(router):
 
 async def test_what_can_never_work_is_refused(router):
     for task_id in ("", "t" * 256):
-        with pytest.raises(InvalidRequest, match="task_id"):
+        with pytest.raises(NotFound, match="task_id"):
             await router.get_task("numbers", task_id)
     with pytest.raises(InvalidRequest, match="page_size"):
         await router.list_tasks("numbers", "train", page_size=-1, page_token="")

@@ -17,8 +17,9 @@ from rollmesh.errors import (
 )
 from services.reward.environments.breaker import Breaker
 from services.reward.environments.config import BreakerConfig, EnvironmentConfig
-from services.reward.environments.replica import MOST_UNHEARD, SUSPECT_PAUSE_S
+from services.reward.environments.room import MOST_UNHEARD
 from services.reward.environments.run import Kind
+from services.reward.environments.watch import SUSPECT_PAUSE_S
 from tests.fakes.replicas import FakeServer, World, settled
 
 

@@ -139,17 +139,17 @@ class Admission:
             (
                 replica
                 for replica in self._replicas
-                if replica.takes_work(now) and replica.has_room(kind, now)
+                if replica.takes_work(now) and replica.room.has(kind, now)
             ),
             # Of those with as much to do, the one whose turn was longest ago.
-            key=lambda replica: (replica is avoid, replica.num_running, replica.last_begun),
+            key=lambda replica: (replica is avoid, replica.room.num_running, replica.last_begun),
             default=None,
         )
 
     def _num_free(self, kind: Kind, now: float) -> int:
         """Calls that wait for their turn alone, and not for room."""
         working = (replica for replica in self._replicas if replica.takes_work(now))
-        return sum(replica.num_free(kind, now) for replica in working)
+        return sum(replica.room.num_free(kind, now) for replica in working)
 
     def _begin(self, replica: Replica, kind: Kind) -> Run:
         replica.last_begun = next(self._begun)
@@ -173,7 +173,7 @@ class Admission:
         times = [
             when
             for replica in self._replicas
-            for when in (replica.full_until, replica.breaker.open_until)
+            for when in (replica.room.full_until, replica.breaker.open_until)
             if when is not None and when > now
         ]
         if self._none_since is not None:

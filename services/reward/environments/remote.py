@@ -62,7 +62,7 @@ class RemoteEnvironment:
     def break_off(self, error: Callable[[], MeshError]) -> None:
         """End what is under way with `error`, made anew for each."""
         for replica in self._replicas:
-            replica.break_off(error)
+            replica.room.break_off(error)
 
     def status(self) -> chat.EnvironmentStatus:
         """How it is now."""
@@ -73,7 +73,7 @@ class RemoteEnvironment:
             problem=self._replicas.problem(),
             num_replicas=len(self._replicas),
             num_serving=num_serving,
-            num_running=sum(replica.num_running for replica in self._replicas),
+            num_running=sum(replica.room.num_running for replica in self._replicas),
             num_waiting=self._admission.num_waiting,
         )
 
@@ -204,7 +204,7 @@ class RemoteEnvironment:
         return Unimplemented(f"environment {self.name!r} has no {what}", environment=self.name)
 
     def _count_episodes(self, change: int = 0) -> None:
-        num_episodes = sum(replica.num_episodes for replica in self._replicas)
+        num_episodes = sum(replica.room.num_episodes for replica in self._replicas)
         record("rollmesh.environment.episodes", num_episodes + change, environment=self.name)
 
 

@@ -97,7 +97,7 @@ class Replicas:
                     if replica.leaving != (place not in places):
                         replica.leaving = not replica.leaving
                         self._changed()
-                    if replica.leaving and replica.is_idle:
+                    if replica.leaving and replica.room.is_idle:
                         watching.pop(place).cancel()
                         del self._replicas[place]
             await asyncio.sleep(RESOLVE_INTERVAL_S)

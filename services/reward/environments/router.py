@@ -143,8 +143,14 @@ class Router:
 
 
 def _checked_id(task_id: str, *, field: str = "task_id") -> str:
+    """`task_id`, if a task may have it: what else it may be goes to no environment."""
     if not 1 <= len(task_id) <= chat.MAX_TASK_ID:
-        raise _invalid(field, task_id[:63], f"1 to {chat.MAX_TASK_ID} characters")
+        raise NotFound(
+            f"{field}: there is no task {task_id[:63]!r}: ids have 1 to {chat.MAX_TASK_ID} "
+            "characters",
+            field=field,
+            value=task_id[:63],
+        )
     return task_id
 
 

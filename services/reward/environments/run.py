@@ -67,12 +67,12 @@ class Run:
         traceback: TracebackType | None,
     ) -> None:
         self.settle(error)
-        self.replica.leave(self)
+        self.replica.room.leave(self)
 
     def give_back(self) -> None:
         """Nothing was called after all."""
         self.settle(asyncio.CancelledError())
-        self.replica.leave(self)
+        self.replica.room.leave(self)
 
     @property
     def port(self) -> EnvironmentPort:
@@ -110,7 +110,8 @@ class Run:
                 self.replica.suspect(str(error))
             if isinstance(found, Overloaded):
                 self.refused = True
-                self.replica.is_full(found.retry_after_s)
+                now = asyncio.get_running_loop().time()
+                self.replica.room.refuse_until(now, found.retry_after_s)
             raise found from error
         self.replica.answered(self)
         if self._trial:
