@@ -93,7 +93,7 @@ async def test_a_replica_that_is_killed_ends_its_episodes_at_once_and_serves_whe
 async def test_a_replica_that_stalls_gets_nothing_more_and_another_takes_its_place():
     async with game_processes() as start:
         stalled, well = await start(), await start()
-        async with routed(environment(stalled.port, well.port, patience_s=1)) as world:
+        async with routed(environment(stalled.port, well.port, patience_s=3)) as world:
             await world.serves(num_serving=2)
             async with contextlib.AsyncExitStack() as held:
                 episodes = [
