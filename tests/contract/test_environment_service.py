@@ -381,6 +381,7 @@ async def test_episodes_that_outlast_the_drain_end_unavailable_as_the_contract_s
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        await game.until(0)
         assert game.ended == ["cancelled"]
 
 
