@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import os
 import platform
 import socket
@@ -566,6 +567,15 @@ async def test_a_caller_that_goes_away_ends_its_run_at_once(sandbox, made):
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    await until_gone(made.folder)
+
+
+async def test_a_caller_may_go_away_at_any_moment(sandbox, made):
+    forever = Program({"main.py": b"import time\ntime.sleep(1e6)"})
+    for number in range(60):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(number / 1000):
+                await sandbox.run(forever, limits=LIMITS)
     await until_gone(made.folder)
 
 

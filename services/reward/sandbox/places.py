@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import marshal
 import os
+import signal
 import socket
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from asyncio.subprocess import Process
     from collections.abc import AsyncIterator
 
-    from services.reward.sandbox.tools import Tool
+    from services.reward.sandbox.tools import Command, Tool
 
 FIRST_USER = 59000
 """Real user and group of the first place, where the service runs as root: one for each place. They
@@ -118,24 +119,13 @@ class Place:
             ours.settimeout(0)
             python = ("-s", "-S", "-P", "-B", "-X", "utf8", "-c", _STAGE, str(theirs.fileno()))
             with self._sandbox.tool.command(self._user, limits, theirs.fileno(), python) as command:
-                process = await asyncio.create_subprocess_exec(
-                    *command.arguments,
-                    stdin=asyncio.subprocess.PIPE,
-                    stdout=asyncio.subprocess.PIPE,
-                    stderr=asyncio.subprocess.PIPE,
-                    limit=limits.output_bytes,
-                    pass_fds=command.inherited,
-                    env={},
-                    cwd="/",
-                    start_new_session=True,
-                )
+                process = await _started(command, limits)
             theirs.close()
             try:
                 await self._begin(process, ours, program, limits)
                 yield Running(process, limits, began)
             finally:
-                if process.returncode is None:
-                    process.kill()
+                _kill(process)
                 await process.wait()
 
     async def _begin(
@@ -155,8 +145,7 @@ class Place:
             pass
         if said == b"rb":
             return
-        if process.returncode is None:
-            process.kill()
+        _kill(process)
         _, problem = await process.communicate()
         raise Unavailable(
             f"{self._sandbox.tool.name} made no sandbox: "
@@ -218,8 +207,7 @@ class Running:
 
     def kill(self) -> None:
         """End it."""
-        if self._process.returncode is None:
-            self._process.kill()
+        _kill(self._process)
 
     async def wait(self) -> None:
         """Return when it has ended: by itself, or because its wall time is over."""
@@ -246,3 +234,39 @@ class Running:
     def _deadline(self) -> float:
         loop = asyncio.get_running_loop()
         return loop.time() + self._limits.wall_s - (time.monotonic() - self._began)
+
+
+async def _started(command: Command, limits: Limits) -> Process:
+    """The process, as leader of a group of its own."""
+    starting = asyncio.ensure_future(
+        asyncio.create_subprocess_exec(
+            *command.arguments,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            limit=limits.output_bytes,
+            pass_fds=command.inherited,
+            env={},
+            cwd="/",
+            start_new_session=True,
+        )
+    )
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        # Broken off, it would end the process alone, and not what that has forked by then.
+        process = await starting
+        _kill(process)
+        await process.wait()
+        raise
+
+
+def _kill(process: Process) -> None:
+    """End the sandbox that `process` makes or has made.
+
+    With its group: what bubblewrap has forked waits for it at first, for ever, and only later dies
+    with it. By then it has left the group, and the program was never in it.
+    """
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
