@@ -8,6 +8,8 @@ python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install --quiet --upgrade pip
 "$folder/venv/bin/pip" install --quiet "torch==2.13.0"
 "$folder/venv/bin/pip" install --quiet -e ".[coordinator,trainer,sampler-cpu,reward,gateway,metrics,benchmarks,dev]"
+# It names a package that the index does not have, and that only some of its renderers need.
+"$folder/venv/bin/pip" install --quiet --no-deps "tinker-cookbook==0.6.1"
 {
   sed -n '/^#/p' requirements/cpu.txt
   # torch is installed by scripts/setup.sh. torchvision, torchaudio and torchcodec are wanted by

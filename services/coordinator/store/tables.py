@@ -19,6 +19,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    UniqueConstraint,
 )
 
 metadata = MetaData()
@@ -256,4 +257,58 @@ requests = Table(
     Column("resource", Text, nullable=False),
     Column("create_time", Double, nullable=False),
     Index("requests_by_time", "create_time"),
+)
+
+# Work that was taken and is done later; that of sampling is not here.
+futures = Table(
+    "futures",
+    metadata,
+    Column("name", _Name, primary_key=True),
+    Column("project", _Name, nullable=False),
+    # Id of the order that it is part of. Absent: it is in none.
+    Column("queue", String(63)),
+    Column("position", BigInteger, nullable=False),
+    # sha256 of the work.
+    Column("digest", String(64), nullable=False),
+    # What is large is a blob, and this is its key. Neither body: it is done.
+    Column("body", LargeBinary),
+    Column("body_key", Text),
+    # Of a training op: that which it was given, before it was first tried.
+    Column("sequence", BigInteger),
+    Column("done", Boolean, nullable=False),
+    Column("result", LargeBinary),
+    Column("result_key", Text),
+    Column("create_time", Double, nullable=False),
+    Column("done_time", Double),
+    UniqueConstraint("project", "queue", "position", name="futures_by_queue"),
+    Index("futures_by_time", "done", "done_time"),
+    Index("futures_by_project", "project", "done"),
+)
+
+# What services without a state of their own know of a project.
+records = Table(
+    "records",
+    metadata,
+    Column("project", _Name, primary_key=True),
+    Column("key", _CheckpointName, primary_key=True),
+    Column("value", LargeBinary, nullable=False),
+    Column("revision", BigInteger, nullable=False),
+    Column("create_time", Double, nullable=False),
+    Column("expire_time", Double),
+    Index("records_by_time", "expire_time"),
+    Index("records_by_age", "project", "create_time"),
+)
+
+# Who may act for a project.
+keys = Table(
+    "keys",
+    metadata,
+    Column("name", _Name, primary_key=True),
+    Column("project", _Name, nullable=False),
+    Column("note", Text, nullable=False),
+    Column("prefix", String(16), nullable=False),
+    # sha256 of the secret, which has 256 random bits.
+    Column("hash", String(64), nullable=False, unique=True),
+    Column("create_time", Double, nullable=False),
+    Index("keys_by_project", "project", "create_time"),
 )
