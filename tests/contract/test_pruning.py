@@ -34,6 +34,7 @@ def pruning(store, now):
     return Pruning(
         store.events,
         store.groups,
+        store.records,
         event_retention_s=100.0,
         rollout_retention_s=10.0,
         clock=lambda: now,
