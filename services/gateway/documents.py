@@ -1,0 +1,155 @@
+"""What the gateway knows of a project, as JSON documents in the coordinator's records.
+
+Keys: sessions/{id}, runs/{model_id}, samplers/{sampling_session_id},
+checkpoints/{model_id}/{kind}/{name}, joins/{sampling_session_id} and gateway/secret.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rollmesh.errors import Conflict, NotFound, Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rollmesh.types import Record
+    from services.gateway.ports import Records
+
+Fields = dict[str, Any]
+
+_ATTEMPTS = 8
+_CACHED = 10_000
+_CACHE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A record: what it says, its revision, and when it was made (Unix seconds)."""
+
+    key: str
+    fields: Fields
+    revision: int
+    create_time: float
+
+
+class Documents:
+    """Records as documents. `clock`: seconds, monotonic."""
+
+    def __init__(self, records: Records, clock: Callable[[], float] = time.monotonic) -> None:
+        self._records = records
+        self._clock = clock
+        # What others of this gateway's requests saw a moment ago, oldest first.
+        self._seen: collections.OrderedDict[tuple[str, str], tuple[float, Document]] = (
+            collections.OrderedDict()
+        )
+
+    async def get(self, project: str, key: str) -> Document:
+        """As it is now. NotFound: there is none."""
+        document = _document(await self._records.get(project, key))
+        self._remember(project, document)
+        return document
+
+    async def find(self, project: str, key: str) -> Document | None:
+        """The same; None: there is none."""
+        try:
+            return await self.get(project, key)
+        except NotFound:
+            return None
+
+    async def seen(self, project: str, key: str) -> Document:
+        """As it is now or was up to 30 s ago, for what hardly changes. NotFound: there is none."""
+        at, document = self._seen.get((project, key), (0.0, None))
+        if document is None or self._clock() - at > _CACHE_S:
+            return await self.get(project, key)
+        return document
+
+    async def create(self, project: str, key: str, fields: Fields) -> tuple[Document, bool]:
+        """Write it unless there is one: what is there now, and whether it is ours."""
+        for _ in range(_ATTEMPTS):
+            try:
+                record = await self._records.put(project, key, _bytes(fields), expected_revision=0)
+            except Conflict:
+                found = await self.find(project, key)
+                if found is not None:
+                    return found, False
+            else:
+                document = _document(record)
+                self._remember(project, document)
+                return document, True
+        raise Unavailable(f"{key} changes all the time", resource=key)
+
+    async def change(
+        self, project: str, key: str, change: Callable[[Fields], Fields | None]
+    ) -> Document:
+        """Replace what is there by `change` of it, None: leave it; again if somebody else did too.
+
+        Raises:
+            NotFound: there is none.
+        """
+        for _ in range(_ATTEMPTS):
+            found = await self.get(project, key)
+            fields = change(found.fields)
+            if fields is None:
+                return found
+            try:
+                record = await self._records.put(
+                    project, key, _bytes(fields), expected_revision=found.revision
+                )
+            except Conflict:
+                continue
+            document = _document(record)
+            self._remember(project, document)
+            return document
+        raise Unavailable(f"{key} changes all the time", resource=key)
+
+    async def count(self, project: str, key: str) -> int:
+        """From 1: how often this was called."""
+        return (await self._records.put(project, key, b"{}")).revision
+
+    async def list(
+        self, project: str, prefix: str, *, limit: int = 100, offset: int = 0, newest: bool = True
+    ) -> tuple[list[Document], int]:
+        """One page, the newest first or by key, and how many there are in all."""
+        records, total = await self._records.list(
+            project, prefix, page_size=min(max(limit, 1), 1000), offset=offset, newest_first=newest
+        )
+        return [_document(record) for record in records], total
+
+    async def all(self, project: str, prefix: str, *, most: int = 10_000) -> list[Document]:
+        """All of them by key, `most` at most."""
+        found: list[Document] = []
+        while len(found) < most:
+            page, total = await self.list(
+                project, prefix, limit=1000, offset=len(found), newest=False
+            )
+            found += page
+            if not page or len(found) >= total:
+                break
+        return found[:most]
+
+    async def delete(self, project: str, key: str, *, revision: int | None = None) -> None:
+        """Delete it; what somebody else has changed since `revision` stays."""
+        self._seen.pop((project, key), None)
+        try:
+            await self._records.delete(project, key, expected_revision=revision)
+        except Conflict:
+            return
+
+    def _remember(self, project: str, document: Document) -> None:
+        self._seen[project, document.key] = (self._clock(), document)
+        self._seen.move_to_end((project, document.key))
+        if len(self._seen) > _CACHED:
+            self._seen.popitem(last=False)
+
+
+def _bytes(fields: Fields) -> bytes:
+    return json.dumps(fields, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _document(record: Record) -> Document:
+    return Document(record.key, json.loads(record.value), record.revision, record.create_time)

@@ -1,0 +1,140 @@
+"""Which version a checkpoint is sampled as, and holds on versions that sampling sessions need."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import hashlib
+from typing import TYPE_CHECKING
+
+from rollmesh.errors import MeshError, NotFound
+from rollmesh.names import parse_checkpoint
+from rollmesh.types import PolicyRef
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rollmesh.types import Checkpoint, Lease
+    from services.gateway.callers import Caller
+    from services.gateway.documents import Document, Fields
+    from services.gateway.ports import Mesh
+
+_FORK_ATTEMPTS = 2
+_RENEWALS_AT_ONCE = 16
+_KNOWN = 10_000
+
+
+class Policies:
+    """Holds versions. `clock`: seconds, monotonic; `new_id`: hexadecimal digits, never the same."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        clock: Callable[[], float],
+        new_id: Callable[[], str],
+        *,
+        lease_ttl_s: float,
+        idle_ttl_s: float,
+    ) -> None:
+        self._mesh = mesh
+        self._clock = clock
+        self._new_id = new_id
+        self._lease_ttl_s = lease_ttl_s
+        self._idle_ttl_s = idle_ttl_s
+        # When this gateway renewed what, oldest first: each renews for itself, which costs little.
+        self._renewed: collections.OrderedDict[str, float] = collections.OrderedDict()
+
+    async def hold(self, caller: Caller, checkpoint: Checkpoint, request_id: str) -> Fields:
+        """A lease on a version that has exactly the weights of `checkpoint`.
+
+        The adapter's own where it is still kept, else that of a fork.
+        """
+        project, adapter, _ = parse_checkpoint(checkpoint.name)
+        own = PolicyRef(
+            adapter=f"projects/{project}/adapters/{adapter}",
+            policy_version=checkpoint.policy_version,
+        )
+        try:
+            lease = await self._lease(caller, own, request_id)
+        except NotFound:
+            return _held(await self._forked(caller, checkpoint))
+        # An adapter that was deleted and made anew counts its versions anew.
+        if lease.digest != checkpoint.digest:
+            return _held(await self._forked(caller, checkpoint))
+        return _held(lease)
+
+    async def renew(self, documents: list[Document]) -> None:
+        """Make the leases of these sampling sessions last, where it is time to."""
+        gate = asyncio.Semaphore(_RENEWALS_AT_ONCE)
+
+        async def one(lease: str) -> None:
+            async with gate:
+                await self._renew(lease)
+
+        async with asyncio.TaskGroup() as tasks:
+            for document in documents:
+                lease = document.fields.get("lease")
+                if lease and self._is_due(lease):
+                    tasks.create_task(one(lease))
+
+    def is_due(self, session: str) -> bool:
+        """Whether the leases of a session were last looked at a while ago."""
+        return self._is_due(f"session {session}")
+
+    def _is_due(self, what: str) -> bool:
+        """Whether it is time; if it is, the next time begins now."""
+        now = self._clock()
+        if now - self._renewed.get(what, -1e9) < self._lease_ttl_s / 3:
+            return False
+        self._renewed[what] = now
+        self._renewed.move_to_end(what)
+        if len(self._renewed) > _KNOWN:
+            self._renewed.popitem(last=False)
+        return True
+
+    async def _renew(self, lease: str) -> None:
+        try:
+            await self._mesh.leases.renew_lease(lease, ttl_s=self._lease_ttl_s)
+        except NotFound:
+            return  # Whoever samples from it learns so.
+        except MeshError:
+            self._renewed.pop(lease, None)
+
+    async def _forked(self, caller: Caller, checkpoint: Checkpoint) -> Lease:
+        """A lease on the weights of a checkpoint as an adapter of their own."""
+        digest = hashlib.sha256(f"{checkpoint.name} {checkpoint.create_time}".encode()).hexdigest()
+        fork = f"f-{digest[:40]}"
+        for attempt in range(_FORK_ATTEMPTS):
+            try:
+                await self._mesh.adapters.fork(
+                    caller.adapter(fork),
+                    checkpoint.name,
+                    f"fork-{fork}",
+                    idle_ttl_s=self._idle_ttl_s,
+                )
+                version = await self._mesh.adapters.publish(caller.adapter(fork))
+                policy = PolicyRef(
+                    adapter=caller.adapter(fork), policy_version=version.policy_version
+                )
+                return await self._lease(caller, policy, "")
+            except NotFound:
+                # One that was made before, and has been idle for too long since.
+                if attempt + 1 == _FORK_ATTEMPTS:
+                    raise
+                fork = f"f-{self._new_id()}"
+        raise AssertionError("unreachable")
+
+    async def _lease(self, caller: Caller, policy: PolicyRef, request_id: str) -> Lease:
+        return await self._mesh.leases.create_lease(
+            caller.project, policy, ttl_s=self._lease_ttl_s, request_id=request_id
+        )
+
+
+def _held(lease: Lease) -> Fields:
+    """What a sampling session's document says of a lease."""
+    return {
+        "adapter": lease.adapter,
+        "version": lease.policy_version,
+        "digest": lease.digest,
+        "lease": lease.name,
+    }

@@ -1,0 +1,97 @@
+"""A model's requests, in the order that its client counted them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rollmesh.api.coordinator.v1 import future_service_pb2 as pb
+from rollmesh.errors import InvalidRequest, MeshError, NotFound
+from rollmesh.rpc.channel import MAX_MESSAGE_BYTES
+from services.gateway.wire.ids import ModelId
+from services.gateway.wire.tickets import TrainTicket
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+    from typing import Any
+
+    from services.gateway.callers import Caller
+    from services.gateway.documents import Document, Documents
+    from services.gateway.ports import Futures
+
+_MAX_WORK_BYTES = MAX_MESSAGE_BYTES - 2**20
+_SAID_BYTES = 1000
+
+
+def run_key(model: ModelId) -> str:
+    """Key of its document."""
+    return f"runs/{model}"
+
+
+class Queues:
+    """Puts requests at their places.
+
+    What is wrong with one of them takes its place all the same, and fails there: the client counts
+    on, and those behind it would wait for ever.
+    """
+
+    def __init__(self, futures: Futures, documents: Documents) -> None:
+        self._futures = futures
+        self._documents = documents
+
+    async def run(self, caller: Caller, model: ModelId) -> Document:
+        """The run's document. NotFound: there is no such model for this caller."""
+        try:
+            return await self._documents.seen(caller.project, run_key(model))
+        except NotFound:
+            raise NotFound(f"there is no model {model}", resource=model) from None
+
+    async def put(
+        self,
+        caller: Caller,
+        model: ModelId,
+        seq: int,
+        make: Callable[[], Awaitable[tuple[pb.Work, Mapping[str, Any]]]],
+    ) -> dict[str, str]:
+        """Take what `make` makes, or its failure, as the model's request `seq`: the ticket.
+
+        Raises:
+            NotFound: there is no such model.
+            AlreadyExists: another request has that number.
+            Overloaded: the project has too many unfinished futures.
+        """
+        await self.run(caller, model)
+        note: Mapping[str, Any] = {}
+        try:
+            work, note = await make()
+            if work.ByteSize() > _MAX_WORK_BYTES:
+                raise InvalidRequest(
+                    f"the request is of {work.ByteSize()} bytes; at most {_MAX_WORK_BYTES} are taken",
+                    value=work.ByteSize(),
+                    allowed=_MAX_WORK_BYTES,
+                )
+        except MeshError as error:
+            # What will pass is no reason to use up the request's number.
+            if error.retry_after_s:
+                raise
+            work = refusal(error)
+        return await self.take(caller, TrainTicket(model, seq, dict(note)), work)
+
+    async def take(self, caller: Caller, ticket: TrainTicket, work: pb.Work) -> dict[str, str]:
+        """Take `work` as it is."""
+        await self._futures.create(
+            caller.future(ticket.future_id),
+            work,
+            queue=ticket.model.queue,
+            position=ticket.seq,
+        )
+        return {"request_id": str(ticket), "model_id": str(ticket.model)}
+
+
+def refusal(error: MeshError) -> pb.Work:
+    """Work that fails as `error`, when its turn comes."""
+    failure = pb.Failure(
+        reason=error.reason,
+        message=str(error)[:_SAID_BYTES],
+        metadata={key: value[:_SAID_BYTES] for key, value in error.context.items()},
+    )
+    return pb.Work(refused=failure)

@@ -1,0 +1,170 @@
+"""Sampling sessions, and samples of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rollmesh.api.common.v1 import policy_pb2
+from rollmesh.api.coordinator.v1 import future_service_pb2 as pb
+from rollmesh.errors import AlreadyExists, InvalidRequest, NotFound
+from services.gateway.wire import bodies
+from services.gateway.wire.ids import CLONE, SamplerId, session_id
+from services.gateway.wire.paths import CheckpointPath
+from services.gateway.wire.samples import Sample, sample_request
+from services.gateway.wire.tickets import SampleTicket
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from services.gateway.callers import Caller
+    from services.gateway.capabilities import Capabilities
+    from services.gateway.checkpoints import Checkpoints
+    from services.gateway.documents import Document, Documents, Fields
+    from services.gateway.policies import Policies
+    from services.gateway.ports import Futures
+    from services.gateway.sessions import Sessions
+    from services.gateway.wire.ids import ModelId
+
+
+def sampler_key(sampler: SamplerId) -> str:
+    """Key of its document."""
+    return f"samplers/{sampler}"
+
+
+class Sampling:
+    """Makes sampling sessions and takes samples. `clock`: Unix seconds."""
+
+    def __init__(
+        self,
+        futures: Futures,
+        documents: Documents,
+        sessions: Sessions,
+        checkpoints: Checkpoints,
+        policies: Policies,
+        capabilities: Capabilities,
+        clock: Callable[[], float],
+    ) -> None:
+        self._futures = futures
+        self._documents = documents
+        self._sessions = sessions
+        self._checkpoints = checkpoints
+        self._policies = policies
+        self._capabilities = capabilities
+        self._clock = clock
+
+    async def create(self, caller: Caller, body: bodies.CreateSampler) -> Fields:
+        """A sampling session of a base model or a checkpoint."""
+        sampler = SamplerId(session_id(body.session_id), body.sampling_session_seq_id)
+        await self._sessions.get(caller, sampler.session)
+        if (body.base_model is None) == (body.model_path is None):
+            raise InvalidRequest("exactly one of base_model and model_path is needed")
+        asked = {"base_model": body.base_model, "model_path": body.model_path}
+        found = await self._documents.find(caller.project, sampler_key(sampler))
+        if found is None:
+            if body.model_path is None:
+                await self._capabilities.check_base_model(body.base_model or "")
+                fields: Fields = {"base_model": body.base_model}
+            else:
+                path = CheckpointPath.parse(body.model_path, field="model_path")
+                fields = await self._of_path(caller, path, f"sampler-{sampler}")
+            found, _ = await self._documents.create(
+                caller.project,
+                sampler_key(sampler),
+                {**fields, "asked": asked, "time": self._clock()},
+            )
+        if found.fields.get("asked") != asked:
+            raise AlreadyExists(f"{sampler} is another sampling session", resource=sampler)
+        return {"type": "create_sampling_session", "sampling_session_id": str(sampler)}
+
+    async def adopt(
+        self, caller: Caller, model: ModelId, seq: int, kind: str, kept: pb.Kept, base_model: str
+    ) -> SamplerId:
+        """The sampling session of an unnamed save."""
+        sampler = SamplerId(model.session, model.number, seq)
+        fields = {
+            "base_model": base_model,
+            "adapter": kept.policy.adapter,
+            "version": kept.policy.policy_version,
+            "digest": kept.digest,
+            "lease": kept.lease.name,
+            "inflight": kind == "inflight",
+            "time": self._clock(),
+        }
+        await self._documents.create(caller.project, sampler_key(sampler), fields)
+        return sampler
+
+    async def info(self, caller: Caller, text: str) -> Fields:
+        """What a sampling session samples from."""
+        sampler = SamplerId.parse(text)
+        fields = (await self._get(caller, sampler)).fields
+        return {
+            "sampler_id": str(sampler),
+            "base_model": fields["base_model"],
+            "model_path": fields.get("model_path"),
+        }
+
+    async def join(self, caller: Caller, body: bodies.OfSampler) -> Fields:
+        """A number for one more client of a sampling session, from 1."""
+        sampler = SamplerId.parse(body.sampling_session_id)
+        await self._get(caller, sampler)
+        counter = await self._documents.count(caller.project, f"joins/{sampler}")
+        return {"type": "join_sampling_session", "client_counter": counter}
+
+    async def sample(self, caller: Caller, body: Sample) -> dict[str, Any]:
+        """The ticket of a sample."""
+        sampler = SamplerId.parse(body.sampling_session_id)
+        document = await self._get(caller, sampler)
+        fields = document.fields
+        newest = bool(fields.get("inflight"))
+        request = sample_request(
+            body, caller.project, _policy(fields), continue_on_newest=newest
+        )
+        await self._policies.renew([document])
+        ticket = SampleTicket(sampler, body.seq_id, body.prompt_logprobs_last_n or 0)
+        await self._futures.create(
+            caller.future(ticket.future_id),
+            pb.Work(sample=request),
+            group=sampler.group(body.seq_id // CLONE),
+        )
+        return {
+            "request_id": str(ticket),
+            "sample_sequence_ids": [
+                f"{sampler}:{body.seq_id}:{index}" for index in range(body.num_samples)
+            ],
+        }
+
+    async def revive(self, caller: Caller, sampler: SamplerId) -> bool:
+        """After its version was not found: have one again. False: there is nothing to make it of."""
+        document = await self._documents.find(caller.project, sampler_key(sampler))
+        path = document.fields.get("model_path") if document else None
+        if path is None:
+            return False
+        try:
+            fields = await self._of_path(caller, CheckpointPath.parse(path), "")
+        except NotFound:
+            return False
+        await self._documents.change(
+            caller.project, sampler_key(sampler), lambda old: {**old, **fields}
+        )
+        return True
+
+    async def _of_path(self, caller: Caller, path: CheckpointPath, request_id: str) -> Fields:
+        checkpoint = await self._checkpoints.get(caller, path)
+        held = await self._policies.hold(caller, checkpoint, request_id)
+        return {"base_model": checkpoint.base_model, "model_path": str(path), **held}
+
+    async def _get(self, caller: Caller, sampler: SamplerId) -> Document:
+        try:
+            return await self._documents.seen(caller.project, sampler_key(sampler))
+        except NotFound:
+            raise NotFound(f"there is no sampling session {sampler}", resource=sampler) from None
+
+
+def _policy(fields: Fields) -> policy_pb2.PolicyRef:
+    """What to sample from. In flight it is whatever is newest, also in the middle of a sample."""
+    if "adapter" not in fields:
+        return policy_pb2.PolicyRef(base_model=fields["base_model"])
+    return policy_pb2.PolicyRef(
+        adapter=fields["adapter"],
+        policy_version=None if fields.get("inflight") else fields["version"],
+    )

@@ -1,0 +1,73 @@
+"""Results of training as the SDK reads them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rollmesh.api.tinker.v1 import tinker_pb2 as pb
+from rollmesh.errors import InvalidRequest
+from services.gateway.wire.tensors import batched
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from rollmesh.api.common.v1 import tensor_pb2
+
+OUTPUT = "ArrayRecord"
+_MAX_RUNS = 256
+
+REDUCTIONS = {"loss": "sum", "num_tokens": "sum", "ratio_max": "max"}
+"""How the SDK puts a metric of several chunks together; of all others it takes the mean."""
+
+
+def runs_of(columns: Sequence[int]) -> list[list[int]]:
+    """`columns`, as many times each, in short. InvalidRequest: they change too often."""
+    runs = [[len(list(same)), count] for count, same in itertools.groupby(columns)]
+    if len(runs) > _MAX_RUNS:
+        raise InvalidRequest(
+            f"data: the number of target columns changes {len(runs)} times; {_MAX_RUNS} at most",
+            field="data",
+        )
+    return runs
+
+
+def forward_backward_output(
+    logprobs: Iterable[tensor_pb2.Tensor],
+    metrics: Mapping[str, float],
+    runs: Sequence[Sequence[int]],
+) -> pb.ForwardBackwardOutput:
+    """ForwardBackwardOutput; `runs` as of `runs_of`, none: all data were vectors."""
+    arrays = [np.frombuffer(tensor.data, "<f4") for tensor in logprobs]
+    return pb.ForwardBackwardOutput(
+        loss_fn_output_type=OUTPUT,
+        loss_fn_outputs=list(_records(arrays, runs or [[len(arrays), 0]])),
+        metrics=named_metrics(metrics),
+    )
+
+
+def _records(
+    arrays: list[NDArray[np.float32]], runs: Sequence[Sequence[int]]
+) -> Iterable[pb.ArrayRecord]:
+    left = iter(arrays)
+    for count, width in runs:
+        data: list[NDArray[Any]] = [
+            np.stack(list(itertools.islice(left, width)), axis=1) if width else next(left)
+            for _ in range(count)
+        ]
+        yield pb.ArrayRecord(type_tag=OUTPUT, fields={"logprobs": batched(data)}, num_datums=count)
+
+
+def named_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """By `name:reduction`, as the SDK needs them to put chunks together."""
+    return {f"{name}:{REDUCTIONS.get(name, 'mean')}": value for name, value in metrics.items()}
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Those that JSON has numbers for."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
