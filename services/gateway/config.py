@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from rollmesh.config import Address, Config
+from rollmesh.config import Address, Config, check_peer_address
 from rollmesh.telemetry import TelemetryConfig
+
+
+def _check_coordinators(addresses: str) -> str:
+    for address in addresses.split(","):
+        check_peer_address(address.strip())
+    return addresses
 
 
 class ServedModel(Config):
@@ -47,9 +53,9 @@ class ClientConfig(Config):
 class GatewayConfig(Config):
     """The gateway: serves the Tinker SDK. It keeps nothing: any number of them may run."""
 
-    listen: Address = "127.0.0.1:7440"
+    listen: Address = "127.0.0.1:7450"
     """Address to serve HTTP at, host:port. Port 0: a free one."""
-    coordinator: str = "127.0.0.1:7400"
+    coordinator: Annotated[str, AfterValidator(_check_coordinators)]
     """Address of the coordinator, host:port; of several coordinators all, separated by commas."""
     public_url: str = ""
     """Where clients reach the gateways, e.g. https://tinker.example.org: URLs of downloads begin

@@ -201,10 +201,9 @@ def _fitting(lengths: list[int], max_bytes: int) -> int:
 
 async def _row_of(connection: AsyncConnection, project: str, key: str) -> Row[Any] | None:
     """All but the value; nobody else writes it until the transaction has ended."""
-    columns = (records.c.revision, records.c.create_time, records.c.expire_time)
+    columns = [records.c.revision, records.c.create_time, records.c.expire_time]
     query = select(*columns).where(_is(project, key)).with_for_update()
-    row: Row[Any] | None = (await connection.execute(query)).one_or_none()
-    return row
+    return (await connection.execute(query)).one_or_none()
 
 
 def _is(project: str, key: str) -> ColumnElement[bool]:
