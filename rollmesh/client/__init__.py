@@ -14,6 +14,7 @@ from rollmesh.client.adapters import AdapterClient
 from rollmesh.client.checkpoints import CheckpointClient
 from rollmesh.client.environment import EnvironmentClient, Episode
 from rollmesh.client.fleet import FleetClient
+from rollmesh.client.futures import FutureClient
 from rollmesh.client.health import HealthClient, HealthProbe
 from rollmesh.client.jobs import JobClient
 from rollmesh.client.reward import RewardClient
@@ -34,6 +35,7 @@ __all__ = [
     "EnvironmentClient",
     "Episode",
     "FleetClient",
+    "FutureClient",
     "HealthClient",
     "HealthProbe",
     "JobClient",
@@ -53,8 +55,8 @@ class Client:
     another takes over, calls fail with Unavailable until it does; then begin watches again.
 
     Attributes:
-        jobs, sweeps, adapters, checkpoints, training, sampling, fleet: the client of the service of
-            that name.
+        jobs, sweeps, adapters, checkpoints, training, sampling, fleet, futures: the client of the
+            service of that name.
     """
 
     def __init__(self, address: str) -> None:
@@ -66,6 +68,7 @@ class Client:
         self.training = TrainingClient(self._channel)
         self.sampling = SamplingClient(self._channel)
         self.fleet = FleetClient(self._channel)
+        self.futures = FutureClient(self._channel)
 
     async def __aenter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""Lets go of what jobs leave behind, when it has been kept for long enough."""
+"""Lets go of what jobs and futures leave behind, when it has been kept for long enough."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from services.coordinator.store import StoreUnavailable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from services.coordinator.store import EventStore, GroupStore
+    from services.coordinator.store import EventStore, FutureStore, GroupStore
 
 LOOK_EVERY_S = 60.0
 
@@ -26,6 +26,9 @@ class Pruning:
         event_retention_s: and how long they are kept after the job's end.
         groups: that were trained,
         rollout_retention_s: and how long they are kept after that.
+        futures: that are done,
+        result_retention_s: and how long their results are kept,
+        request_retention_s: and how long it is remembered where their queues are.
         clock: Unix seconds.
     """
 
@@ -33,15 +36,21 @@ class Pruning:
         self,
         events: EventStore,
         groups: GroupStore,
+        futures: FutureStore,
         *,
         event_retention_s: float,
         rollout_retention_s: float,
+        result_retention_s: float,
+        request_retention_s: float,
         clock: Callable[[], float],
     ) -> None:
         self._events = events
         self._groups = groups
         self._event_retention_s = event_retention_s
         self._rollout_retention_s = rollout_retention_s
+        self._futures = futures
+        self._result_retention_s = result_retention_s
+        self._request_retention_s = request_retention_s
         self._clock = clock
 
     async def run(self) -> None:
@@ -50,7 +59,7 @@ class Pruning:
             try:
                 await self.look()
             except StoreUnavailable as error:
-                log.warning("old events and groups are not let go of: %s", error)
+                log.warning("old events, groups and futures are not let go of: %s", error)
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def look(self) -> None:
@@ -59,4 +68,9 @@ class Pruning:
         while await self._events.drop_of_ended(now - self._event_retention_s):
             pass
         while await self._groups.drop_trained(now - self._rollout_retention_s):
+            pass
+        while await self._futures.expire(
+            done_before=now - self._result_retention_s,
+            forget_before=now - self._request_retention_s,
+        ):
             pass

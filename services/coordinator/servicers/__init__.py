@@ -8,6 +8,7 @@ from rollmesh.api.coordinator.v1 import (
     adapter_service_pb2,
     checkpoint_service_pb2,
     fleet_service_pb2,
+    future_service_pb2,
     job_service_pb2,
     sampling_service_pb2,
     sweep_service_pb2,
@@ -20,6 +21,9 @@ from rollmesh.api.coordinator.v1.checkpoint_service_pb2_grpc import (
     add_CheckpointServiceServicer_to_server,
 )
 from rollmesh.api.coordinator.v1.fleet_service_pb2_grpc import add_FleetServiceServicer_to_server
+from rollmesh.api.coordinator.v1.future_service_pb2_grpc import (
+    add_FutureServiceServicer_to_server,
+)
 from rollmesh.api.coordinator.v1.job_service_pb2_grpc import add_JobServiceServicer_to_server
 from rollmesh.api.coordinator.v1.sampling_service_pb2_grpc import (
     add_SamplingServiceServicer_to_server,
@@ -31,6 +35,7 @@ from rollmesh.api.coordinator.v1.training_service_pb2_grpc import (
 from services.coordinator.servicers.adapters import AdapterServicer
 from services.coordinator.servicers.checkpoints import CheckpointServicer
 from services.coordinator.servicers.fleet import FleetServicer
+from services.coordinator.servicers.futures import FutureServicer
 from services.coordinator.servicers.jobs import JobServicer
 from services.coordinator.servicers.sampling import SamplingServicer
 from services.coordinator.servicers.sweeps import SweepServicer
@@ -45,6 +50,7 @@ if TYPE_CHECKING:
     from services.coordinator.adapters import Adapters
     from services.coordinator.checkpoints import Checkpoints
     from services.coordinator.explaining import Explaining
+    from services.coordinator.futures import Futures
     from services.coordinator.jobs import Jobs
     from services.coordinator.leases import Leases
     from services.coordinator.policies import Policies
@@ -58,6 +64,7 @@ SERVICES = tuple(
         adapter_service_pb2,
         checkpoint_service_pb2,
         fleet_service_pb2,
+        future_service_pb2,
         job_service_pb2,
         sampling_service_pb2,
         sweep_service_pb2,
@@ -77,6 +84,7 @@ def register(
     leases: Leases,
     snapshot: Callable[[], types.Fleet],
     explaining: Explaining,
+    futures: Futures,
 ) -> Register:
     """What adds the services over these cores to a server."""
 
@@ -88,5 +96,6 @@ def register(
         add_TrainingServiceServicer_to_server(TrainingServicer(adapters, checkpoints), server)
         add_SamplingServiceServicer_to_server(SamplingServicer(policies, leases), server)
         add_FleetServiceServicer_to_server(FleetServicer(snapshot, explaining), server)
+        add_FutureServiceServicer_to_server(FutureServicer(futures), server)
 
     return add

@@ -1,7 +1,7 @@
 """What the coordinator must not forget.
 
 Jobs with their events, adapters with the journal of their ops, their versions and the leases on
-them, checkpoints, request ids.
+them, checkpoints, futures, request ids.
 
 Every method is one small transaction. SQLite in a file by default, PostgreSQL by its URL.
 """
@@ -26,6 +26,12 @@ from services.coordinator.store.database import (
     serialize,
 )
 from services.coordinator.store.events import EventStore
+from services.coordinator.store.futures import (
+    FutureStore,
+    StoredFuture,
+    future_taken,
+    too_many_futures,
+)
 from services.coordinator.store.groups import GroupStore
 from services.coordinator.store.jobs import QUEUE, EventPage, JobStore, QueuedJob, StoredJob
 from services.coordinator.store.leadership import Leader, LeadershipStore
@@ -52,6 +58,7 @@ __all__ = [
     "Deposed",
     "EventPage",
     "EventStore",
+    "FutureStore",
     "GroupStore",
     "JobStore",
     "JournaledOp",
@@ -69,6 +76,7 @@ __all__ = [
     "StoreUnavailable",
     "StoredAdapter",
     "StoredCheckpoint",
+    "StoredFuture",
     "StoredJob",
     "SweepStore",
     "UsageStore",
@@ -76,7 +84,9 @@ __all__ = [
     "check_free",
     "check_url",
     "derived_request_id",
+    "future_taken",
     "open_store",
+    "too_many_futures",
     "unrecoverable",
 ]
 
@@ -101,6 +111,7 @@ class Store:
     sweeps: SweepStore
     groups: GroupStore
     events: EventStore
+    futures: FutureStore
     leadership: LeadershipStore
     # Of Database: writes only under that epoch.
     lead: Callable[[int, Callable[[], None]], None]
@@ -140,6 +151,7 @@ async def open_store(
             SweepStore(database, changes, request_retention_s),
             GroupStore(database),
             EventStore(database),
+            FutureStore(database),
             LeadershipStore(renewing),
             database.lead,
         )
