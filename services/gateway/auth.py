@@ -42,7 +42,13 @@ class Auth:
     """Finds callers. `clock`: Unix seconds. A key is believed for `cache_s` without asking."""
 
     def __init__(
-        self, keys: Keys, signer: Signer, clock: Callable[[], float], *, cache_s: float, token_s: float
+        self,
+        keys: Keys,
+        signer: Signer,
+        clock: Callable[[], float],
+        *,
+        cache_s: float,
+        token_s: float,
     ) -> None:
         self._keys = keys
         self._signer = signer
@@ -114,7 +120,11 @@ class Auth:
 
 def _token_claims(claims: dict[str, Any]) -> tuple[str, str, float]:
     organization, key, expires = (claims.get(name) for name in ("org_id", "key", "exp"))
-    if not isinstance(organization, str) or not isinstance(key, str) or not isinstance(expires, int):
+    if (
+        not isinstance(organization, str)
+        or not isinstance(key, str)
+        or not isinstance(expires, int)
+    ):
         raise Unauthenticated("this is no token of this mesh")
     return f"projects/{organization}", key, expires
 

@@ -19,9 +19,7 @@ _KNOWN_S = 5.0
 class Capabilities:
     """The fleet's base models, as they were up to 5 s ago. `clock`: seconds, monotonic."""
 
-    def __init__(
-        self, config: GatewayConfig, fleet: Members, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, config: GatewayConfig, fleet: Members, clock: Callable[[], float]) -> None:
         self._config = config
         self._fleet = fleet
         self._clock = clock

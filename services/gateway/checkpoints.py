@@ -170,10 +170,7 @@ class Checkpoints:
             "base_model": checkpoint.base_model,
             "rank": checkpoint.lora.rank,
             "seed": checkpoint.lora.seed,
-            **{
-                flag: told.get(flag, True)
-                for flag in ("train_attn", "train_mlp", "train_unembed")
-            },
+            **{flag: told.get(flag, True) for flag in ("train_attn", "train_mlp", "train_unembed")},
         }
 
     async def settle(self, caller: Caller, path: CheckpointPath) -> None:

@@ -85,9 +85,7 @@ class Copies:
         copy = await self._through(caller, saved.checkpoint, adapter, ttl_s)
         await self._checkpoints.replace(caller, saved, copy)
 
-    async def _model(
-        self, caller: Caller, body: bodies.CopyWeights, request_id: str
-    ) -> ModelId:
+    async def _model(self, caller: Caller, body: bodies.CopyWeights, request_id: str) -> ModelId:
         if (body.session_id is None) != (body.model_seq_id is None):
             raise InvalidRequest("session_id and model_seq_id go together", field="session_id")
         if body.session_id is not None and body.model_seq_id is not None:

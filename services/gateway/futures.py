@@ -77,9 +77,7 @@ class Results:
         self._ending = ending
         self._max_hold_s = max_hold_s
 
-    async def retrieve(
-        self, who: Callable[[], Awaitable[Caller]], body: bodies.Retrieve
-    ) -> Answer:
+    async def retrieve(self, who: Callable[[], Awaitable[Caller]], body: bodies.Retrieve) -> Answer:
         """What has come of a request, once it is done; else, after a while, that it is not.
 
         While the coordinator is away that is the answer too: the SDK would ask again at once after
@@ -200,9 +198,7 @@ class Results:
             sampler = await self._sampling.adopt(
                 caller, ticket.model, ticket.seq, kind, kept, run.fields["base_model"]
             )
-            return Answer(
-                {"sampling_session_id": str(sampler), "type": "save_weights_for_sampler"}
-            )
+            return Answer({"sampling_session_id": str(sampler), "type": "save_weights_for_sampler"})
         text = ticket.note.get("path")
         if not isinstance(text, str):
             raise NotFound(f"there is no request {ticket}", resource=ticket)

@@ -88,7 +88,8 @@ class Models:
         """A new model with a checkpoint's weights: the ticket of its making."""
         if body.session_id is None or body.model_seq_id is None:
             raise InvalidRequest(
-                "session_id and model_seq_id, or model_id and seq_id, are needed", field="session_id"
+                "session_id and model_seq_id, or model_id and seq_id, are needed",
+                field="session_id",
             )
         model = ModelId(session_id(body.session_id), body.model_seq_id)
         await self._sessions.get(caller, model.session)

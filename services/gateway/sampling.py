@@ -116,9 +116,7 @@ class Sampling:
         document = await self._get(caller, sampler)
         fields = document.fields
         newest = bool(fields.get("inflight"))
-        request = sample_request(
-            body, caller.project, _policy(fields), continue_on_newest=newest
-        )
+        request = sample_request(body, caller.project, _policy(fields), continue_on_newest=newest)
         await self._policies.renew([document])
         ticket = SampleTicket(sampler, body.seq_id, body.prompt_logprobs_last_n or 0)
         await self._futures.create(

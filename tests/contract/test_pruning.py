@@ -38,8 +38,11 @@ def pruning(store, now):
         store.events,
         store.groups,
         store.records,
+        store.futures,
         event_retention_s=100.0,
         rollout_retention_s=10.0,
+        result_retention_s=20.0,
+        request_retention_s=1000.0,
         clock=lambda: now,
     )
 

@@ -53,7 +53,9 @@ def data_of(
         columns.append(targets.shape[1] if targets.ndim == 2 else 0)
         made = [_datum(tokens, column, loss, path) for column in _columns(inputs)]
         for each in made:
-            each.sequence_ids.extend(_sequence_ids(datum)) if hasattr(each, "sequence_ids") else None
+            each.sequence_ids.extend(_sequence_ids(datum)) if hasattr(
+                each, "sequence_ids"
+            ) else None
         data += made
     return data, columns
 
@@ -106,7 +108,9 @@ def _check_shapes(inputs: Inputs, num_tokens: int, path: str) -> None:
         raise InvalidRequest(f"{path}: target_tokens has no columns", field=path)
     if targets.size and not (0 <= targets.min() and targets.max() < 2**31):
         field = f"{path}.loss_fn_inputs.target_tokens"
-        raise InvalidRequest(f"{field}: {targets.min()} … {targets.max()} are no tokens", field=field)
+        raise InvalidRequest(
+            f"{field}: {targets.min()} … {targets.max()} are no tokens", field=field
+        )
 
 
 def _columns(inputs: Inputs) -> Iterator[Inputs]:
@@ -118,9 +122,7 @@ def _columns(inputs: Inputs) -> Iterator[Inputs]:
         yield {name: values[:, column] for name, values in inputs.items()}
 
 
-def _datum(
-    tokens: NDArray[np.int32], inputs: Inputs, loss: Loss, path: str
-) -> training_pb2.Datum:
+def _datum(tokens: NDArray[np.int32], inputs: Inputs, loss: Loss, path: str) -> training_pb2.Datum:
     datum = training_pb2.Datum(
         token_ids=tensor_to_pb(tokens, "<i4"),
         target_token_ids=tensor_to_pb(inputs["target_tokens"], "<i4"),

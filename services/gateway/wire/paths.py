@@ -54,7 +54,10 @@ class CheckpointPath:
         if not text.startswith("tinker://") or len(parts) != 3:
             form = "tinker://RUN/KIND/NAME"
             raise InvalidRequest(
-                f"{field}: {text[:200]!r} is not {form}", field=field, value=text[:200], allowed=form
+                f"{field}: {text[:200]!r} is not {form}",
+                field=field,
+                value=text[:200],
+                allowed=form,
             )
         return cls.of(ModelId.parse(parts[0], field=field), parts[1], parts[2])
 

@@ -17,7 +17,9 @@ from typing import Any
 from rollmesh.errors import NotFound
 from services.gateway.wire.ids import MAX_SEQ, ModelId, SamplerId, base36
 
-_TRAIN = re.compile(r"t-(s[0-9a-f]{16})-(0|[1-9][0-9]{0,8})-(0|[1-9][0-9]{0,9})(?:\.([\w-]{1,4096}))?")
+_TRAIN = re.compile(
+    r"t-(s[0-9a-f]{16})-(0|[1-9][0-9]{0,8})-(0|[1-9][0-9]{0,9})(?:\.([\w-]{1,4096}))?"
+)
 _SAMPLE = re.compile(
     r"a-(s[0-9a-f]{16})-([0-9a-z]{1,6})-([0-9a-z]{1,6})-([0-9a-z]{1,13})-([0-9a-z]{1,6})"
 )
