@@ -92,8 +92,8 @@ class ForwardBackwardResponse(_message.Message):
 
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """By name, the means over positions of weight > 0, or 0 where there are none: `loss` (sum),
-        `num_tokens` (positions of weight > 0). With sampling_logprobs, r being exp(p − q) of a position:
+        """By name, the means over positions of weight ≠ 0, or 0 where there are none: `loss` (sum),
+        `num_tokens` (positions of weight ≠ 0). With sampling_logprobs, r being exp(p − q) of a position:
         `kl_sampler` (mean of the k3 estimate between the sampling policy and this one), `ratio_mean`,
         `ratio_max`, `ess` (effective sample size, (Σr)² / (n·Σr²), in (0, 1]). ppo, cispo, gspo:
         `clip_fraction` (share of positions where clipping acted). With max_importance_ratio:
