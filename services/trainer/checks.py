@@ -109,6 +109,17 @@ def check_temperature(field: str, temperature: float | None) -> None:
         _check_number(field, temperature, above=0, at_most=MAX_TEMPERATURE)
 
 
+def check_one_temperature(temperature: float | None) -> None:
+    """Refuse one beside a LossConfig, which has its own."""
+    if temperature is not None:
+        raise InvalidRequest(
+            "temperature: with a loss_config it is loss_config.temperature that says it",
+            field="temperature",
+            value=temperature,
+            allowed="absent",
+        )
+
+
 def check_tokens(data: Sequence[Datum], *, vocab_size: int, max_length: int) -> None:
     """Refuse an empty batch, and sequences that the base model cannot read."""
     if not data:
