@@ -226,6 +226,14 @@ class ForwardBackwardResult:
     metrics: Mapping[str, float]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ForwardResult:
+    """Per datum the targets' logprobs, float32 [T]; of a loss, where it was asked for, metrics."""
+
+    logprobs: tuple[FloatArray, ...]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True)
 class OptimStepResult:
     """The adapter's version after the step, and metrics by name."""

@@ -13,6 +13,9 @@ from rollmesh.errors import InvalidRequest
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from rollmesh.api.coordinator.v1 import training_service_pb2
+    from rollmesh.api.trainer.v1 import trainer_service_pb2
+
 _LOSSES: dict[types.LossName, training_pb2.Loss.ValueType] = {
     "cross_entropy": training_pb2.LOSS_CROSS_ENTROPY,
     "importance_sampling": training_pb2.LOSS_IMPORTANCE_SAMPLING,
@@ -86,6 +89,13 @@ def loss_from_pb(message: training_pb2.LossConfig) -> types.LossConfig:
         entropy=message.entropy,
         **{name: optional(message, name) for name in _LOSS_OPTIONS},
     )
+
+
+def optional_loss_from_pb(
+    message: trainer_service_pb2.ForwardRequest | training_service_pb2.ForwardRequest,
+) -> types.LossConfig | None:
+    """The request's `loss_config`; None: no loss is wanted."""
+    return loss_from_pb(message.loss_config) if message.HasField("loss_config") else None
 
 
 def _unknown_loss(value: object) -> InvalidRequest:

@@ -39,7 +39,13 @@ from rollmesh.types import (
     PublishedVersion,
     TrainerAdapter,
 )
-from services.trainer.checks import check_adam, check_batch, check_temperature, check_tokens
+from services.trainer.checks import (
+    check_adam,
+    check_batch,
+    check_one_temperature,
+    check_temperature,
+    check_tokens,
+)
 from services.trainer.export import AdapterVersion, make_version
 from services.trainer.optimizer import adam_step
 
@@ -48,7 +54,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from rollmesh.types import FloatArray, Snapshot, TrainingResult
+    from rollmesh.types import ForwardResult, Snapshot, TrainingResult
     from services.trainer.engine import Engine
     from services.trainer.exports import Exports
     from services.trainer.model import Model
@@ -121,23 +127,40 @@ class Adapter:
         self._gone = reason
 
     async def forward(
-        self, data: Sequence[Datum], temperature: float | None = None
-    ) -> tuple[FloatArray, ...]:
-        """Per datum the log-probability of each target, float32 [T], after the ops before it.
+        self,
+        data: Sequence[Datum],
+        temperature: float | None = None,
+        config: LossConfig | None = None,
+    ) -> ForwardResult:
+        """The log-probability of each target, after the ops before it, at `temperature` (None: 1).
 
-        At `temperature`; None: 1.
+        With a config, which has a temperature of its own, also the metrics of its loss.
+
+        Raises:
+            NonFinite: a log-probability or loss; the error names the datum.
         """
+        asked_at = time.perf_counter()
         model = self._model
-        # Nothing else of it is read, or looked at.
-        data = [Datum(datum.token_ids, datum.target_token_ids) for datum in data]
-        check_temperature("temperature", temperature)
-        check_tokens(data, vocab_size=model.vocab_size, max_length=model.max_length)
+        if config is None:
+            # Nothing else of it is read, or looked at.
+            data = [Datum(datum.token_ids, datum.target_token_ids) for datum in data]
+            check_temperature("temperature", temperature)
+            check_tokens(data, vocab_size=model.vocab_size, max_length=model.max_length)
+        else:
+            check_one_temperature(temperature)
+            check_batch(data, config, vocab_size=model.vocab_size, max_length=model.max_length)
         await self._acquire_turn()
         weights = self._state.weights
         self._turn.release()
         self._check_held()
+        waited_s = time.perf_counter() - asked_at
         with timed("rollmesh.trainer.op", op="forward"):
-            return await self._engine.forward(self.name, weights, data, temperature)
+            found = await self._engine.forward(self.name, weights, data, temperature, config)
+        if config is None:
+            return found
+        return replace(
+            found, metrics={**found.metrics, "queued_s": found.metrics["queued_s"] + waited_s}
+        )
 
     async def forward_backward(
         self, epoch: int, sequence: int, data: Sequence[Datum], config: LossConfig

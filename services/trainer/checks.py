@@ -49,10 +49,14 @@ def check_batch(
         or config.max_importance_ratio is not None,
         "advantages": config.loss != "cross_entropy",
     }
+    # Any linear function of the log-probabilities: what a loss comes to that a client computes.
+    # A penalty that is turned around has no minimum.
+    is_linear = config.loss == "cross_entropy" and not config.kl_coefficient
     for index, datum in enumerate(data):
         path = f"data[{index}]"
         if datum.weights is not None:
-            _check_floats(f"{path}.weights", datum.weights, datum, low=0.0)
+            low = -math.inf if is_linear else 0.0
+            _check_floats(f"{path}.weights", datum.weights, datum, low=low)
         for name, needed in needs.items():
             values: FloatArray | None = getattr(datum, name)
             if (values is not None) != needed:
@@ -103,6 +107,17 @@ def check_temperature(field: str, temperature: float | None) -> None:
     """Refuse one outside the range of LossConfig."""
     if temperature is not None:
         _check_number(field, temperature, above=0, at_most=MAX_TEMPERATURE)
+
+
+def check_one_temperature(temperature: float | None) -> None:
+    """Refuse one beside a LossConfig, which has its own."""
+    if temperature is not None:
+        raise InvalidRequest(
+            "temperature: with a loss_config it is loss_config.temperature that says it",
+            field="temperature",
+            value=temperature,
+            allowed="absent",
+        )
 
 
 def check_tokens(data: Sequence[Datum], *, vocab_size: int, max_length: int) -> None:

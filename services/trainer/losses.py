@@ -58,7 +58,7 @@ def losses(
     base_logprobs_BT is read where `config` asks for a penalty. Where the loss, or a gradient,
     passes what its type holds it is infinite or NaN.
     """
-    counts = weights_BT > 0
+    counts = weights_BT != 0
 
     def counted(values_BT: Tensor) -> Tensor:
         # Masked before anything else: 0 × inf is NaN, also in a gradient.
@@ -164,12 +164,12 @@ def metrics(
     base_logprobs: Sequence[FloatArray] | None,
     entropies: Sequence[FloatArray] | None = None,
 ) -> dict[str, float]:
-    """The metrics of TrainingService.ForwardBackward; means over positions of weight > 0, or 0.
+    """The metrics of TrainingService.ForwardBackward; means over positions of weight ≠ 0, or 0.
 
     base_logprobs and entropies: per datum [T], where `config` asks for them.
     """
     counts = [
-        np.ones(len(datum.token_ids), bool) if datum.weights is None else datum.weights > 0
+        np.ones(len(datum.token_ids), bool) if datum.weights is None else datum.weights != 0
         for datum in data
     ]
 

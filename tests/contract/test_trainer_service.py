@@ -160,12 +160,15 @@ async def test_a_life_over_the_wire_gives_the_bits_of_the_core(client):
         assert await client.get_adapter(A) == core.view
         stepped = await client.optim_step(A, 2, ADAM, epoch=1)
         assert timeless(stepped) == timeless(await core.optim_step(1, 2, ADAM))
-        for found, wanted in zip(
-            await client.forward(A, data) + await client.forward(A, data, temperature=0.5),
-            await core.forward(data) + await core.forward(data, 0.5),
-            strict=True,
-        ):
-            np.testing.assert_array_equal(found, wanted)
+        for options in ({}, {"temperature": 0.5}, {"loss_config": SAMPLED}):
+            result = await client.forward(A, data, **options)
+            expected = await core.forward(
+                data, options.get("temperature"), options.get("loss_config")
+            )
+            for found, wanted in zip(result.logprobs, expected.logprobs, strict=True):
+                np.testing.assert_array_equal(found, wanted)
+            assert without_times(result.metrics) == without_times(expected.metrics)
+            assert bool(result.metrics) == ("loss_config" in options)
         published = await client.publish_adapter(A, epoch=1)
         assert keyless(published) == keyless(await core.publish(1))
         header, *chunks, digest = await exported(client, A, 1)

@@ -207,10 +207,16 @@ class FakeTrainer(Away):
         return await self._run(adapter, sequence, op, result, epoch, pending=True)
 
     async def forward(
-        self, adapter: str, data: Sequence[types.Datum], *, temperature: float | None = None
-    ) -> tuple[types.FloatArray, ...]:
+        self,
+        adapter: str,
+        data: Sequence[types.Datum],
+        *,
+        temperature: float | None = None,
+        loss_config: types.LossConfig | None = None,
+    ) -> types.ForwardResult:
         await self.get_adapter(adapter)
-        return tuple(logprobs / (temperature or 1.0) for logprobs in _logprobs(data))
+        logprobs = tuple(logprobs / (temperature or 1.0) for logprobs in _logprobs(data))
+        return types.ForwardResult(logprobs, {} if loss_config is None else {"loss": 1.0})
 
     async def optim_step(
         self, adapter: str, sequence: int, adam: types.AdamConfig, *, epoch: int

@@ -82,6 +82,18 @@ GOOD = Datum(ints(1, 2), ints(2, 3), floats(0, 1), floats(-1, 0), floats(0.5, -0
             for loss in ("ppo", "cispo", "dro", "gspo")
             for name in ("sampling_logprobs", "advantages")
         ),
+        *(
+            pytest.param([replace(data, weights=weights)], config, "data[0].weights", id=why)
+            for why, data, weights, config in [
+                ("negative with KL", PLAIN, floats(1, -1), LossConfig("cross_entropy", 0.1)),
+                ("-inf", PLAIN, floats(1, -INF), CROSS_ENTROPY),
+                ("NaN", PLAIN, floats(1, NAN), CROSS_ENTROPY),
+                *(
+                    (f"negative of {loss}", GOOD, floats(1, -1), LossConfig(loss))
+                    for loss in ("ppo", "cispo", "dro", "gspo")
+                ),
+            ]
+        ),
         pytest.param([PLAIN], LossConfig("dro", beta=-1), "loss_config.beta", id="wrong setting"),
     ],
 )
@@ -179,6 +191,11 @@ def test_a_setting_of_a_loss_out_of_range_is_refused(config, field, allowed):
         pytest.param([replace(GOOD, sampling_logprobs=floats(1e-7, -1))], SAMPLED, id="rounded 0"),
         pytest.param([replace(PLAIN, weights=floats(0, 0))], CROSS_ENTROPY, id="all masked"),
         pytest.param([PLAIN], LossConfig("cross_entropy", 0.0), id="KL measured"),
+        pytest.param(
+            [replace(PLAIN, weights=floats(-3, 0.5))],
+            LossConfig("cross_entropy", 0.0),
+            id="negative weights",
+        ),
         pytest.param(
             [replace(GOOD, advantages=None)],
             LossConfig("cross_entropy", max_importance_ratio=2.0),

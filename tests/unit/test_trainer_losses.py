@@ -100,7 +100,7 @@ def oracle(config, p, w, q, A, b, now=None):
     now = p if now is None else now
     found, gradients = np.zeros(len(p)), np.zeros(p.shape)
     for i in range(len(p)):
-        counted = [t for t in range(p.shape[1]) if w[i, t] > 0]
+        counted = [t for t in range(p.shape[1]) if w[i, t] != 0]
         log_s = sum(now[i, t] - q[i, t] for t in counted) / max(len(counted), 1)
         for t in counted:
             # Python's floats: they overflow without a warning.
@@ -141,6 +141,19 @@ def test_losses_and_gradients_are_those_of_the_formulas(config, seed, shape, spr
     values = drawn(seed, shape, spread)
     for found, expected in zip(computed(config, **values), oracle(config, **values), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "cross_entropy, truncated"])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_negative_weight_turns_its_position_around(name, seed):
+    values = drawn(seed)
+    values["w"] *= np.random.default_rng(seed + 9).choice([-1, 1], values["w"].shape)
+    assert (values["w"] < 0).any()
+    found, gradients = computed(CONFIGS[name], **values)
+    expected = oracle(CONFIGS[name], **values)
+    np.testing.assert_allclose(found, expected[0], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(gradients, expected[1], rtol=1e-9, atol=1e-12)
+    assert (gradients > 0).tolist() == (values["w"] < 0).tolist()
 
 
 @each_config
@@ -373,6 +386,21 @@ def test_absent_weights_count_every_position():
         entropies=[np.array([1, 2, 6], np.float32)],
     )
     assert found == {"loss": 1.0, "num_tokens": 3.0, "entropy": 3.0}
+
+
+def test_negative_weights_count_as_positive_ones_do():
+    datum = Datum(
+        np.zeros(3, np.int32), np.zeros(3, np.int32), weights=np.array([-2, 0, 0.5], np.float32)
+    )
+    found = metrics(
+        LossConfig("cross_entropy", entropy=True),
+        [datum],
+        losses=[-3.0],
+        logprobs=[np.zeros(3, np.float32)],
+        base_logprobs=None,
+        entropies=[np.array([1, 2, 6], np.float32)],
+    )
+    assert found == {"loss": -3.0, "num_tokens": 2.0, "entropy": 3.5}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

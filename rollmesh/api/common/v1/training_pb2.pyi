@@ -38,7 +38,7 @@ class _LossEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Loss.ValueType],
     """−Σ w·(p·A − ½·beta·(p − q)²). arXiv 2405.19107."""
     LOSS_GSPO: _Loss.ValueType  # 6
     """−Σ w·min(s·A, clip(s, lo, hi)·A) with one ratio s for each datum, exp of the mean of p − q over
-    its positions of weight > 0; the gradient at each position is that of s·exp(p − stop(p)).
+    its positions of weight ≠ 0; the gradient at each position is that of s·exp(p − stop(p)).
     arXiv 2507.18071.
     """
 
@@ -63,7 +63,7 @@ LOSS_DRO: Loss.ValueType  # 5
 """−Σ w·(p·A − ½·beta·(p − q)²). arXiv 2405.19107."""
 LOSS_GSPO: Loss.ValueType  # 6
 """−Σ w·min(s·A, clip(s, lo, hi)·A) with one ratio s for each datum, exp of the mean of p − q over
-its positions of weight > 0; the gradient at each position is that of s·exp(p − stop(p)).
+its positions of weight ≠ 0; the gradient at each position is that of s·exp(p − stop(p)).
 arXiv 2507.18071.
 """
 Global___Loss: _TypeAlias = Loss  # noqa: Y015
@@ -94,7 +94,8 @@ class Datum(_message.Message):
     @_builtins.property
     def weights(self) -> _tensor_pb2.Tensor:
         """float32 [T], finite, ≥ 0: weight of each position in the loss. 0 masks a position, as prompts
-        are: it adds exactly 0 to the loss and the gradients. Absent: 1 everywhere.
+        are: it adds exactly 0 to the loss and the gradients. cross_entropy without a kl_coefficient above 0
+        takes negative ones too. Absent: 1 everywhere.
         """
 
     @_builtins.property

@@ -171,7 +171,8 @@ class TrainerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Forward(self, request, context):
-        """Log-probabilities of a batch; no state changes. INVALID_ARGUMENT names the datum and field.
+        """Log-probabilities of a batch, and on demand its loss; no state changes. INVALID_ARGUMENT names the
+        datum and field. FAILED_PRECONDITION: a log-probability, or the loss, is not finite.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
