@@ -46,6 +46,7 @@ SPANS = {
     "sampler.sample": "Drawing the completions of one request.",
     "reward.score": "Scoring one batch.",
     "environment.call": "One call of an environment, to its first answer.",
+    "gateway.request": "One HTTP request.",
 }
 """Spans of our own, besides one for each RPC on either side."""
 
@@ -100,6 +101,11 @@ METRICS = {
         "Time that a call waited for room at an environment, by `environment`.",
     ),
     "rollmesh.environment.episodes": ("gauge", "1", "Episodes under way, by `environment`."),
+    "rollmesh.gateway.request": (
+        "histogram",
+        "s",
+        "Time that an HTTP request took, held polls included, by `endpoint` and `status`.",
+    ),
 }
 """Metrics: kind, unit and meaning. No attribute may take a value for each job or adapter: a
 collector keeps a series for every value that it has ever seen. What one job measured is on its

@@ -127,6 +127,12 @@ class LoadWeights(Body):
     optimizer: bool
 
 
+class PlaceOfLoad(Body):
+    """Which of the two forms a load_weights has."""
+
+    model_id: Text | None = None
+
+
 class Sequenced(Body):
     """What every request has that takes a place among a model's."""
 

@@ -1,0 +1,86 @@
+"""The gateway as an ASGI application."""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.routing import Route
+
+from rollmesh.errors import MeshError
+from rollmesh.telemetry import log_fields, record, span
+from services.gateway.auth import Unauthenticated
+from services.gateway.web.answering import failure, problem, respond
+from services.gateway.web.endpoints import ENDPOINTS, Call
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    from services.gateway.callers import Caller
+    from services.gateway.gateway import Gateway
+    from services.gateway.web.endpoints import Reply
+
+PREFIX = "/api/v1/"
+
+log = logging.getLogger(__name__)
+
+
+def app(gateway: Gateway) -> Starlette:
+    """Its endpoints over HTTP."""
+    routes = [
+        Route(PREFIX + path, partial(_answer, gateway, path, endpoint), methods=[method])
+        for (method, path), endpoint in ENDPOINTS.items()
+    ]
+    return Starlette(routes=routes, exception_handlers={HTTPException: _no_such_path})
+
+
+async def _answer(
+    gateway: Gateway,
+    path: str,
+    endpoint: Callable[[Call], Awaitable[Reply]],
+    request: Request,
+) -> Response:
+    """Of one request, whatever comes of it."""
+    begun = time.perf_counter()
+    call = Call(gateway, request, partial(_caller, gateway, request))
+    with span("gateway.request", endpoint=path, method=request.method) as current:
+        try:
+            with log_fields(endpoint=path):
+                response = respond(request, await endpoint(call))
+        except MeshError as error:
+            response = failure(error)
+            if response.status_code == 500:
+                log.exception("%s failed", path)
+        except ClientDisconnect:
+            response = problem(400, "the body did not come to its end")
+        except Exception:
+            log.exception("bug in %s", path)
+            response = problem(500, "internal error; the gateway's log has the traceback")
+        current.set_attribute("http.response.status_code", response.status_code)
+    record(
+        "rollmesh.gateway.request",
+        time.perf_counter() - begun,
+        endpoint=path,
+        status=response.status_code,
+    )
+    return response
+
+
+async def _caller(gateway: Gateway, request: Request) -> Caller:
+    shown = request.headers.get("x-api-key", "")
+    if not shown:
+        raise Unauthenticated("X-API-Key: an API key is needed, tml-…")
+    return await gateway.auth.caller(shown)
+
+
+async def _no_such_path(request: Request, error: Exception) -> Response:  # noqa: RUF029
+    status = error.status_code if isinstance(error, HTTPException) else 404
+    return problem(status, f"there is no {request.method} {request.url.path[:200]}")

@@ -1,0 +1,1 @@
+"""HTTP: bodies in, answers out, and which path is which core's."""
