@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     FloatArray = NDArray[np.float32]
     IntArray = NDArray[np.int32]
 
-LossName = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo"]
+LossName = Literal[
+    "cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce"
+]
 StopReason = Literal["stop", "length"]
 MemberRole = Literal["trainer", "sampler", "reward", "environment"]
 LogprobsKind = Literal["policy", "sampled"]
@@ -179,6 +181,7 @@ class Datum:
     """One training sequence of T positions; every array has shape [T].
 
     token_ids, target_token_ids: int32. weights, sampling_logprobs, advantages: float32 or None.
+    sequence_ids: int32, -1 for none; or None: the datum is one sampled sequence.
     """
 
     token_ids: IntArray
@@ -186,6 +189,7 @@ class Datum:
     weights: FloatArray | None = None
     sampling_logprobs: FloatArray | None = None
     advantages: FloatArray | None = None
+    sequence_ids: IntArray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +197,7 @@ class LossConfig:
     """What a ForwardBackward minimises; None: the loss's default, or the option is off.
 
     A field that `loss` does not take must be None. kl_coefficient None: no KL to the base is
-    computed, max_importance_ratio None: ratios are not truncated.
+    computed, max_importance_ratio None: ratios are not truncated, but those of stable_reinforce.
     """
 
     loss: LossName
@@ -204,6 +208,8 @@ class LossConfig:
     max_importance_ratio: float | None = None
     entropy: bool = False
     temperature: float | None = None
+    max_sequence_ratio: float | None = None
+    sampler_kl_coefficient: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,8 @@ FLOAT32S = st.floats(allow_nan=False, width=32)
 # Unix seconds to the microsecond: clocks in use here are no finer.
 TIMES = st.integers(0, 4 * 10**15).map(lambda microseconds: microseconds / 1e6)
 TEXTS = st.text(max_size=8)
-LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo")
+LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo",
+          "stable_reinforce")  # fmt: skip
 SPANS = st.builds(types.PolicySpan, COUNTS, INT64, TEXTS)
 SOURCES = st.builds(types.AdapterSource, TEXTS, INT64, TEXTS, TEXTS)
 LORAS = st.builds(
@@ -92,6 +93,8 @@ ROUND_TRIPS = {
             max_importance_ratio=st.none() | FLOATS,
             entropy=st.booleans(),
             temperature=st.none() | FLOATS,
+            max_sequence_ratio=st.none() | FLOATS,
+            sampler_kl_coefficient=st.none() | FLOATS,
         ),
     ),
     "adam": (
