@@ -102,6 +102,7 @@ class SamplingParams:
     regex: str | None = None
     logprobs_kind: LogprobsKind = "policy"
     prompt_logprobs: int | None = None
+    top_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,9 @@ class Continuation:
 class CompletionChunk:
     """A piece of completion `index`: token_ids, as many logprobs, and spans over them.
 
-    prompt_logprobs, where they are asked for, come with one chunk of the request.
+    prompt_logprobs, where they are asked for, come with one chunk of the request. top_token_ids and
+    top_logprobs, where they are asked for, have a row of the k likeliest for each token; where
+    fewer can be drawn the rest is -1, with -inf.
     """
 
     index: int
@@ -138,6 +141,8 @@ class CompletionChunk:
     spans: tuple[PolicySpan, ...]
     stop_reason: StopReason | None = None
     prompt_logprobs: PromptLogprobs | None = None
+    top_token_ids: tuple[tuple[int, ...], ...] = ()
+    top_logprobs: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +154,8 @@ class Completion:
     spans: tuple[PolicySpan, ...]
     stop_reason: StopReason
     prompt_logprobs: PromptLogprobs | None = None
+    top_token_ids: tuple[tuple[int, ...], ...] = ()
+    top_logprobs: tuple[tuple[float, ...], ...] = ()
 
 
 def join_chunks(chunks: Sequence[CompletionChunk]) -> Completion:
@@ -173,6 +180,8 @@ def join_chunks(chunks: Sequence[CompletionChunk]) -> Completion:
         spans=tuple(spans),
         stop_reason=stop_reason,
         prompt_logprobs=next((c.prompt_logprobs for c in chunks if c.prompt_logprobs), None),
+        top_token_ids=tuple(row for chunk in chunks for row in chunk.top_token_ids),
+        top_logprobs=tuple(row for chunk in chunks for row in chunk.top_logprobs),
     )
 
 
