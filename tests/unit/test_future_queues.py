@@ -1,0 +1,145 @@
+"""Work in order and exactly once, whatever dies: the futures' queues on a trainer in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+
+import pytest
+
+from rollmesh.api.coordinator.v1 import future_service_pb2 as pb
+from rollmesh.blobs import Blobs
+from services.coordinator import upkeep
+from services.coordinator.servicers.work import work_from_pb
+from services.coordinator.store import StoredFuture, open_store
+from tests.fakes.futures import (
+    A,
+    batch_work,
+    create_work,
+    keep_work,
+    refused_work,
+    running_queues,
+    step_work,
+)
+from tests.fakes.mesh import FakeTrainer
+from tests.fakes.training import Life
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(upkeep, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr("services.coordinator.fleet.static.POLL_INTERVAL_S", 0.02)
+
+
+@pytest.fixture
+async def store(tmp_path):
+    async with open_store(f"sqlite:///{tmp_path}/c.sqlite", request_retention_s=1e6) as opened:
+        yield opened
+
+
+@pytest.fixture
+def blobs(tmp_path):
+    return Blobs(str(tmp_path / "blobs"))
+
+
+async def put(queues, bodies, store, name, message, *, queue="", position=0, project="p"):
+    """As Futures.create does it; a repeat is fine."""
+    name = f"projects/{project}/futures/{name}"
+    work = work_from_pb(name, message)
+    future = StoredFuture(
+        name=name,
+        project=project,
+        queue=queue,
+        position=position,
+        digest=hashlib.sha256(work.body).hexdigest(),
+        adapter=work.adapter,
+        create_time=float(position),
+    )
+    body, key = await bodies.put(work.body)
+    future = dataclasses.replace(future, body=body, body_key=key)
+    stored = await store.create(future, max_unfinished=1000)
+    if not stored.done:
+        queues.begin(project, queue, name)
+    return name
+
+
+async def result(bodies, store, changes, name):
+    while True:
+        changed = changes.next(name)
+        stored = await store.get(name)
+        if stored.done:
+            return pb.Future.FromString(await bodies.get(stored.result, stored.result_key))
+        await changed.wait()
+
+
+def script(number):
+    return [
+        create_work(),
+        batch_work(1),
+        refused_work(),
+        step_work(),
+        keep_work(checkpoint=f"{A}/checkpoints/c{number}"),
+        batch_work(2),
+    ]
+
+
+async def lived_through(store, blobs, trainer, life, number):
+    """The results, where all work was done before the coordinator died; else None."""
+
+    async def client():
+        queue = f"q{number}"
+        names = [
+            await put(queues, bodies, futures, f"{queue}-{at}", work, queue=queue, position=at)
+            for at, work in enumerate(script(number))
+        ]
+        return [await result(bodies, futures, changes, name) for name in names]
+
+    async with running_queues(store, blobs, trainer, life) as (queues, bodies, futures, changes):
+        asking = asyncio.ensure_future(client())
+        death = asyncio.ensure_future(life.dead.wait())
+        await asyncio.wait({asking, death}, return_when=asyncio.FIRST_COMPLETED)
+        found = asking.result() if asking.done() else None
+        for task in (asking, death):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        return found
+
+
+@pytest.mark.timeout(600)
+async def test_a_coordinator_killed_at_any_step_does_all_work_once(store, blobs, monkeypatch):
+    monkeypatch.setattr("services.coordinator.future_bodies.MAX_ROW_BYTES", 60)  # both ways
+    chains = set()
+    for number in itertools.count(1):
+        trainer, life = FakeTrainer(), Life(number)
+        finished = await lived_through(store, blobs, trainer, life, number)
+        trainer_dies = bool(number % 2)
+        if trainer_dies:
+            trainer.restart()
+        found = await lived_through(store, blobs, trainer, Life(), number)
+        kinds = [each.WhichOneof("result") for each in found]
+        told = f"died at step {number}: {found}"
+        assert kinds == [
+            "create_adapter",
+            "forward_backward",
+            "failure",
+            "optim_step",
+            "kept",
+            "forward_backward",
+        ], told
+        assert found[3].optim_step.policy_version == 1, told
+        assert found[4].kept.policy.policy_version == 1, told
+        assert found[4].kept.lease.policy_version == 1, told
+        assert found[4].kept.checkpoint.policy_version == 1, told
+        adapter = (await store.adapters.get(A)).adapter
+        assert (adapter.policy_version, adapter.next_sequence) == (1, 4), told
+        assert trainer_dies or trainer.num_ops == 3, told
+        chains.add(trainer.chains[A])
+        await store.adapters.delete(A, None, now=1.0)
+        if finished is not None:
+            break
+    assert len(chains) == 1
+    assert number > 50
