@@ -542,6 +542,33 @@ class TestLargeOnes:
             }
 
 
+class TestExpiry:
+    async def test_a_result_is_not_found_once_it_was_kept_for_long_enough(self, start):
+        async with start(result_retention_s=0.01) as mesh:
+            await mesh.until_served()
+            futures = mesh.client.futures
+            await futures.create(future("f"), refused_work(), queue="q", position=0)
+            await futures.create(future("s"), sample_work())
+
+            async def are_gone():
+                for name in ("f", "s"):
+                    with contextlib.suppress(NotFound):
+                        await futures.wait(future(name), 0.0)
+                        return False
+                return True
+
+            await eventually(are_gone)
+            # Long ago, but taken: the next position goes on from there.
+            with pytest.raises(NotFound):
+                await futures.create(future("f"), refused_work(), queue="q", position=0)
+            await futures.create(future("g"), refused_work(), queue="q", position=1)
+
+            async def goes_on():
+                return await mesh.store.futures.next_position("p", "q") == 2
+
+            await eventually(goes_on)
+
+
 class TestSuccession:
     async def test_what_was_under_way_is_done_once_by_a_successor(self, start, fakes):
         async with start(drain_s=0.0) as mesh:

@@ -67,12 +67,17 @@ def step_work(rate: float = 0.1, adapter: str = A) -> pb.Work:
 
 
 def load_work(checkpoint: str, adapter: str = A) -> pb.Work:
-    return pb.Work(load_checkpoint=pb.LoadCheckpointRequest(adapter=adapter, checkpoint=checkpoint))
+    work = pb.Work()
+    work.load_checkpoint.adapter = adapter
+    work.load_checkpoint.checkpoint = checkpoint
+    return work
 
 
 def fork_work(checkpoint: str) -> pb.Work:
-    fork = pb.ForkAdapterRequest(name=f"{P}/adapters/b", checkpoint=checkpoint)
-    return pb.Work(fork_adapter=fork)
+    work = pb.Work()
+    work.fork_adapter.name = f"{P}/adapters/b"
+    work.fork_adapter.checkpoint = checkpoint
+    return work
 
 
 def keep_work(

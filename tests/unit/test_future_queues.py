@@ -98,15 +98,20 @@ async def lived_through(store, blobs, trainer, life, number):
         return [await result(bodies, futures, changes, name) for name in names]
 
     async with running_queues(store, blobs, trainer, life) as (queues, bodies, futures, changes):
-        asking = asyncio.ensure_future(client())
-        death = asyncio.ensure_future(life.dead.wait())
-        await asyncio.wait({asking, death}, return_when=asyncio.FIRST_COMPLETED)
-        found = asking.result() if asking.done() else None
-        for task in (asking, death):
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-        return found
+        return await outlived(client(), life)
+
+
+async def outlived(work, life):
+    """What `work` answers; None: the coordinator died before."""
+    asking = asyncio.ensure_future(work)
+    death = asyncio.ensure_future(life.dead.wait())
+    await asyncio.wait({asking, death}, return_when=asyncio.FIRST_COMPLETED)
+    found = asking.result() if asking.done() else None
+    for task in (asking, death):
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+    return found
 
 
 @pytest.mark.timeout(600)
@@ -143,3 +148,30 @@ async def test_a_coordinator_killed_at_any_step_does_all_work_once(store, blobs,
             break
     assert len(chains) == 1
     assert number > 50
+
+
+@pytest.mark.timeout(600)
+async def test_equal_ops_are_told_apart_whenever_a_coordinator_dies(store, blobs):
+    """Two that nothing orders and nothing tells apart but their names."""
+
+    async def client():
+        made = await put(queues, bodies, futures, f"a{number}", create_work())
+        await result(bodies, futures, changes, made)
+        twins = [
+            await put(queues, bodies, futures, f"{twin}{number}", step_work()) for twin in "xy"
+        ]
+        return [await result(bodies, futures, changes, name) for name in twins]
+
+    for number in itertools.count(1):
+        trainer, lives = FakeTrainer(), (Life(number), Life())
+        for life in lives:
+            async with running_queues(store, blobs, trainer, life) as parts:
+                queues, bodies, futures, changes = parts
+                found = await outlived(client(), life)
+        versions = sorted(each.optim_step.policy_version for each in found)
+        assert versions == [1, 2], f"died at step {number}"
+        assert trainer.num_ops == 2
+        await store.adapters.delete(A, None, now=1.0)
+        if not lives[0].dead.is_set():
+            break
+    assert number > 20
