@@ -17,6 +17,7 @@ from services.coordinator.servicers.work import work_from_pb
 from services.coordinator.store import StoredFuture, open_store
 from tests.fakes.futures import (
     A,
+    P,
     batch_work,
     create_work,
     keep_work,
@@ -45,9 +46,9 @@ def blobs(tmp_path):
     return Blobs(str(tmp_path / "blobs"))
 
 
-async def put(queues, bodies, store, name, message, *, queue="", position=0, project="p"):
+async def put(queues, bodies, store, name, message, *, queue="", position=0, now=1.0):
     """As Futures.create does it; a repeat is fine."""
-    name = f"projects/{project}/futures/{name}"
+    name, project = f"{P}/futures/{name}", "p"
     work = work_from_pb(name, message)
     future = StoredFuture(
         name=name,
@@ -56,12 +57,12 @@ async def put(queues, bodies, store, name, message, *, queue="", position=0, pro
         position=position,
         digest=hashlib.sha256(work.body).hexdigest(),
         adapter=work.adapter,
-        create_time=float(position),
+        create_time=now,
     )
     body, key = await bodies.put(work.body)
     future = dataclasses.replace(future, body=body, body_key=key)
     stored = await store.create(future, max_unfinished=1000)
-    if not stored.done:
+    if not stored.done and queues:
         queues.begin(project, queue, name)
     return name
 
@@ -157,8 +158,10 @@ async def test_equal_ops_are_told_apart_whenever_a_coordinator_dies(store, blobs
     async def client():
         made = await put(queues, bodies, futures, f"a{number}", create_work())
         await result(bodies, futures, changes, made)
+        # A successor takes them up the other way round.
         twins = [
-            await put(queues, bodies, futures, f"{twin}{number}", step_work()) for twin in "xy"
+            await put(queues, bodies, futures, f"{twin}{number}", step_work(), now=now)
+            for twin, now in (("x", 3.0), ("y", 2.0))
         ]
         return [await result(bodies, futures, changes, name) for name in twins]
 
@@ -175,3 +178,43 @@ async def test_equal_ops_are_told_apart_whenever_a_coordinator_dies(store, blobs
         if not lives[0].dead.is_set():
             break
     assert number > 20
+
+
+async def test_an_op_whose_sequence_went_to_another_is_done_with_the_next(store, blobs):
+    trainer = FakeTrainer()
+    async with running_queues(store, blobs, trainer) as (queues, bodies, futures, changes):
+        await result(
+            bodies, futures, changes, await put(queues, bodies, futures, "a", create_work())
+        )
+        # It was given its sequence, and before it was tried somebody else came.
+        late = await put(None, bodies, futures, "late", step_work(1.0))
+        await store.futures.assign(late, 1)
+        other = await put(queues, bodies, futures, "other", step_work(2.0))
+        found = await result(bodies, futures, changes, other)
+        assert found.optim_step.policy_version == 1
+        queues.begin("p", "", late)
+        found = await result(bodies, futures, changes, late)
+        assert found.optim_step.policy_version == 2
+        assert found.optim_step.metrics["learning_rate"] == 1.0
+
+
+async def test_work_that_is_lost_or_fails_by_a_bug_fails_and_lets_the_next_go_on(
+    store, blobs, monkeypatch
+):
+    monkeypatch.setattr("services.coordinator.future_bodies.MAX_ROW_BYTES", 1)
+    async with running_queues(store, blobs, FakeTrainer()) as (queues, bodies, futures, changes):
+        lost = await put(None, bodies, futures, "lost", create_work(), queue="q")
+        blobs.delete((await store.futures.get(lost)).body_key)
+        broken = await put(None, bodies, futures, "broken", create_work(), queue="q", position=1)
+        last = await put(None, bodies, futures, "last", refused_work(), queue="q", position=2)
+
+        async def bug(*_args):
+            raise ZeroDivisionError
+
+        queues._works._calls["create_adapter"] = bug
+        queues.begin("p", "q", lost)
+        reasons = [
+            (await result(bodies, futures, changes, name)).failure.reason
+            for name in (lost, broken, last)
+        ]
+        assert reasons == ["INTERNAL", "INTERNAL", "INVALID_REQUEST"]
