@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import itertools
 import logging
-import weakref
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from rollmesh import types
 from rollmesh.errors import InternalError, MeshError, NotFound, Overloaded, Unavailable
+from services.coordinator.future_lines import Lines
 from services.coordinator.future_work import FutureState
 from services.coordinator.store import future_taken, too_many_futures
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
 
+    from rollmesh import types
     from services.coordinator.future_work import Waits, Work, Works
     from services.coordinator.store import Changes
 
@@ -105,11 +104,7 @@ class Samples:
         self._samples: dict[str, _Sample] = {}
         self._num_unfinished: Counter[str] = Counter()
         self._bytes: Counter[str] = Counter()
-        # By project: those that wait to be begun, in order, and how many more may be.
-        self._lines: defaultdict[str, dict[str, None]] = defaultdict(dict)
-        self._room: weakref.WeakValueDictionary[str, asyncio.Semaphore] = (
-            weakref.WeakValueDictionary()
-        )
+        self._lines = Lines(bounds.max_begun)
         self._cursor = 0
         # By cursor, the oldest first: of all, of projects, and of groups.
         self._done: dict[int, _Sample] = {}
@@ -161,7 +156,7 @@ class Samples:
         if sample.result is None:
             waiting = self._waits.of(name)
             if waiting is None:
-                waiting = self._in_line(sample)
+                waiting = self._lines.waiting(sample.project, name, since=sample.create_time)
             if waiting is None and sample.subject:
                 waiting = self._why(sample.project, sample.subject)
         return FutureState(name, sample.create_time, sample.result, waiting)
@@ -187,7 +182,7 @@ class Samples:
         failed = True
         try:
             draw = partial(self._works.sample, sample.name, body, partial(_note, sample))
-            async with self._turn(sample):
+            async with self._lines.turn(sample.project, sample.name):
                 result = await self._waits.out(sample.name, draw)
             failed = False
         except MeshError as error:
@@ -197,37 +192,6 @@ class Samples:
             result = self._works.failure(InternalError("sampling failed by a bug; see the log"))
         if sample.result is None:
             self._end(sample, result, failed=failed)
-
-    @contextlib.asynccontextmanager
-    async def _turn(self, sample: _Sample) -> AsyncIterator[None]:
-        project = sample.project
-        room = self._room.setdefault(project, asyncio.Semaphore(self._bounds.max_begun))
-        self._lines[project][sample.name] = None
-        try:
-            await room.acquire()
-        finally:
-            del self._lines[project][sample.name]
-            if not self._lines[project]:
-                del self._lines[project]
-        try:
-            yield
-        finally:
-            room.release()
-
-    def _in_line(self, sample: _Sample) -> types.Waiting | None:
-        line = self._lines.get(sample.project, {})
-        if sample.name not in line:
-            return None
-        num_ahead = list(line).index(sample.name)
-        return types.Waiting(
-            subject=sample.name,
-            rule="ORDER",
-            reason=f"{self._bounds.max_begun} futures of sampling of its project have begun, and "
-            f"{num_ahead} go first",
-            release="the end of one of those that have begun, and then its turn",
-            position=1 + num_ahead,
-            since=sample.create_time,
-        )
 
     def _end(self, sample: _Sample, result: bytes, *, failed: bool) -> None:
         now = self._clock()

@@ -68,12 +68,13 @@ async def put(queues, bodies, store, name, message, *, queue="", position=0, now
 
 
 async def result(bodies, store, changes, name):
-    while True:
-        changed = changes.next(name)
-        stored = await store.get(name)
-        if stored.done:
-            return pb.Future.FromString(await bodies.get(stored.result, stored.result_key))
-        await changed.wait()
+    async with asyncio.timeout(60):
+        while True:
+            changed = changes.next(name)
+            stored = await store.get(name)
+            if stored.done:
+                return pb.Future.FromString(await bodies.get(stored.result, stored.result_key))
+            await changed.wait()
 
 
 def script(number):
