@@ -598,7 +598,7 @@ async def test_the_sdk_itself_trains_saves_and_samples(world, caller):
         rest = tinker.RestClient(base_url=caller.url, api_key=caller.key)
         who = rest.whoami().result()
         assert who.org_urn == "tml:organization:p"
-        service.close("success")
+        service.close("success").result()
         return training.model_id
 
     model = await asyncio.to_thread(run)

@@ -8,6 +8,7 @@ from rollmesh.errors import FailedPrecondition
 from rollmesh.job import StateChanged, Warned
 from services.coordinator.jobs import Jobs
 from services.coordinator.pruning import Pruning
+from services.coordinator.store import StoredFuture
 from services.coordinator.store import events as event_rows
 from services.coordinator.store import groups as group_rows
 from services.coordinator.store import ops as op_rows
@@ -76,6 +77,18 @@ async def test_of_a_job_that_ended_long_ago_the_last_event_is_kept_and_of_others
     assert (page.last_event, page.ended) == (ended, True)
     assert (await store.jobs.get(J)).state == "SUCCEEDED"
     assert await numbers(store, LIVE) == of_live
+
+
+async def test_futures_are_let_go_of_when_their_results_were_kept_for_long_enough(store):
+    for name, done in (("a", 50.0), ("b", 80.0)):
+        new = StoredFuture(f"projects/p/futures/{name}", "p", "", 0, "d", "", 1.0, b"work")
+        await store.futures.create(new, max_unfinished=9)
+        await store.futures.finish(new.name, b"result", None, now=done)
+    await pruning(store, 70.0).look()
+    assert await store.futures.get("projects/p/futures/a") is not None
+    await pruning(store, 71.0).look()
+    assert await store.futures.get("projects/p/futures/a") is None
+    assert await store.futures.get("projects/p/futures/b") is not None
 
 
 async def test_what_is_let_go_of_at_once_is_bounded_and_leaves_no_gaps(store, ended):

@@ -159,18 +159,14 @@ def _sequence(completion: sampling_pb2.CompletionChunk) -> pb.SampledSequence:
         tokens=np.array(completion.token_ids, "<i4").tobytes(),
         logprobs=completion.logprobs.data,
     )
-    if "top_token_ids" in completion.DESCRIPTOR.fields_by_name and completion.HasField(
-        "top_token_ids"
-    ):  # TODO
+    if completion.HasField("top_token_ids"):
         sequence.topk_sampled_logprobs.CopyFrom(
             _top(completion.top_token_ids, completion.top_logprobs, 0)
         )
     return sequence
 
 
-def _top(
-    token_ids: tensor_pb2.Tensor, logprobs: tensor_pb2.Tensor, told: int
-) -> pb.TopkLogprobs:
+def _top(token_ids: tensor_pb2.Tensor, logprobs: tensor_pb2.Tensor, told: int) -> pb.TopkLogprobs:
     """The likeliest tokens [N, k]; none in the first `told` rows."""
     length, k = token_ids.shape
     ids = np.frombuffer(token_ids.data, "<i4").reshape(length, k).copy()
