@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rollmesh import telemetry
 from rollmesh.errors import EnvironmentFailed, EnvironmentUnavailable, InvalidRequest
@@ -217,7 +217,7 @@ class Episodes:
         return played
 
     def _opening(self, task: Task, observation: Iterable[chat.Message]) -> list[int]:
-        token_ids = self._tokenizer.render(template_messages(observation), self._tools)
+        token_ids = self._tokenizer.render(_shown(observation), self._tools)
         if not token_ids:
             raise InvalidRequest(
                 f"environment: task {task.id!r} of {self._name} shows nothing to begin with",
@@ -227,7 +227,7 @@ class Episodes:
         return token_ids
 
     def _next(self, last_token: int, observation: Iterable[chat.Message]) -> list[int]:
-        return self._tokenizer.follow(template_messages(observation), last_token, self._tools)
+        return self._tokenizer.follow(_shown(observation), last_token, self._tools)
 
     def _has_room(self, played: _Played, prompt: Sequence[int]) -> bool:
         """Whether the context takes what comes next and a token more."""
@@ -242,3 +242,10 @@ def _begun() -> Iterator[None]:
         yield
     except EnvironmentUnavailable as error:
         raise RolloutLost(str(error)) from error
+
+
+def _shown(observation: Iterable[chat.Message]) -> list[dict[str, Any]]:
+    try:
+        return template_messages(observation)
+    except InvalidRequest as error:
+        raise EnvironmentFailed(f"what it shows cannot be told to a model: {error}") from None
