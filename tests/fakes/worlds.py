@@ -44,6 +44,7 @@ class FakeEnvironments:
         self.scored: list[chat.Answered] = []
         self.failures: dict[str, int] = {}
         self.rewards: dict[str, float] = {}
+        self.shows: dict[int, chat.Message] = {}
         self.broken: set[str] = set()
         self.deadly: set[str] = set()
         self.deaths = 0
@@ -128,7 +129,7 @@ class _Episode:
         self._num_turns = int(task_id[1:]) or 1
         self._life = world.deaths
         self.said: list[str] = []
-        self.first = chat.Response((chat.Message("user", f"{task_id}/{seed % 97}:0"),))
+        self.first = self._seen(0, f"{task_id}/{seed % 97}:0")
 
     async def act(self, action: chat.Message) -> chat.Response:
         self._world._check("world")
@@ -144,7 +145,12 @@ class _Episode:
         reward = self._world.rewards.get(action.content, 0.0)
         if turn == self._num_turns:
             return chat.Response(reward=1.0 + reward, rewards={"end": 1.0}, done=True)
-        return chat.Response((chat.Message("user", f"{self._task_id}:{turn}"),), reward)
+        return replace(self._seen(turn, f"{self._task_id}:{turn}"), reward=reward)
+
+    def _seen(self, turn: int, text: str) -> chat.Response:
+        """In a turn of which the world `shows` something more, that too."""
+        more = (self._world.shows[turn],) if turn in self._world.shows else ()
+        return chat.Response((*more, chat.Message("user", text)))
 
     async def give_up(self) -> chat.Response | None:
         self._world.given_up.append(self._task_id)

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from rollmesh.chat import Message
+from rollmesh.chat import Message, ToolCall
 from rollmesh.errors import (
     EnvironmentFailed,
     EnvironmentTimeout,
@@ -373,6 +373,36 @@ def test_a_successor_says_that_the_environment_has_other_tasks_and_goes_on():
     mesh.tasks = mesh.tasks[:5]
     assert simulate(mesh.run()).kind == "finished"
     assert mesh.context.warnings == ["ENVIRONMENT_CHANGED"]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_curriculum_goes_on_with_the_tasks_that_there_are(seed):
+    mesh = in_world(
+        seed=seed, curriculum={"max_reward": 0.99}, algorithm={"max_staleness": 1, "group_size": 2}
+    )
+
+    async def scenario():
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(mesh.rng.uniform(35, 70)):
+                await mesh.run()
+        kept = {group_from_bytes(body).task.id for body in mesh.context.kept.values()}
+        mesh.tasks = [task for task in mesh.tasks if task.id not in kept][:2]
+        return await mesh.run()
+
+    assert simulate(scenario()).kind == "finished"
+    told = [event for event in mesh.context.events if isinstance(event, Warned)]
+    (changed,) = [event for event in told if event.reason == "ENVIRONMENT_CHANGED"]
+    assert changed.message.endswith("the curriculum begins anew")
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+def test_a_tool_call_that_is_no_json_is_the_environments_failure(turn):
+    mesh = in_world(environment={"max_failures": 0, "max_retries": 0})
+    call = Message("assistant", "", (ToolCall("call_0", "add", "{oops"),))
+    mesh.world.shows = {turn: call}
+    with pytest.raises(EnvironmentFailed, match=r"a call of 'add' are no JSON: '{oops'"):
+        simulate(mesh.run())
+    assert mesh.world.open.total() == 0
 
 
 class TestSingleTurns:
