@@ -1,0 +1,1 @@
+"""The gateway: the wire of the Tinker SDK on one side, the coordinator on the other."""
