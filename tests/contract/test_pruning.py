@@ -105,7 +105,7 @@ async def test_a_watch_says_what_is_kept_no_longer_and_from_0_on_shows_what_is(s
         checks=None,
         projects=None,
         queue=lambda _name: None,
-        problems=lambda _name: [],
+        problems=lambda _name: (),
         max_pending=1,
         clock=lambda: 0.0,
         new_id=str,
