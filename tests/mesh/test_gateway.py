@@ -27,6 +27,8 @@ from services.local.mesh import mesh as running_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS = [8, 9, 79, 10, 7, 87, 11, 9]
+# The SDK does not close what it opens.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 PROMPT = sdk.ModelInput.from_ints(TOKENS)
 ADAM = sdk.AdamParams(learning_rate=1e-2)
 
