@@ -35,7 +35,7 @@ ADAM = sdk.AdamParams(learning_rate=1e-2)
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def served(tmp_path_factory):
-    """URL of the gateway, and keys of two projects."""
+    """URL of the gateway, keys of two projects, the mesh and the loop that it runs in."""
     values = yaml.safe_load((ROOT / "examples" / "local.yaml").read_text())
     (sampler,) = values["samplers"]
     # What is drawn is the same; the engine is slow to start.
@@ -47,7 +47,7 @@ async def served(tmp_path_factory):
     async with running_mesh(config, tmp_path_factory.mktemp("gateway")) as mesh:
         async with Client(mesh.address) as client:
             keys = [(await client.keys.create(f"projects/{p}"))[1] for p in ("one", "two")]
-        yield mesh.gateway_url, *keys
+        yield mesh.gateway_url, *keys, mesh, asyncio.get_running_loop()
 
 
 def with_sdk(test):
@@ -396,3 +396,19 @@ def test_in_flight_a_sampling_client_follows_what_is_trained(served):
     after = sampled_logprobs(first)
     assert np.abs(after - before).max() > 0.01
     np.testing.assert_allclose(after, logprobs_of(training), atol=1e-4)
+
+
+@with_sdk
+def test_a_gateway_that_is_killed_costs_nothing_but_time(served):
+    undisturbed, training = model_of(served), model_of(served)
+    expected = train(undisturbed, 6)
+    mesh, loop = served[3:]
+    losses = []
+    for _ in range(2):
+        losses += train(training, 2)
+        forward = training.forward_backward([datum()], "cross_entropy")
+        loop.call_soon_threadsafe(mesh.kill, "gateway")
+        losses.append(forward.result().metrics["loss:sum"])
+        training.optim_step(ADAM).result()
+        asyncio.run_coroutine_threadsafe(mesh.serving(), loop).result()
+    assert losses == expected
