@@ -55,6 +55,7 @@ def test_what_a_request_leaves_out_gets_the_defaults_of_the_protos():
         (SamplingParams(top_k=7000), "top_k", 50),
         (SamplingParams(top_p=1), "top_p", 1),
         (SamplingParams(seed=0), "seed", mixed(0)),
+        (SamplingParams(seed=-(2**63)), "seed", mixed(-(2**63))),
         (SamplingParams(stop=("a",)), "stop", ("a",)),
         (SamplingParams(ignore_eos=True), "ignore_eos", True),
         (SamplingParams(min_p=0.25), "min_p", 0.25),
@@ -69,6 +70,9 @@ def test_what_a_request_leaves_out_gets_the_defaults_of_the_protos():
         (SamplingParams(logprobs_kind="sampled"), "logprobs_kind", "sampled"),
         (SamplingParams(prompt_logprobs=0), "prompt_logprobs", 0),
         (SamplingParams(prompt_logprobs=20), "prompt_logprobs", 20),
+        (SamplingParams(), "top_logprobs", None),
+        (SamplingParams(top_logprobs=0), "top_logprobs", 0),
+        (SamplingParams(top_logprobs=20), "top_logprobs", 20),
         (SamplingParams(json_schema=nested(32)), "json_schema", nested(32)),
         (SamplingParams(regex="(" * 32 + ")" * 32), "regex", "(" * 32 + ")" * 32),
         (SamplingParams(regex="(a|b){1,1000}"), "regex", "(a|b){1,1000}"),
@@ -108,6 +112,8 @@ def test_what_a_request_says_is_taken_within_what_the_model_has(params, field, v
         (SamplingParams(regex="(" * 33 + "a" + ")" * 33), "params.regex", "a deeper one"),
         (SamplingParams(prompt_logprobs=-1), "params.prompt_logprobs", "-1"),
         (SamplingParams(prompt_logprobs=21), "params.prompt_logprobs", "21"),
+        (SamplingParams(top_logprobs=-1), "params.top_logprobs", "-1"),
+        (SamplingParams(top_logprobs=21), "params.top_logprobs", "21"),
     ],
 )
 def test_what_is_out_of_range_is_refused_by_its_field(params, field, value):
