@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rollmesh import telemetry
+from rollmesh.chat_template import answer_of, template_messages, template_tools
 from rollmesh.errors import EnvironmentFailed, InvalidRequest
-from services.coordinator.chats import answer_of, template_messages, template_tools
 from services.coordinator.groups import Group, Rollout, Turn, oldest_version
 from services.coordinator.rollouts import derived_seed
 from services.coordinator.tolerance import GaveUp

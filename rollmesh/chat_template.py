@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rollmesh.chat import Message, ToolCall
 
@@ -16,9 +16,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from rollmesh.chat import Tool
-    from services.coordinator.ports import Tokenizer
 
 _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+
+
+class Decoder(Protocol):
+    """What of a tokenizer reads token ids: `rollmesh.tokenizer.ModelTokenizer` is one."""
+
+    @property
+    def special_tokens(self) -> Sequence[str]:
+        """As text."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text, without special tokens or with them."""
+        ...
 
 
 def template_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
@@ -42,7 +54,7 @@ def template_tools(tools: Iterable[Tool]) -> list[dict[str, Any]] | None:
     return found or None
 
 
-def answer_of(token_ids: Sequence[int], tokenizer: Tokenizer, *, num_calls: int = 0) -> Message:
+def answer_of(token_ids: Sequence[int], tokenizer: Decoder, *, num_calls: int = 0) -> Message:
     """What a model wrote, as the assistant's message: its text, and the tools that it calls.
 
     A call that is no JSON object with a name is not one, and stays in the text. `num_calls`: of the
