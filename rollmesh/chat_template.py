@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from rollmesh.chat import Tool
 
-_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+CALL_BEGINS, CALL_ENDS = "<tool_call>", "</tool_call>"
+_CALL = re.compile(rf"{CALL_BEGINS}(.*?)(?:{CALL_ENDS}|\Z)", re.DOTALL)
 
 
 class Decoder(Protocol):
@@ -63,7 +64,7 @@ def answer_of(token_ids: Sequence[int], tokenizer: Decoder, *, num_calls: int = 
     calls: list[ToolCall] = []
 
     def take(match: re.Match[str]) -> str:
-        call = _call(match[1], num_calls + len(calls))
+        call = call_of(match[1], f"call_{num_calls + len(calls)}")
         if call is None:
             return match[0]
         calls.append(call)
@@ -71,16 +72,17 @@ def answer_of(token_ids: Sequence[int], tokenizer: Decoder, *, num_calls: int = 
 
     # To some tokenizers the tags are special tokens too.
     text = tokenizer.decode(token_ids, skip_special_tokens=False)
-    if "<tool_call>" not in text:
+    if CALL_BEGINS not in text:
         return Message("assistant", tokenizer.decode(token_ids))
     for token in tokenizer.special_tokens:
-        if token not in {"<tool_call>", "</tool_call>"}:
+        if token not in {CALL_BEGINS, CALL_ENDS}:
             text = text.replace(token, "")
     content = _CALL.sub(take, text)
     return Message("assistant", content.strip() if calls else content, tuple(calls))
 
 
-def _call(text: str, number: int) -> ToolCall | None:
+def call_of(text: str, call_id: str) -> ToolCall | None:
+    """The call that a model wrote between the tags; None: it is no JSON object with a name."""
     try:
         call = json.loads(text)
     except (ValueError, RecursionError):
@@ -89,7 +91,7 @@ def _call(text: str, number: int) -> ToolCall | None:
         return None
     # JSON may escape half a character, which no text on the wire can hold; escaped it stays so.
     name = call["name"].encode(errors="replace").decode()
-    return ToolCall(f"call_{number}", name, json.dumps(call.get("arguments", {})))
+    return ToolCall(call_id, name, json.dumps(call.get("arguments", {})))
 
 
 def _template_message(message: Message) -> dict[str, Any]:

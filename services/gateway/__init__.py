@@ -1,0 +1,1 @@
+"""The HTTP edge: Tinker's wire and OpenAI's on one side, the coordinator on the other."""
