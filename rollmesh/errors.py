@@ -51,6 +51,12 @@ class AlreadyExists(MeshError):
     status, reason = "ALREADY_EXISTS", "ALREADY_EXISTS"
 
 
+class Conflict(MeshError):
+    """Somebody else has changed it meanwhile; the context says `revision`, which it has now."""
+
+    status, reason = "ABORTED", "CONFLICT"
+
+
 class FailedPrecondition(MeshError):
     """The resource is not in the state that this needs."""
 
@@ -154,6 +160,7 @@ BY_REASON: dict[str, type[MeshError]] = {
         InvalidRequest,
         NotFound,
         AlreadyExists,
+        Conflict,
         FailedPrecondition,
         SequenceGap,
         Fenced,

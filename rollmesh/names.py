@@ -1,6 +1,7 @@
 """Resource names: `projects/{p}`, and what is under it.
 
-`jobs/{j}`, `leases/{l}`, `sweeps/{s}`, `adapters/{a}`, and under that `checkpoints/{c}`.
+`jobs/{j}`, `keys/{k}`, `leases/{l}`, `sweeps/{s}`, `adapters/{a}`, and under that
+`checkpoints/{c}`.
 
 An id never holds a slash, a dot or an upper-case letter, so no name can climb out of a folder,
 and two names never differ in case alone.
@@ -14,7 +15,7 @@ from rollmesh.errors import InvalidRequest
 
 ID_PATTERN = r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _ID = re.compile(ID_PATTERN)
-_COLLECTIONS = ("adapters", "jobs", "leases", "sweeps")
+_COLLECTIONS = ("adapters", "jobs", "keys", "leases", "sweeps")
 
 
 def check_id(value: str, *, field: str) -> str:
@@ -43,6 +44,11 @@ def adapter_name(project: str, adapter: str) -> str:
 def job_name(project: str, job: str) -> str:
     """`projects/{project}/jobs/{job}`."""
     return f"projects/{project}/jobs/{job}"
+
+
+def key_name(project: str, key: str) -> str:
+    """`projects/{project}/keys/{key}`."""
+    return f"projects/{project}/keys/{key}"
 
 
 def lease_name(project: str, lease: str) -> str:
@@ -89,6 +95,11 @@ def parse_checkpoint(name: str, *, field: str = "name") -> tuple[str, str, str]:
 def parse_job(name: str, *, field: str = "name") -> tuple[str, str]:
     """Ids of project and job in `projects/{p}/jobs/{j}`."""
     return _parse(name, "jobs", field)
+
+
+def parse_key(name: str, *, field: str = "name") -> tuple[str, str]:
+    """Ids of project and key in `projects/{p}/keys/{k}`."""
+    return _parse(name, "keys", field)
 
 
 def parse_lease(name: str, *, field: str = "name") -> tuple[str, str]:

@@ -371,6 +371,30 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True)
+class Record:
+    """A small document of a project. Times: Unix seconds. `expire_time` None: it is kept."""
+
+    key: str
+    value: bytes
+    revision: int
+    create_time: float
+    expire_time: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A secret of a project, without the secret; `prefix` is how it begins.
+
+    `create_time`: Unix seconds.
+    """
+
+    name: str
+    note: str
+    prefix: str
+    create_time: float
+
+
+@dataclass(frozen=True, slots=True)
 class LoadTimes:
     """Seconds that making a version live took; 0 where nothing was to do."""
 

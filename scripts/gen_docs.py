@@ -18,6 +18,7 @@ from pydantic_core import PydanticUndefined
 from rollmesh.job import JobSpec
 from rollmesh.sweep import SweepSpec
 from services.coordinator.config import CoordinatorConfig
+from services.gateway.config import GatewayConfig
 from services.local.config import LocalConfig
 from services.reward.config import RewardConfig
 from services.reward.functions import FUNCTIONS
@@ -54,6 +55,7 @@ SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("A trainer", "`python -m services.trainer --config FILE`", TrainerConfig),
     ("A sampler", "`python -m services.sampler --config FILE`", SamplerConfig),
     ("The reward service", "`python -m services.reward --config FILE`", RewardConfig),
+    ("The gateway", "`python -m services.gateway --config FILE`", GatewayConfig),
     (
         "A mesh on one machine",
         "`python -m services.local --config FILE`; an example is `examples/local.yaml`.",

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from rollmesh.cli import adapters, checkpoints, environments, fleet, jobs, sweeps
+from rollmesh.cli import adapters, checkpoints, environments, fleet, jobs, projects, sweeps
 from rollmesh.errors import MeshError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.add_typer(adapters.app, name="adapter")
 app.add_typer(checkpoints.app, name="checkpoint")
 app.add_typer(environments.app, name="environment")
 app.add_typer(fleet.app, name="fleet")
+app.add_typer(projects.app, name="project")
 
 
 def main() -> None:

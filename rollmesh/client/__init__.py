@@ -16,6 +16,8 @@ from rollmesh.client.environment import EnvironmentClient, Episode
 from rollmesh.client.fleet import FleetClient
 from rollmesh.client.health import HealthClient, HealthProbe
 from rollmesh.client.jobs import JobClient
+from rollmesh.client.keys import KeyClient
+from rollmesh.client.records import RecordClient
 from rollmesh.client.reward import RewardClient
 from rollmesh.client.sampler import SamplerClient
 from rollmesh.client.sampling import SamplingClient
@@ -37,6 +39,8 @@ __all__ = [
     "HealthClient",
     "HealthProbe",
     "JobClient",
+    "KeyClient",
+    "RecordClient",
     "RewardClient",
     "SamplerClient",
     "SamplingClient",
@@ -53,8 +57,8 @@ class Client:
     another takes over, calls fail with Unavailable until it does; then begin watches again.
 
     Attributes:
-        jobs, sweeps, adapters, checkpoints, training, sampling, fleet: the client of the service of
-            that name.
+        jobs, sweeps, adapters, checkpoints, training, sampling, records, keys, fleet: the client of
+            the service of that name.
     """
 
     def __init__(self, address: str) -> None:
@@ -65,6 +69,8 @@ class Client:
         self.checkpoints = CheckpointClient(self._channel)
         self.training = TrainingClient(self._channel)
         self.sampling = SamplingClient(self._channel)
+        self.records = RecordClient(self._channel)
+        self.keys = KeyClient(self._channel)
         self.fleet = FleetClient(self._channel)
 
     async def __aenter__(self) -> Self:

@@ -81,6 +81,12 @@ from rollmesh.convert.policies import (
     span_from_pb,
     span_to_pb,
 )
+from rollmesh.convert.records import (
+    key_from_pb,
+    key_to_pb,
+    record_from_pb,
+    record_to_pb,
+)
 from rollmesh.convert.sampling import (
     chunk_from_pb,
     chunk_to_pb,
@@ -160,6 +166,8 @@ __all__ = [
     "item_score_to_pb",
     "job_from_pb",
     "job_to_pb",
+    "key_from_pb",
+    "key_to_pb",
     "lease_from_pb",
     "lease_to_pb",
     "logprobs_from_pb",
@@ -185,6 +193,8 @@ __all__ = [
     "policy_to_pb",
     "question_from_pb",
     "question_to_pb",
+    "record_from_pb",
+    "record_to_pb",
     "response_from_pb",
     "response_to_pb",
     "result_from_bytes",

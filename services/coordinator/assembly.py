@@ -21,12 +21,14 @@ from services.coordinator.explaining import Explaining
 from services.coordinator.fleet.static import StaticFleet
 from services.coordinator.jobs import Jobs
 from services.coordinator.journal import Journal
+from services.coordinator.keys import Keys
 from services.coordinator.leases import Leases
 from services.coordinator.makers import Peers
 from services.coordinator.newest import Publications
 from services.coordinator.policies import Policies
 from services.coordinator.projects import projects_of
 from services.coordinator.pruning import Pruning
+from services.coordinator.records import Records
 from services.coordinator.retention import Retention
 from services.coordinator.runner import Runner
 from services.coordinator.sampling import FleetSampling
@@ -140,6 +142,7 @@ async def coordinator(
     pruning = Pruning(
         store.events,
         store.groups,
+        store.records,
         event_retention_s=config.event_retention_s,
         rollout_retention_s=config.rollout_retention_s,
         clock=time.time,
@@ -194,6 +197,14 @@ async def coordinator(
         leases,
         lambda: fleet.snapshot(sampling.num_queued_requests),
         Explaining(scheduler, admission, store.jobs, store.adapters, projects, clock=time.time),
+        Records(store.records, max_records=config.max_records, clock=time.time),
+        Keys(
+            store.keys,
+            max_keys=config.max_keys,
+            clock=time.time,
+            new_id=lambda: f"key-{secrets.token_hex(8)}",
+            new_secret=lambda: f"tml-{secrets.token_urlsafe(32)}",
+        ),
     )
     await store.adapters.none_is_being_made()
     await usage.restore()

@@ -63,7 +63,7 @@ class ProjectConfig(ProjectLimits):
 
 
 class CoordinatorConfig(Config):
-    """The coordinator: the door of the mesh. It knows no keys yet: any valid project is let in."""
+    """The coordinator: the door of the mesh. It asks for no key: any valid project is let in."""
 
     listen: Address = "127.0.0.1:7400"
     """Address to serve at, host:port. Port 0: a free one."""
@@ -125,6 +125,11 @@ class CoordinatorConfig(Config):
     beyond it the oldest go at once."""
     max_leases: PositiveInt = 1000
     """Leases on versions that a project may have at once; one more is refused with OVERLOADED."""
+    max_records: PositiveInt = 100_000
+    """Records that a project may have at once, of 256 KiB at most each; one more is refused with
+    OVERLOADED. They are what the gateway knows of sessions, models and checkpoints."""
+    max_keys: PositiveInt = 100
+    """Keys that a project may have at once; one more is refused with OVERLOADED."""
     event_retention_s: PositiveFloat = 30 * 86400.0
     """How long the events of a job are kept after it has ended; then only its last one is."""
     rollout_retention_s: NonNegativeFloat = 0.0

@@ -1,4 +1,4 @@
-"""Lets go of what jobs leave behind, when it has been kept for long enough."""
+"""Lets go of what jobs and others leave behind, when it has been kept for long enough."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from services.coordinator.store import StoreUnavailable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from services.coordinator.store import EventStore, GroupStore
+    from services.coordinator.store import EventStore, GroupStore, RecordStore
 
 LOOK_EVERY_S = 60.0
 
@@ -26,6 +26,7 @@ class Pruning:
         event_retention_s: and how long they are kept after the job's end.
         groups: that were trained,
         rollout_retention_s: and how long they are kept after that.
+        records: of which those go that have expired.
         clock: Unix seconds.
     """
 
@@ -33,6 +34,7 @@ class Pruning:
         self,
         events: EventStore,
         groups: GroupStore,
+        records: RecordStore,
         *,
         event_retention_s: float,
         rollout_retention_s: float,
@@ -40,6 +42,7 @@ class Pruning:
     ) -> None:
         self._events = events
         self._groups = groups
+        self._records = records
         self._event_retention_s = event_retention_s
         self._rollout_retention_s = rollout_retention_s
         self._clock = clock
@@ -50,7 +53,7 @@ class Pruning:
             try:
                 await self.look()
             except StoreUnavailable as error:
-                log.warning("old events and groups are not let go of: %s", error)
+                log.warning("old events, groups and records are not let go of: %s", error)
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def look(self) -> None:
@@ -59,4 +62,6 @@ class Pruning:
         while await self._events.drop_of_ended(now - self._event_retention_s):
             pass
         while await self._groups.drop_trained(now - self._rollout_retention_s):
+            pass
+        while await self._records.expire(now=now):
             pass

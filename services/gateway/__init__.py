@@ -1,1 +1,1 @@
-"""The HTTP edge: Tinker's wire and OpenAI's on one side, the coordinator on the other."""
+"""The gateway: the wire of the Tinker SDK on one side, the coordinator on the other."""

@@ -55,7 +55,10 @@ def _description(running: Mesh) -> str:
         f"  {name:<12} {member.address:<16} {member.log}"
         for name, member in running.members.items()
     ]
-    return "\n".join(["the mesh is serving:", *lines, f"export ROLLMESH_ADDRESS={running.address}"])
+    lines = ["the mesh is serving:", *lines, f"export ROLLMESH_ADDRESS={running.address}"]
+    if running.gateway_url:
+        lines.append(f"export TINKER_BASE_URL={running.gateway_url}")
+    return "\n".join(lines)
 
 
 def _say(line: str) -> None:

@@ -8,6 +8,7 @@ from pydantic import Field, PositiveFloat, model_validator
 
 from rollmesh.config import Config, PeerAddress
 from services.coordinator.config import CoordinatorConfig
+from services.gateway.config import GatewayConfig
 from services.reward.config import RewardConfig
 from services.reward.environments.config import EnvironmentConfig
 from services.sampler.config import SamplerConfig
@@ -17,14 +18,16 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-ServiceConfig = CoordinatorConfig | TrainerConfig | SamplerConfig | RewardConfig
+ServiceConfig = CoordinatorConfig | TrainerConfig | SamplerConfig | RewardConfig | GatewayConfig
 
 _NOBODY = "127.0.0.1:0"
+_REACHED_AT = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104 - what others listen at
 _CHOSEN = {
     "coordinator": ("listen", "state_dir", "blobs", "trainers", "samplers", "reward"),
     "trainers": ("listen", "blobs"),
     "samplers": ("listen", "blobs"),
     "reward": ("listen",),
+    "gateway": ("coordinator",),
     "environments": ("addresses", "tls"),
 }
 
@@ -50,6 +53,8 @@ class LocalConfig(Config):
     """The samplers, one process each."""
     reward: RewardConfig = RewardConfig()
     """The reward service."""
+    gateway: GatewayConfig | None = None
+    """The gateway, at a free port unless `listen` names one. Absent: there is none."""
     environments: list[LocalEnvironment] = []
     """Environments that are started with the mesh, one process each. Those that run elsewhere are
     in reward.environments."""
@@ -72,7 +77,11 @@ class LocalConfig(Config):
         if not isinstance(coordinator, dict):
             return values
         members = {"trainers": [_NOBODY], "samplers": [_NOBODY], "reward": _NOBODY}
-        return {**values, "coordinator": {**coordinator, **members}}
+        values = {**values, "coordinator": {**coordinator, **members}}
+        gateway = values.get("gateway")
+        if isinstance(gateway, dict):
+            values["gateway"] = {"listen": _NOBODY, **gateway, "coordinator": _NOBODY}
+        return values
 
     @model_validator(mode="after")
     def _names_once(self) -> Self:
@@ -87,13 +96,19 @@ class LocalConfig(Config):
         return {f"environment-{each.name}": each for each in self.environments}
 
     def members(self) -> dict[str, ServiceConfig]:
-        """The services by name: coordinator, trainer-0, …, sampler-0, … and reward."""
+        """The services by name: coordinator, trainer-0, …, sampler-0, …, reward and gateway."""
         return {
             "coordinator": self.coordinator,
             **{f"trainer-{index}": trainer for index, trainer in enumerate(self.trainers)},
             **{f"sampler-{index}": sampler for index, sampler in enumerate(self.samplers)},
             "reward": self.reward,
+            **({} if self.gateway is None else {"gateway": self.gateway}),
         }
+
+    def given_addresses(self) -> dict[str, str]:
+        """Where members are reached that do not get a free port: the gateway, if it names one."""
+        host, _, port = (self.gateway.listen if self.gateway else _NOBODY).rpartition(":")
+        return {} if int(port) == 0 else {"gateway": f"{_REACHED_AT.get(host, host)}:{port}"}
 
 
 def complete(
@@ -129,4 +144,9 @@ def complete(
             "reward": addresses["reward"],
         }
     )
+    if config.gateway is not None:
+        reached = {"coordinator": addresses["coordinator"]}
+        if config.given_addresses():
+            reached["listen"] = config.gateway.listen
+        complete["gateway"] = complete["gateway"].model_copy(update=reached)
     return complete

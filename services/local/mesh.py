@@ -19,24 +19,20 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from rollmesh.client import EnvironmentClient, HealthClient
-from rollmesh.errors import FailedPrecondition, MeshError, NotFound, Unavailable, Unimplemented
-from rollmesh.rpc.channel import channel
+from rollmesh.errors import FailedPrecondition, Unavailable
+from services.gateway.config import GatewayConfig
 from services.local.config import complete
+from services.local.probes import environment_serves, until_http_serves, until_serving
 from services.local.processes import Processes, processes
 from services.local.supervisor import Program, Supervised
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-
-    import grpc
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 
     from services.local.config import LocalConfig, LocalEnvironment, ServiceConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 """Services are not installed: their processes are told where they lie."""
-PROBE_INTERVAL_S = 0.2
-PROBE_TIMEOUT_S = 5.0
 STOP_MARGIN_S = 5.0
 """What a service gets beyond its drain_s before it is killed."""
 
@@ -63,8 +59,8 @@ class Member:
 class Mesh:
     """A mesh that runs.
 
-    `members` are coordinator, trainer-0, …, sampler-0, …, reward, and environment-NAME of each
-    environment that it has started.
+    `members` are coordinator, trainer-0, …, sampler-0, …, reward, gateway where there is one, and
+    environment-NAME of each environment that it has started.
     """
 
     members: Mapping[str, Member]
@@ -73,6 +69,12 @@ class Mesh:
     def address(self) -> str:
         """Of the coordinator."""
         return self.members["coordinator"].address
+
+    @property
+    def gateway_url(self) -> str | None:
+        """Of the gateway; None: there is none."""
+        gateway = self.members.get("gateway")
+        return None if gateway is None else f"http://{gateway.address}"
 
     def kill(self, name: str) -> None:
         """Kill the process of a member, as a crash would; it is started again."""
@@ -112,7 +114,9 @@ async def mesh(
             members = {
                 name: Member(
                     addresses[name],
-                    _supervised(name, configs[name], state_dir, started, say, modules),
+                    _supervised(
+                        name, configs[name], addresses[name], state_dir, started, say, modules
+                    ),
                 )
                 for name in configs
             }
@@ -134,6 +138,7 @@ async def mesh(
 def _supervised(
     name: str,
     config: ServiceConfig,
+    address: str,
     state_dir: Path,
     started: Processes,
     say: Callable[[str], None],
@@ -143,6 +148,7 @@ def _supervised(
     service = name.partition("-")[0]
     module = modules.get(service, f"services.{service}")
     path, log = state_dir / "config" / f"{name}.yaml", state_dir / "logs" / f"{name}.log"
+    serves = until_http_serves if isinstance(config, GatewayConfig) else until_serving
     path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True)))
     log.write_bytes(b"")  # the log is that of this mesh, not of the one before
     return Supervised(
@@ -154,7 +160,7 @@ def _supervised(
             environment={"PYTHONPATH": _first(str(ROOT), "PYTHONPATH")},
         ),
         started,
-        until_serving=lambda: _until_serving(config.listen),
+        until_serving=lambda: serves(address),
         say=say,
     )
 
@@ -182,7 +188,7 @@ def environment(
             },
         ),
         started,
-        until_serving=lambda: _until_serving(address, _environment_serves),
+        until_serving=lambda: until_serving(address, environment_serves),
         say=say,
     )
 
@@ -190,29 +196,6 @@ def environment(
 def _first(folder: str, variable: str) -> str:
     """The search path in `variable`, with `folder` before all that it has."""
     return os.pathsep.join(filter(None, [folder, os.environ.get(variable)]))
-
-
-async def _serves(connection: grpc.aio.Channel) -> bool:
-    return await HealthClient(connection).check()
-
-
-async def _environment_serves(connection: grpc.aio.Channel) -> bool:
-    try:
-        return await _serves(connection)
-    except (NotFound, Unimplemented):  # It does not tell its health.
-        return bool(await EnvironmentClient(connection).describe())
-
-
-async def _until_serving(
-    address: str, serves: Callable[[grpc.aio.Channel], Awaitable[bool]] = _serves
-) -> None:
-    async with channel(address) as connection:
-        while True:
-            with contextlib.suppress(MeshError, TimeoutError):
-                async with asyncio.timeout(PROBE_TIMEOUT_S):
-                    if await serves(connection):
-                        return
-            await asyncio.sleep(PROBE_INTERVAL_S)
 
 
 async def _until_all_serve(members: Mapping[str, Member], within_s: float) -> None:
@@ -226,9 +209,9 @@ async def _until_all_serve(members: Mapping[str, Member], within_s: float) -> No
 
 
 async def _stop(running: Mapping[str, asyncio.Task[None]]) -> None:
-    """Stop the coordinator, and only then the others: it would take their end for a failure."""
-    coordinator = {running["coordinator"]}
-    for tasks in (coordinator, set(running.values()) - coordinator):
+    """Stop who would take the others' end for a failure before them: gateway, then coordinator."""
+    first = [{running[name]} for name in ("gateway", "coordinator") if name in running]
+    for tasks in (*first, set(running.values()).difference(*first)):
         for task in tasks:
             # Where a member has failed for good, the task group has cancelled the others already.
             if not task.cancelling():
@@ -238,20 +221,21 @@ async def _stop(running: Mapping[str, asyncio.Task[None]]) -> None:
 
 @contextlib.contextmanager
 def _addresses(config: LocalConfig) -> Iterator[dict[str, str]]:
-    """A free address of the loopback interface for each member, reserved while the block runs."""
+    """Where each member is reached: most at a free address, reserved while the block runs."""
     with contextlib.ExitStack() as stack:
-        yield {
+        free = {
             name: f"127.0.0.1:{stack.enter_context(_reserved_port())}"
             for name in (*config.members(), *config.programs())
         }
+        yield {**free, **config.given_addresses()}
 
 
 @contextlib.contextmanager
 def _reserved_port() -> Iterator[int]:
     """A port that nobody is given by chance, but that a server may listen at.
 
-    The kernel gives no bound port away; gRPC's servers set SO_REUSEADDR too, and so may bind it
-    again for as long as nobody else listens.
+    The kernel gives no bound port away; gRPC's servers and uvicorn set SO_REUSEADDR too, and so may
+    bind it again for as long as nobody else listens.
     """
     with socket.socket() as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from services.local.mesh import _reserved_port, _until_serving
+from services.local.mesh import _reserved_port
+from services.local.probes import until_serving
 from services.local.processes import processes
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Service:
     async def until_serving(self) -> None:
         """Return once it is SERVING."""
         async with asyncio.timeout(START_S):
-            await _until_serving(self.address)
+            await until_serving(self.address)
 
     async def kill_and_restart(self) -> None:
         """SIGKILL, which nothing can prepare for, and a new process as soon as it is dead."""

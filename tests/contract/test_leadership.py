@@ -23,7 +23,8 @@ from rollmesh.rpc.server import serving
 from services.coordinator.servicers import SERVICES
 from services.coordinator.store import LeadershipStore
 from services.coordinator.store.database import Database
-from services.local.mesh import _reserved_port, _until_serving
+from services.local.mesh import _reserved_port
+from services.local.probes import until_serving
 from services.local.processes import processes
 from tests.contract.test_coordinator_process import RewardServicer
 from tests.fakes.coordinator import PROJECT, eventually, spec_of
@@ -278,7 +279,7 @@ async def fleet(folder: Path):
             try:
                 async with asyncio.timeout(180):
                     for address in at.values():
-                        await _until_serving(address)
+                        await until_serving(address)
                 yield {
                     "trainers": [at["trainer"]],
                     "samplers": [at["sampler"]],

@@ -13,12 +13,8 @@ from rollmesh.client import EnvironmentClient
 from rollmesh.errors import Unavailable
 from rollmesh.rpc.channel import channel
 from services.local.config import LocalEnvironment
-from services.local.mesh import (
-    _environment_serves,
-    _reserved_port,
-    _until_serving,
-    environment,
-)
+from services.local.mesh import _reserved_port, environment
+from services.local.probes import environment_serves, until_serving
 from services.local.processes import processes
 from tests.fakes.games import Game, served_plainly
 from tests.fakes.routing import environment as routed_environment
@@ -74,6 +70,6 @@ async def test_a_program_that_does_not_take_its_address_is_given_up_with_what_it
 
 async def test_a_program_without_a_health_service_serves_once_it_describes_itself():
     async with served_plainly(Game()) as port:
-        await _until_serving(f"127.0.0.1:{port}", _environment_serves)
+        await until_serving(f"127.0.0.1:{port}", environment_serves)
         async with channel(f"127.0.0.1:{port}") as opened:
             assert await EnvironmentClient(opened).describe()

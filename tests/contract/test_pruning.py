@@ -11,6 +11,8 @@ from services.coordinator.pruning import Pruning
 from services.coordinator.store import events as event_rows
 from services.coordinator.store import groups as group_rows
 from services.coordinator.store import ops as op_rows
+from services.coordinator.store import records as record_rows
+from tests.contract.test_record_store import num_records, put
 from tests.contract.test_store import J, postgresql, step, store, url
 from tests.contract.test_store_groups import num_rows, running
 
@@ -26,6 +28,7 @@ def small_transactions(monkeypatch):
         (event_rows, "_AT_ONCE"),
         (group_rows, "_AT_ONCE"),
         (op_rows, "_EXPIRE_AT_ONCE"),
+        (record_rows, "MAX_EXPIRED"),
     ):
         monkeypatch.setattr(module, name, 5)
 
@@ -34,6 +37,7 @@ def pruning(store, now):
     return Pruning(
         store.events,
         store.groups,
+        store.records,
         event_retention_s=100.0,
         rollout_retention_s=10.0,
         clock=lambda: now,
@@ -85,6 +89,7 @@ async def test_a_watch_says_what_is_kept_no_longer_and_from_0_on_shows_what_is(s
         checks=None,
         projects=None,
         queue=lambda _name: None,
+        problems=lambda _name: [],
         max_pending=1,
         clock=lambda: 0.0,
         new_id=str,
@@ -110,3 +115,12 @@ async def test_trained_groups_go_after_their_time_and_those_that_wait_stay(store
     await pruning(store, 1e9).look()
     assert await num_rows(store) == 2
     assert sorted(await store.groups.waiting(J)) == [4, 5]
+
+
+async def test_records_go_when_they_have_expired_and_the_others_stay(store):
+    for number in range(12):
+        await put(store, f"k{number}", expire_time=None if number < 3 else 10.0 + number)
+    await pruning(store, 20.0).look()
+    assert await num_records(store) == 3 + 1
+    await pruning(store, 1e9).look()
+    assert await num_records(store) == 3

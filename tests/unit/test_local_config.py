@@ -13,8 +13,10 @@ from rollmesh.job import load_job_file
 from rollmesh.rpc.server import serving
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.datasets import generate
+from services.gateway.config import GatewayConfig
 from services.local.config import LocalConfig, complete
-from services.local.mesh import _alone_in, _reserved_port, _until_serving
+from services.local.mesh import _alone_in, _reserved_port
+from services.local.probes import until_serving
 from services.reward.config import RewardConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +28,7 @@ VALUES = {
 
 def changed(path, value):
     """VALUES with `value` at `path`."""
-    values = copy.deepcopy({"coordinator": {}, "reward": {}, **VALUES})
+    values = copy.deepcopy({"coordinator": {}, "reward": {}, "gateway": {}, **VALUES})
     *parents, last = path
     part = values
     for key in parents:
@@ -78,6 +80,35 @@ def test_an_environment_that_the_mesh_starts_is_one_that_the_reward_service_know
     assert RewardConfig.parse(yaml.safe_load(text), source="test") == reward
 
 
+@pytest.mark.parametrize(
+    ("listen", "served_at", "reached_at"),
+    [
+        pytest.param(None, "127.0.0.1:6", "127.0.0.1:6", id="a free port"),
+        pytest.param("10.0.0.9:0", "127.0.0.1:6", "127.0.0.1:6", id="a free port, explicitly"),
+        pytest.param("127.0.0.1:8000", "127.0.0.1:8000", "127.0.0.1:8000", id="a port"),
+        pytest.param("0.0.0.0:8000", "0.0.0.0:8000", "127.0.0.1:8000", id="everywhere"),
+        pytest.param("[::]:8000", "[::]:8000", "[::1]:8000", id="everywhere, IPv6"),
+    ],
+)
+def test_a_gateway_is_a_member_that_knows_the_coordinator(tmp_path, listen, served_at, reached_at):
+    gateway = {} if listen is None else {"listen": listen}
+    config = LocalConfig.parse({**VALUES, "gateway": gateway}, source="test")
+    assert list(config.members())[-1] == "gateway"
+    free = {name: f"127.0.0.1:{port}" for port, name in enumerate(config.members(), start=1)}
+    addresses = {**free, **config.given_addresses()}
+    assert addresses["gateway"] == reached_at
+    gateway = complete(config, addresses, tmp_path)["gateway"]
+    assert (gateway.coordinator, gateway.listen) == ("127.0.0.1:1", served_at)
+    text = yaml.safe_dump(gateway.model_dump(mode="json", exclude_unset=True))
+    assert GatewayConfig.parse(yaml.safe_load(text), source="test") == gateway
+
+
+def test_without_its_section_there_is_no_gateway():
+    config = LocalConfig.parse(VALUES, source="test")
+    assert "gateway" not in config.members()
+    assert config.given_addresses() == {}
+
+
 def test_what_is_written_for_a_service_reads_back_the_same(tmp_path):
     config = LocalConfig.load(ROOT / "examples" / "local.yaml")
     addresses = dict.fromkeys(config.members(), "127.0.0.1:1")
@@ -100,6 +131,8 @@ def test_what_is_written_for_a_service_reads_back_the_same(tmp_path):
         ),
         pytest.param(("samplers",), [], "samplers: ", id="no sampler"),
         pytest.param(("coordinator",), None, "coordinator: ", id="not a section"),
+        pytest.param(("gateway", "listen"), "8000", "gateway.listen: ", id="no address"),
+        pytest.param(("gateway", "port"), 1, "gateway.port", id="an unknown key"),
         pytest.param(("trainers",), {}, "trainers: ", id="not a list"),
         pytest.param(
             ("environments",),
@@ -134,6 +167,7 @@ def test_what_is_written_for_a_service_reads_back_the_same(tmp_path):
                 ("trainers", 0, "blobs"),
                 ("samplers", 1, "listen"),
                 ("reward", "listen"),
+                ("gateway", "coordinator"),
             )
         ),
     ],
@@ -151,7 +185,7 @@ async def test_a_reserved_port_serves_one_server_after_another():
         for _ in range(2):
             async with serving(lambda _: None, services=[], address=address) as running:
                 await running.ready()
-                await _until_serving(address)
+                await until_serving(address)
                 assert running.port == port
                 with pytest.raises(Unavailable, match=f"cannot listen at {address}"):
                     async with serving(lambda _: None, services=[], address=address):

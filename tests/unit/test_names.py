@@ -52,6 +52,7 @@ def test_names_are_parsed_into_what_they_were_made_of(project, resource):
     assert names.parse_project(names.project_name(project)) == project
     assert names.parse_adapter(names.adapter_name(project, resource)) == (project, resource)
     assert names.parse_job(names.job_name(project, resource)) == (project, resource)
+    assert names.parse_key(names.key_name(project, resource)) == (project, resource)
     assert names.parse_lease(names.lease_name(project, resource)) == (project, resource)
 
 

@@ -9,6 +9,8 @@ from rollmesh.api.coordinator.v1 import (
     checkpoint_service_pb2,
     fleet_service_pb2,
     job_service_pb2,
+    key_service_pb2,
+    record_service_pb2,
     sampling_service_pb2,
     sweep_service_pb2,
     training_service_pb2,
@@ -21,6 +23,10 @@ from rollmesh.api.coordinator.v1.checkpoint_service_pb2_grpc import (
 )
 from rollmesh.api.coordinator.v1.fleet_service_pb2_grpc import add_FleetServiceServicer_to_server
 from rollmesh.api.coordinator.v1.job_service_pb2_grpc import add_JobServiceServicer_to_server
+from rollmesh.api.coordinator.v1.key_service_pb2_grpc import add_KeyServiceServicer_to_server
+from rollmesh.api.coordinator.v1.record_service_pb2_grpc import (
+    add_RecordServiceServicer_to_server,
+)
 from rollmesh.api.coordinator.v1.sampling_service_pb2_grpc import (
     add_SamplingServiceServicer_to_server,
 )
@@ -32,6 +38,8 @@ from services.coordinator.servicers.adapters import AdapterServicer
 from services.coordinator.servicers.checkpoints import CheckpointServicer
 from services.coordinator.servicers.fleet import FleetServicer
 from services.coordinator.servicers.jobs import JobServicer
+from services.coordinator.servicers.keys import KeyServicer
+from services.coordinator.servicers.records import RecordServicer
 from services.coordinator.servicers.sampling import SamplingServicer
 from services.coordinator.servicers.sweeps import SweepServicer
 from services.coordinator.servicers.training import TrainingServicer
@@ -46,8 +54,10 @@ if TYPE_CHECKING:
     from services.coordinator.checkpoints import Checkpoints
     from services.coordinator.explaining import Explaining
     from services.coordinator.jobs import Jobs
+    from services.coordinator.keys import Keys
     from services.coordinator.leases import Leases
     from services.coordinator.policies import Policies
+    from services.coordinator.records import Records
     from services.coordinator.sweeps import Sweeps
 
     Register = Callable[[grpc.aio.Server], None]
@@ -59,6 +69,8 @@ SERVICES = tuple(
         checkpoint_service_pb2,
         fleet_service_pb2,
         job_service_pb2,
+        key_service_pb2,
+        record_service_pb2,
         sampling_service_pb2,
         sweep_service_pb2,
         training_service_pb2,
@@ -77,6 +89,8 @@ def register(
     leases: Leases,
     snapshot: Callable[[], types.Fleet],
     explaining: Explaining,
+    records: Records,
+    keys: Keys,
 ) -> Register:
     """What adds the services over these cores to a server."""
 
@@ -88,5 +102,7 @@ def register(
         add_TrainingServiceServicer_to_server(TrainingServicer(adapters, checkpoints), server)
         add_SamplingServiceServicer_to_server(SamplingServicer(policies, leases), server)
         add_FleetServiceServicer_to_server(FleetServicer(snapshot, explaining), server)
+        add_RecordServiceServicer_to_server(RecordServicer(records), server)
+        add_KeyServiceServicer_to_server(KeyServicer(keys), server)
 
     return add

@@ -1,7 +1,7 @@
 """What the coordinator must not forget.
 
 Jobs with their events, adapters with the journal of their ops, their versions and the leases on
-them, checkpoints, request ids.
+them, checkpoints, request ids, records and keys.
 
 Every method is one small transaction. SQLite in a file by default, PostgreSQL by its URL.
 """
@@ -28,11 +28,13 @@ from services.coordinator.store.database import (
 from services.coordinator.store.events import EventStore
 from services.coordinator.store.groups import GroupStore
 from services.coordinator.store.jobs import QUEUE, EventPage, JobStore, QueuedJob, StoredJob
+from services.coordinator.store.keys import KeyStore
 from services.coordinator.store.leadership import Leader, LeadershipStore
 from services.coordinator.store.leases import LeaseStore
 from services.coordinator.store.migrate import migrate
 from services.coordinator.store.new_jobs import NewJob
 from services.coordinator.store.ops import JournaledOp, OpStore, unrecoverable
+from services.coordinator.store.records import RecordStore
 from services.coordinator.store.references import References
 from services.coordinator.store.requests import Request, derived_request_id
 from services.coordinator.store.sweeps import SweepStore
@@ -55,6 +57,7 @@ __all__ = [
     "GroupStore",
     "JobStore",
     "JournaledOp",
+    "KeyStore",
     "Leader",
     "LeadershipStore",
     "LeaseStore",
@@ -63,6 +66,7 @@ __all__ = [
     "OpStore",
     "Origin",
     "QueuedJob",
+    "RecordStore",
     "References",
     "Request",
     "Store",
@@ -101,6 +105,8 @@ class Store:
     sweeps: SweepStore
     groups: GroupStore
     events: EventStore
+    records: RecordStore
+    keys: KeyStore
     leadership: LeadershipStore
     # Of Database: writes only under that epoch.
     lead: Callable[[int, Callable[[], None]], None]
@@ -140,6 +146,8 @@ async def open_store(
             SweepStore(database, changes, request_retention_s),
             GroupStore(database),
             EventStore(database),
+            RecordStore(database),
+            KeyStore(database),
             LeadershipStore(renewing),
             database.lead,
         )

@@ -32,7 +32,7 @@ class Key(_message.Message):
     name: _builtins.str
     """Resource name `projects/{p}/keys/{k}`."""
     note: _builtins.str
-    """What its maker says it is for, at most 200 characters."""
+    """What its maker says it is for: one line, at most 200 characters."""
     prefix: _builtins.str
     """The secret's first characters: enough for its holder to tell it from others."""
     @_builtins.property

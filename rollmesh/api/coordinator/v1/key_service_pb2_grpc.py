@@ -62,8 +62,8 @@ class KeyServiceServicer:
     """
 
     def CreateKey(self, request, context):
-        """Makes a key; the only answer that ever has the secret. INVALID_ARGUMENT: parent or note.
-        RESOURCE_EXHAUSTED: the project has as many keys as it may.
+        """Makes a key; the only answer that ever has the secret. A repeat makes another one.
+        INVALID_ARGUMENT: parent or note. RESOURCE_EXHAUSTED: the project has as many keys as it may.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -77,7 +77,7 @@ class KeyServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteKey(self, request, context):
-        """Deletes a key: from then on its secret lets nobody in. NOT_FOUND: there is none of that name.
+        """Deletes a key: from then on its secret lets nobody in. INVALID_ARGUMENT: name. NOT_FOUND: there is none of that name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

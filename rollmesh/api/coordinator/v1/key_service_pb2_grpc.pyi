@@ -34,13 +34,13 @@ class KeyServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> KeyServiceAsyncStub: ...
     CreateKey: _grpc.UnaryUnaryMultiCallable[_key_service_pb2.CreateKeyRequest, _key_service_pb2.CreateKeyResponse]
-    """Makes a key; the only answer that ever has the secret. INVALID_ARGUMENT: parent or note.
-    RESOURCE_EXHAUSTED: the project has as many keys as it may.
+    """Makes a key; the only answer that ever has the secret. A repeat makes another one.
+    INVALID_ARGUMENT: parent or note. RESOURCE_EXHAUSTED: the project has as many keys as it may.
     """
     ListKeys: _grpc.UnaryUnaryMultiCallable[_key_service_pb2.ListKeysRequest, _key_service_pb2.ListKeysResponse]
     """The keys of a project, the oldest first. INVALID_ARGUMENT: parent."""
     DeleteKey: _grpc.UnaryUnaryMultiCallable[_key_service_pb2.DeleteKeyRequest, _key_service_pb2.DeleteKeyResponse]
-    """Deletes a key: from then on its secret lets nobody in. NOT_FOUND: there is none of that name."""
+    """Deletes a key: from then on its secret lets nobody in. INVALID_ARGUMENT: name. NOT_FOUND: there is none of that name."""
     FindKey: _grpc.UnaryUnaryMultiCallable[_key_service_pb2.FindKeyRequest, _key_service_pb2.FindKeyResponse]
     """Which key a secret is of. NOT_FOUND: of none."""
 
@@ -50,13 +50,13 @@ class KeyServiceAsyncStub(KeyServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateKey: _aio.UnaryUnaryMultiCallable[_key_service_pb2.CreateKeyRequest, _key_service_pb2.CreateKeyResponse]  # type: ignore[assignment]
-    """Makes a key; the only answer that ever has the secret. INVALID_ARGUMENT: parent or note.
-    RESOURCE_EXHAUSTED: the project has as many keys as it may.
+    """Makes a key; the only answer that ever has the secret. A repeat makes another one.
+    INVALID_ARGUMENT: parent or note. RESOURCE_EXHAUSTED: the project has as many keys as it may.
     """
     ListKeys: _aio.UnaryUnaryMultiCallable[_key_service_pb2.ListKeysRequest, _key_service_pb2.ListKeysResponse]  # type: ignore[assignment]
     """The keys of a project, the oldest first. INVALID_ARGUMENT: parent."""
     DeleteKey: _aio.UnaryUnaryMultiCallable[_key_service_pb2.DeleteKeyRequest, _key_service_pb2.DeleteKeyResponse]  # type: ignore[assignment]
-    """Deletes a key: from then on its secret lets nobody in. NOT_FOUND: there is none of that name."""
+    """Deletes a key: from then on its secret lets nobody in. INVALID_ARGUMENT: name. NOT_FOUND: there is none of that name."""
     FindKey: _aio.UnaryUnaryMultiCallable[_key_service_pb2.FindKeyRequest, _key_service_pb2.FindKeyResponse]  # type: ignore[assignment]
     """Which key a secret is of. NOT_FOUND: of none."""
 
@@ -69,8 +69,8 @@ class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _key_service_pb2.CreateKeyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_key_service_pb2.CreateKeyResponse, _abc.Awaitable[_key_service_pb2.CreateKeyResponse]]:
-        """Makes a key; the only answer that ever has the secret. INVALID_ARGUMENT: parent or note.
-        RESOURCE_EXHAUSTED: the project has as many keys as it may.
+        """Makes a key; the only answer that ever has the secret. A repeat makes another one.
+        INVALID_ARGUMENT: parent or note. RESOURCE_EXHAUSTED: the project has as many keys as it may.
         """
 
     @_abc_1.abstractmethod
@@ -87,7 +87,7 @@ class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _key_service_pb2.DeleteKeyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_key_service_pb2.DeleteKeyResponse, _abc.Awaitable[_key_service_pb2.DeleteKeyResponse]]:
-        """Deletes a key: from then on its secret lets nobody in. NOT_FOUND: there is none of that name."""
+        """Deletes a key: from then on its secret lets nobody in. INVALID_ARGUMENT: name. NOT_FOUND: there is none of that name."""
 
     @_abc_1.abstractmethod
     def FindKey(

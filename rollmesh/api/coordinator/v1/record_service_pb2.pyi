@@ -36,7 +36,7 @@ class Record(_message.Message):
     value: _builtins.bytes
     """At most 256 KiB; UTF-8 JSON by convention."""
     revision: _builtins.int
-    """Grows by one with each write, from 1."""
+    """Grows by one with each write, from 1; anew where it was deleted, or expired, in between."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was first written."""
@@ -80,7 +80,7 @@ class PutRecordRequest(_message.Message):
     value: _builtins.bytes
     """As in Record."""
     expected_revision: _builtins.int
-    """The revision that it replaces; 0: there is no such record yet. Absent: whatever there is."""
+    """The revision that it replaces, ≥ 0; 0: there is no such record yet. Absent: whatever there is."""
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
         """After how long it is deleted, > 0, at most 100 years. Absent: never."""
@@ -192,7 +192,7 @@ class ListRecordsRequest(_message.Message):
     project: _builtins.str
     """Resource name `projects/{p}`."""
     prefix: _builtins.str
-    """What the keys begin with. Empty: all."""
+    """What the keys begin with, at most 240 characters as in Record. Empty: all."""
     page_size: _builtins.int
     """Most records to answer, in [1, 1000]. 0: 100."""
     offset: _builtins.int
@@ -228,7 +228,9 @@ class ListRecordsResponse(_message.Message):
     """How many there are in all."""
     @_builtins.property
     def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___Record]:
-        """One page."""
+        """One page; of fewer than page_size records also where more would be over 16 MiB. The next begins
+        at `offset` and how many these are.
+        """
 
     def __init__(
         self,
@@ -258,7 +260,7 @@ class DeleteRecordRequest(_message.Message):
     key: _builtins.str
     """As in Record."""
     expected_revision: _builtins.int
-    """As in PutRecordRequest; not 0."""
+    """The revision that is deleted, > 0. Absent: whatever there is."""
     def __init__(
         self,
         *,

@@ -64,8 +64,9 @@ class RecordServiceServicer:
     """
 
     def PutRecord(self, request, context):
-        """Writes a record. INVALID_ARGUMENT: name, ttl, or a value that is too large.
-        ABORTED: its revision is not `expected_revision`; read it again.
+        """Writes a record. INVALID_ARGUMENT: project, key, ttl, expected_revision, or a value that is too
+        large. ABORTED: its revision is not `expected_revision`, maybe because the same call was made
+        before; read it again.
         RESOURCE_EXHAUSTED: the project has as many records as it may.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -73,7 +74,8 @@ class RecordServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetRecord(self, request, context):
-        """One record. NOT_FOUND: there is none of that key, or it has expired.
+        """One record. INVALID_ARGUMENT: project or key. NOT_FOUND: there is none of that key, or it has
+        expired.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -81,14 +83,15 @@ class RecordServiceServicer:
 
     def ListRecords(self, request, context):
         """The records whose keys begin with a prefix, in the order of their keys, or the newest first.
-        INVALID_ARGUMENT: parent, page_size or offset.
+        INVALID_ARGUMENT: project, prefix, page_size or offset.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteRecord(self, request, context):
-        """Deletes a record; one that is gone is OK too. ABORTED: as PutRecord.
+        """Deletes a record; one that is gone is OK too. INVALID_ARGUMENT: project, key or
+        expected_revision. ABORTED: its revision is not `expected_revision`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,18 +36,23 @@ class RecordServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> RecordServiceAsyncStub: ...
     PutRecord: _grpc.UnaryUnaryMultiCallable[_record_service_pb2.PutRecordRequest, _record_service_pb2.PutRecordResponse]
-    """Writes a record. INVALID_ARGUMENT: name, ttl, or a value that is too large.
-    ABORTED: its revision is not `expected_revision`; read it again.
+    """Writes a record. INVALID_ARGUMENT: project, key, ttl, expected_revision, or a value that is too
+    large. ABORTED: its revision is not `expected_revision`, maybe because the same call was made
+    before; read it again.
     RESOURCE_EXHAUSTED: the project has as many records as it may.
     """
     GetRecord: _grpc.UnaryUnaryMultiCallable[_record_service_pb2.GetRecordRequest, _record_service_pb2.GetRecordResponse]
-    """One record. NOT_FOUND: there is none of that key, or it has expired."""
+    """One record. INVALID_ARGUMENT: project or key. NOT_FOUND: there is none of that key, or it has
+    expired.
+    """
     ListRecords: _grpc.UnaryUnaryMultiCallable[_record_service_pb2.ListRecordsRequest, _record_service_pb2.ListRecordsResponse]
     """The records whose keys begin with a prefix, in the order of their keys, or the newest first.
-    INVALID_ARGUMENT: parent, page_size or offset.
+    INVALID_ARGUMENT: project, prefix, page_size or offset.
     """
     DeleteRecord: _grpc.UnaryUnaryMultiCallable[_record_service_pb2.DeleteRecordRequest, _record_service_pb2.DeleteRecordResponse]
-    """Deletes a record; one that is gone is OK too. ABORTED: as PutRecord."""
+    """Deletes a record; one that is gone is OK too. INVALID_ARGUMENT: project, key or
+    expected_revision. ABORTED: its revision is not `expected_revision`.
+    """
 
 @_typing.type_check_only
 class RecordServiceAsyncStub(RecordServiceStub):
@@ -57,18 +62,23 @@ class RecordServiceAsyncStub(RecordServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     PutRecord: _aio.UnaryUnaryMultiCallable[_record_service_pb2.PutRecordRequest, _record_service_pb2.PutRecordResponse]  # type: ignore[assignment]
-    """Writes a record. INVALID_ARGUMENT: name, ttl, or a value that is too large.
-    ABORTED: its revision is not `expected_revision`; read it again.
+    """Writes a record. INVALID_ARGUMENT: project, key, ttl, expected_revision, or a value that is too
+    large. ABORTED: its revision is not `expected_revision`, maybe because the same call was made
+    before; read it again.
     RESOURCE_EXHAUSTED: the project has as many records as it may.
     """
     GetRecord: _aio.UnaryUnaryMultiCallable[_record_service_pb2.GetRecordRequest, _record_service_pb2.GetRecordResponse]  # type: ignore[assignment]
-    """One record. NOT_FOUND: there is none of that key, or it has expired."""
+    """One record. INVALID_ARGUMENT: project or key. NOT_FOUND: there is none of that key, or it has
+    expired.
+    """
     ListRecords: _aio.UnaryUnaryMultiCallable[_record_service_pb2.ListRecordsRequest, _record_service_pb2.ListRecordsResponse]  # type: ignore[assignment]
     """The records whose keys begin with a prefix, in the order of their keys, or the newest first.
-    INVALID_ARGUMENT: parent, page_size or offset.
+    INVALID_ARGUMENT: project, prefix, page_size or offset.
     """
     DeleteRecord: _aio.UnaryUnaryMultiCallable[_record_service_pb2.DeleteRecordRequest, _record_service_pb2.DeleteRecordResponse]  # type: ignore[assignment]
-    """Deletes a record; one that is gone is OK too. ABORTED: as PutRecord."""
+    """Deletes a record; one that is gone is OK too. INVALID_ARGUMENT: project, key or
+    expected_revision. ABORTED: its revision is not `expected_revision`.
+    """
 
 class RecordServiceServicer(metaclass=_abc_1.ABCMeta):
     """Small documents of services and clients that keep no state of their own, such as the gateway: what
@@ -81,8 +91,9 @@ class RecordServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _record_service_pb2.PutRecordRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_record_service_pb2.PutRecordResponse, _abc.Awaitable[_record_service_pb2.PutRecordResponse]]:
-        """Writes a record. INVALID_ARGUMENT: name, ttl, or a value that is too large.
-        ABORTED: its revision is not `expected_revision`; read it again.
+        """Writes a record. INVALID_ARGUMENT: project, key, ttl, expected_revision, or a value that is too
+        large. ABORTED: its revision is not `expected_revision`, maybe because the same call was made
+        before; read it again.
         RESOURCE_EXHAUSTED: the project has as many records as it may.
         """
 
@@ -92,7 +103,9 @@ class RecordServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _record_service_pb2.GetRecordRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_record_service_pb2.GetRecordResponse, _abc.Awaitable[_record_service_pb2.GetRecordResponse]]:
-        """One record. NOT_FOUND: there is none of that key, or it has expired."""
+        """One record. INVALID_ARGUMENT: project or key. NOT_FOUND: there is none of that key, or it has
+        expired.
+        """
 
     @_abc_1.abstractmethod
     def ListRecords(
@@ -101,7 +114,7 @@ class RecordServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_record_service_pb2.ListRecordsResponse, _abc.Awaitable[_record_service_pb2.ListRecordsResponse]]:
         """The records whose keys begin with a prefix, in the order of their keys, or the newest first.
-        INVALID_ARGUMENT: parent, page_size or offset.
+        INVALID_ARGUMENT: project, prefix, page_size or offset.
         """
 
     @_abc_1.abstractmethod
@@ -110,6 +123,8 @@ class RecordServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _record_service_pb2.DeleteRecordRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_record_service_pb2.DeleteRecordResponse, _abc.Awaitable[_record_service_pb2.DeleteRecordResponse]]:
-        """Deletes a record; one that is gone is OK too. ABORTED: as PutRecord."""
+        """Deletes a record; one that is gone is OK too. INVALID_ARGUMENT: project, key or
+        expected_revision. ABORTED: its revision is not `expected_revision`.
+        """
 
 def add_RecordServiceServicer_to_server(servicer: RecordServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
