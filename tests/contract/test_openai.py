@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 
 import httpx
 import openai
 import pytest
 
+from rollmesh.errors import FailedPrecondition
 from rollmesh.types import LoraConfig
 from tests.fakes.mesh import digest_of
 from tests.fakes.openai_world import (
@@ -52,8 +54,7 @@ def world(shared):
     shared.speaker.drawn.clear()
     shared.speaker.say("four")
     yield shared
-    shared.speaker.hold_after = None
-    shared.speaker.away = False
+    shared.speaker.hold_after = shared.speaker.failure = None
     shared.now(shared.speaker.sampling.set)
 
 
@@ -636,12 +637,71 @@ class TestRefusals:
     def test_a_mesh_without_samplers_is_unavailable_and_says_when_to_try_again(
         self, world, http, stream
     ):
-        world.speaker.away = True
         body = {"model": "arith", "messages": CHAT, "stream": stream}
-        answer = http.post("/v1/chat/completions", json=body)
+        world.speaker.away = True
+        try:
+            world.call(world.until_serving(serving=False))
+            answer = http.post("/v1/chat/completions", json=body)
+        finally:
+            world.speaker.away = False
+            world.call(world.until_serving(serving=True))
         assert answer.status_code == 503
         assert int(answer.headers["retry-after"]) >= 1
         assert answer.json()["error"]["type"] == "server_error"
+
+
+class TestConfigured:
+    def test_a_quota_that_is_used_up_is_told_with_when_to_try_again(self, tmp_path, model_folder):
+        limits = {"projects": [{"id": "p", "tokens_per_day": 5}]}
+        with openai_world(tmp_path, model_folder, coordinator=limits) as world:
+            world.speaker.say("the quick brown assistant helps the user")
+            with openai.OpenAI(
+                base_url=f"{world.url}/v1", api_key="key-p", max_retries=0
+            ) as client:
+                client.completions.create(model="arith", prompt=[5] * 9)
+                with pytest.raises(openai.RateLimitError) as refusal:
+                    client.completions.create(model="arith", prompt=[5] * 9)
+        assert refusal.value.code == "quota_exceeded"
+        assert int(refusal.value.response.headers["retry-after"]) >= 1
+
+    def test_a_gateway_may_keep_no_turns(self, tmp_path, model_folder):
+        with openai_world(tmp_path, model_folder, keep_turns=False) as world:
+            headers = {"authorization": "Bearer key-p"}
+            with httpx.Client(base_url=world.url, headers=headers) as http:
+                body = {"model": "arith", "messages": CHAT}
+                answer = http.post("/v1/chat/completions", json=body).json()
+                assert "turn_problem" not in answer
+                turn = http.get(f"/v1/turns/{answer['id']}")
+            records, _ = world.call(world.client.records.list("projects/p"))
+        assert (turn.status_code, records) == (404, [])
+        assert "keeps no turns" in turn.json()["error"]["message"]
+
+    @pytest.mark.parametrize(
+        ("config", "limits", "problem"),
+        [
+            ({"max_turn_bytes": 100}, {}, "more than 100"),
+            ({}, {"max_records": 1}, "max_records|records"),
+        ],
+    )
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_an_answer_says_so_where_its_turn_cannot_be_kept(
+        self, tmp_path, model_folder, config, limits, problem, stream
+    ):
+        with openai_world(tmp_path, model_folder, coordinator=limits, **config) as world:
+            world.call(world.client.records.put("projects/p", "x", b"{}"))
+            world.speaker.say("four")
+            with openai.OpenAI(base_url=f"{world.url}/v1", api_key="key-p") as client:
+                answer = client.chat.completions.create(model="arith", messages=CHAT, stream=stream)
+                told = list(answer)[-1] if stream else answer
+        assert re.search(problem, told.turn_problem)
+
+    def test_turns_go_when_their_time_is_over(self, tmp_path, model_folder):
+        with openai_world(tmp_path, model_folder, turn_retention_s=60.0) as world:
+            world.speaker.say("four")
+            with openai.OpenAI(base_url=f"{world.url}/v1", api_key="key-p") as client:
+                client.chat.completions.create(model="arith", messages=CHAT)
+            (record,), _ = world.call(world.client.records.list("projects/p"))
+        assert record.expire_time - record.create_time == pytest.approx(60.0, abs=1e-3)
 
 
 class TestEndsEarly:
@@ -661,13 +721,13 @@ class TestEndsEarly:
         await asyncio.to_thread(world.call, world.speaker.until_running(0))
         assert world.speaker.num_aborted == aborted + 1
 
-    def test_a_mesh_that_is_lost_in_a_stream_is_told_in_the_stream(self, world, client):
+    def test_a_failure_in_a_stream_is_told_in_the_stream(self, world, client):
         world.speaker.hold_after = 2
         world.now(world.speaker.sampling.clear)
         world.speaker.say("the quick brown assistant")
         stream = client.chat.completions.create(model="arith", messages=CHAT, stream=True)
         next(iter(stream))
-        world.speaker.away = True
+        world.speaker.failure = FailedPrecondition("it broke")
         world.now(world.speaker.sampling.set)
-        with pytest.raises(openai.APIError, match="sampler"):
+        with pytest.raises(openai.APIError, match="it broke"):
             list(stream)

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 from starlette.applications import Starlette
 
-from rollmesh.client import Client
 from rollmesh.errors import NotFound
 from rollmesh.tokenizer import load_tokenizer
 from rollmesh.types import LoraConfig, PolicyRef
 from services.gateway.openai.config import OpenAiConfig
 from services.gateway.openai.routes import routes
-from tests.fakes.coordinator import Fakes, running_coordinator
+from tests.fakes.coordinator import Fakes, eventually, running_coordinator
 from tests.fakes.mesh import BASE_MODEL
 from tests.fakes.speakers import Speaker
 
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from starlette.requests import Request
+
+    from rollmesh.client import Client
 
 KEYS = {"key-p": "projects/p", "key-q": "projects/q"}
 ADAPTER = "projects/p/adapters/a"
@@ -55,6 +56,15 @@ class World:
             do(*arguments)
 
         self.call(work())
+
+    async def until_serving(self, *, serving: bool) -> None:
+        """Return once the coordinator knows that the sampler does, or does not."""
+
+        async def known() -> bool:
+            members = (await self.client.fleet.get()).members
+            return all(each.serving == serving for each in members if each.role == "sampler")
+
+        await eventually(known)
 
 
 @contextlib.asynccontextmanager
@@ -85,10 +95,12 @@ async def policy_of(project: str, path: str) -> tuple[str, PolicyRef]:
 
 
 @contextlib.asynccontextmanager
-async def _world(folder: Path, model: Path, config: OpenAiConfig) -> AsyncIterator[World]:
+async def _world(
+    folder: Path, model: Path, config: OpenAiConfig, coordinator: dict[str, Any]
+) -> AsyncIterator[World]:
     speaker = Speaker(load_tokenizer(str(model)))
     fakes = Fakes(samplers={"s:1": speaker})
-    async with running_coordinator(folder, fakes) as running:
+    async with running_coordinator(folder, fakes, **coordinator) as running:
         await running.until_served()
         client = running.client
         for name in (ADAPTER, UNPUBLISHED, FOREIGN):
@@ -108,14 +120,16 @@ async def _world(folder: Path, model: Path, config: OpenAiConfig) -> AsyncIterat
 
 
 @contextlib.contextmanager
-def openai_world(folder: Path, model: Path, **config: Any) -> Iterator[World]:
-    """One in another thread. `model`: the folder of its tokenizer."""
+def openai_world(
+    folder: Path, model: Path, *, coordinator: dict[str, Any] | None = None, **config: Any
+) -> Iterator[World]:
+    """One in another thread. `model`: the folder of its tokenizer; `config`: of the endpoints."""
     ready: list[World] = []
     up, end = threading.Event(), asyncio.Event()
     failed: list[BaseException] = []
 
     async def live() -> None:
-        async with _world(folder, model, OpenAiConfig(**config)) as world:
+        async with _world(folder, model, OpenAiConfig(**config), coordinator or {}) as world:
             ready.append(world)
             up.set()
             await end.wait()

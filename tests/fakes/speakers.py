@@ -15,6 +15,7 @@ from tests.fakes.mesh import FakeSampler
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from rollmesh.errors import MeshError
     from rollmesh.tokenizer import ModelTokenizer
 
 MODEL = Model(vocab_size=400, max_length=2048, max_loras=4)
@@ -40,6 +41,7 @@ class Speaker(FakeSampler):
         self.tokenizer = tokenizer
         self.script: Script = lambda prompt, index: []
         self.drawn: list[Drawn] = []
+        self.failure: MeshError | None = None  # in place of the next token
         self.hold_after: int | None = None  # tokens after which a completion waits for `sampling`
 
     def say(self, *texts: str) -> None:
@@ -86,7 +88,8 @@ class Speaker(FakeSampler):
         while True:
             if self.hold_after == len(token_ids):
                 await self.sampling.wait()
-            self.check_here()
+            if self.failure:
+                raise self.failure
             if not said[len(token_ids) :]:
                 yield types.CompletionChunk(index, (), (), (), "stop")
                 return

@@ -74,11 +74,12 @@ class StopCutter:
         if self.stopped:
             return ""
         self._held += text
-        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        # That which is whole first, however the text comes.
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            at, stop = min(found)
+            end, at = min(found)
             self.stopped = True
-            return self._held[: at + len(stop)] if self._keep else self._held[:at]
+            return self._held[: end if self._keep else at]
         waiting = max((beginning(self._held, stop) for stop in self._stops), default=0)
         told, self._held = _split(self._held, waiting)
         return told
