@@ -16,6 +16,7 @@ from rollmesh.errors import NotFound
 from rollmesh.tokenizer import load_tokenizer
 from rollmesh.types import LoraConfig, PolicyRef
 from services.gateway.openai.config import OpenAiConfig
+from services.gateway.openai.ports import key_of
 from services.gateway.openai.routes import routes
 from tests.fakes.coordinator import Fakes, eventually, running_coordinator
 from tests.fakes.mesh import BASE_MODEL
@@ -84,8 +85,7 @@ async def served(app: Any) -> AsyncIterator[str]:
 
 
 async def project_of(request: Request) -> str | None:
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    return KEYS.get(request.headers.get("x-api-key", key if scheme == "Bearer" else ""))
+    return KEYS.get(key_of(request))
 
 
 async def policy_of(project: str, path: str) -> tuple[str, PolicyRef]:

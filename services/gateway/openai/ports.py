@@ -13,8 +13,14 @@ if TYPE_CHECKING:
     from rollmesh.types import PolicyRef
 
 
+def key_of(request: Request) -> str:
+    """The key that a request shows: `Authorization: Bearer KEY`, else `X-API-Key: KEY`, else ""."""
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+
+
 class ProjectOf(Protocol):
-    """Whose request it is, by its key."""
+    """Whose request it is, by its key: that of `key_of`."""
 
     async def __call__(self, request: Request) -> str | None:
         """The project, projects/{p}; None: it shows no key, or one of nobody."""

@@ -6,6 +6,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -78,7 +79,7 @@ def routes(
                 return await endpoint(request, project)
             except Refusal as refusal:
                 return refusal.response
-            except ClientGone:
+            except (ClientGone, ClientDisconnect):
                 return Response(status_code=_CLIENT_GONE)
             except MeshError as error:
                 return refusal_of(error, {}).response
