@@ -34,11 +34,18 @@ class SlowTrainer(FakeTrainer):
     """Takes OP_S for an op, as a model would."""
 
     async def forward(
-        self, adapter: str, data: Sequence[types.Datum]
-    ) -> tuple[types.FloatArray, ...]:
+        self,
+        adapter: str,
+        data: Sequence[types.Datum],
+        *,
+        temperature: float | None = None,
+        loss_config: types.LossConfig | None = None,
+    ) -> types.ForwardResult:
         """As FakeTrainer."""
         await asyncio.sleep(OP_S)
-        return await super().forward(adapter, data)
+        return await super().forward(
+            adapter, data, temperature=temperature, loss_config=loss_config
+        )
 
     async def forward_backward(
         self,

@@ -95,17 +95,25 @@ class TrainerClient:
         )
 
     async def forward(
-        self, adapter: str, data: Sequence[types.Datum], *, temperature: float | None = None
-    ) -> tuple[types.FloatArray, ...]:
-        """Per datum the targets' log-probabilities at `temperature` (None: 1), float32 [T]."""
+        self,
+        adapter: str,
+        data: Sequence[types.Datum],
+        *,
+        temperature: float | None = None,
+        loss_config: types.LossConfig | None = None,
+    ) -> types.ForwardResult:
+        """The targets' log-probabilities at `temperature` (None: 1); of a loss its metrics too."""
         request = pb.ForwardRequest(
             adapter=adapter,
             data=[convert.datum_to_pb(datum) for datum in data],
             temperature=temperature,
+            loss_config=None if loss_config is None else convert.loss_to_pb(loss_config),
         )
         with mesh_errors():
             response = await self._stub.Forward(request)
-        return convert.arrays_from_pb(response.logprobs)
+        return types.ForwardResult(
+            convert.arrays_from_pb(response.logprobs), dict(response.metrics)
+        )
 
     async def optim_step(
         self, adapter: str, sequence: int, adam: types.AdamConfig, *, epoch: int
@@ -147,12 +155,15 @@ class TrainerClient:
             )
         return convert.snapshot_from_pb(response.snapshot)
 
-    async def publish_adapter(self, name: str, *, epoch: int) -> types.PublishedVersion:
-        """Make the current weights an exportable version."""
+    async def publish_adapter(
+        self, name: str, *, epoch: int, with_pending_gradients: bool = False
+    ) -> types.PublishedVersion:
+        """Make the current weights an exportable version; gradients that are pending stay so."""
+        request = pb.PublishAdapterRequest(
+            name=name, epoch=epoch, with_pending_gradients=with_pending_gradients
+        )
         with mesh_errors():
-            response = await self._stub.PublishAdapter(
-                pb.PublishAdapterRequest(name=name, epoch=epoch)
-            )
+            response = await self._stub.PublishAdapter(request)
         return types.PublishedVersion(response.policy_version, response.digest, response.export_key)
 
     async def export_adapter(

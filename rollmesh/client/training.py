@@ -44,17 +44,25 @@ class TrainingClient:
         )
 
     async def forward(
-        self, adapter: str, data: Sequence[types.Datum], *, temperature: float | None = None
-    ) -> tuple[types.FloatArray, ...]:
-        """Per datum the targets' log-probabilities at `temperature` (None: 1), float32 [T]."""
+        self,
+        adapter: str,
+        data: Sequence[types.Datum],
+        *,
+        temperature: float | None = None,
+        loss_config: types.LossConfig | None = None,
+    ) -> types.ForwardResult:
+        """The targets' log-probabilities at `temperature` (None: 1); of a loss its metrics too."""
         request = pb.ForwardRequest(
             adapter=adapter,
             data=[convert.datum_to_pb(datum) for datum in data],
             temperature=temperature,
+            loss_config=None if loss_config is None else convert.loss_to_pb(loss_config),
         )
         with mesh_errors():
             response = await self._stub.Forward(request)
-        return convert.arrays_from_pb(response.logprobs)
+        return types.ForwardResult(
+            convert.arrays_from_pb(response.logprobs), dict(response.metrics)
+        )
 
     async def optim_step(
         self, adapter: str, sequence: int, adam: types.AdamConfig

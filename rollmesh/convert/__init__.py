@@ -119,6 +119,7 @@ from rollmesh.convert.training import (
     datum_to_pb,
     loss_from_pb,
     loss_to_pb,
+    optional_loss_from_pb,
 )
 from rollmesh.convert.values import (
     duration_to_pb,
@@ -185,6 +186,7 @@ __all__ = [
     "optional",
     "optional_duration_from_pb",
     "optional_lora_from_pb",
+    "optional_loss_from_pb",
     "optional_snapshot_from_pb",
     "optional_source_from_pb",
     "params_from_pb",

@@ -13,6 +13,9 @@ from rollmesh.errors import InvalidRequest
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from rollmesh.api.coordinator.v1 import training_service_pb2
+    from rollmesh.api.trainer.v1 import trainer_service_pb2
+
 _LOSSES: dict[types.LossName, training_pb2.Loss.ValueType] = {
     "cross_entropy": training_pb2.LOSS_CROSS_ENTROPY,
     "importance_sampling": training_pb2.LOSS_IMPORTANCE_SAMPLING,
@@ -20,6 +23,7 @@ _LOSSES: dict[types.LossName, training_pb2.Loss.ValueType] = {
     "cispo": training_pb2.LOSS_CISPO,
     "dro": training_pb2.LOSS_DRO,
     "gspo": training_pb2.LOSS_GSPO,
+    "stable_reinforce": training_pb2.LOSS_STABLE_REINFORCE,
 }
 _LOSS_OPTIONS = (
     "kl_coefficient",
@@ -28,6 +32,8 @@ _LOSS_OPTIONS = (
     "beta",
     "max_importance_ratio",
     "temperature",
+    "max_sequence_ratio",
+    "sampler_kl_coefficient",
 )
 
 
@@ -40,6 +46,8 @@ def datum_to_pb(datum: types.Datum) -> training_pb2.Datum:
     for name in ("weights", "sampling_logprobs", "advantages"):
         if (values := getattr(datum, name)) is not None:
             getattr(message, name).CopyFrom(tensor_to_pb(values))
+    if datum.sequence_ids is not None:
+        message.sequence_ids.CopyFrom(tensor_to_pb(datum.sequence_ids, "<i4"))
     return message
 
 
@@ -62,6 +70,9 @@ def _datum_from_pb(message: training_pb2.Datum, path: str) -> types.Datum:
         weights=floats("weights"),
         sampling_logprobs=floats("sampling_logprobs"),
         advantages=floats("advantages"),
+        sequence_ids=tensor_from_pb(message.sequence_ids, field=f"{path}.sequence_ids", dtype="<i4")
+        if message.HasField("sequence_ids")
+        else None,
     )
 
 
@@ -86,6 +97,13 @@ def loss_from_pb(message: training_pb2.LossConfig) -> types.LossConfig:
         entropy=message.entropy,
         **{name: optional(message, name) for name in _LOSS_OPTIONS},
     )
+
+
+def optional_loss_from_pb(
+    message: trainer_service_pb2.ForwardRequest | training_service_pb2.ForwardRequest,
+) -> types.LossConfig | None:
+    """The request's `loss_config`; None: no loss is wanted."""
+    return loss_from_pb(message.loss_config) if message.HasField("loss_config") else None
 
 
 def _unknown_loss(value: object) -> InvalidRequest:

@@ -310,22 +310,28 @@ class Adapters:
         return result
 
     async def forward(
-        self, adapter: str, data: Sequence[types.Datum], *, temperature: float | None = None
-    ) -> tuple[types.FloatArray, ...]:
-        """Per datum the targets' log-probabilities; anybody in the project may ask."""
+        self,
+        adapter: str,
+        data: Sequence[types.Datum],
+        *,
+        temperature: float | None = None,
+        loss_config: types.LossConfig | None = None,
+    ) -> types.ForwardResult:
+        """The targets' log-probabilities, with a loss its metrics too; all the project may ask."""
+
+        async def ask() -> types.ForwardResult:
+            stored = await self._at_home(adapter)
+            async with self._ownership.call(stored.trainer):
+                trainer = self._trainers[stored.trainer]
+                return await trainer.forward(
+                    adapter, data, temperature=temperature, loss_config=loss_config
+                )
+
         try:
-            return await self._forward(adapter, data, temperature)
+            return await ask()
         except NotFound:
             self._recovery.doubt(adapter)
-            return await self._forward(adapter, data, temperature)
-
-    async def _forward(
-        self, adapter: str, data: Sequence[types.Datum], temperature: float | None
-    ) -> tuple[types.FloatArray, ...]:
-        stored = await self._at_home(adapter)
-        async with self._ownership.call(stored.trainer):
-            trainer = self._trainers[stored.trainer]
-            return await trainer.forward(adapter, data, temperature=temperature)
+            return await ask()
 
     async def optim_step(
         self, adapter: str, sequence: int, adam: types.AdamConfig, *, job: str
@@ -353,12 +359,19 @@ class Adapters:
 
         return await self._turns.take(adapter, work)
 
-    async def publish_adapter(self, name: str) -> types.PublishedVersion:
-        """Make the current weights a version that can be sampled and exported."""
+    async def publish_adapter(
+        self, name: str, *, with_pending_gradients: bool = False
+    ) -> types.PublishedVersion:
+        """Make the current weights a version that can be sampled and exported.
+
+        Also `with_pending_gradients`, which stay pending and are no part of it.
+        """
         parse_adapter(name)
 
         async def publish(stored: StoredAdapter, trainer: TrainerPort) -> types.PublishedVersion:
-            return await trainer.publish_adapter(name, epoch=stored.epoch)
+            return await trainer.publish_adapter(
+                name, epoch=stored.epoch, with_pending_gradients=with_pending_gradients
+            )
 
         async def work() -> types.PublishedVersion:
             await self._delivery.settle(name)

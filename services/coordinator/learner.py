@@ -100,11 +100,12 @@ class Learner:
         Raises:
             CapacityExhausted: the batch is too large for one message, or for the trainer.
         """
-        return await self._on_batch(
+        result = await self._on_batch(
             step,
             data,
             lambda: self._training.forward(self._adapter, data, temperature=self._loss.temperature),
         )
+        return result.logprobs
 
     async def forward_backward(
         self, step: int, data: Sequence[types.Datum]

@@ -69,8 +69,13 @@ class TrainerPort(Protocol):
     ) -> types.ForwardBackwardResult: ...
 
     async def forward(
-        self, adapter: str, data: Sequence[types.Datum], *, temperature: float | None = None
-    ) -> tuple[types.FloatArray, ...]: ...
+        self,
+        adapter: str,
+        data: Sequence[types.Datum],
+        *,
+        temperature: float | None = None,
+        loss_config: types.LossConfig | None = None,
+    ) -> types.ForwardResult: ...
 
     async def optim_step(
         self, adapter: str, sequence: int, adam: types.AdamConfig, *, epoch: int
@@ -88,7 +93,9 @@ class TrainerPort(Protocol):
 
     async def snapshot_adapter(self, name: str, *, epoch: int) -> types.Snapshot: ...
 
-    async def publish_adapter(self, name: str, *, epoch: int) -> types.PublishedVersion: ...
+    async def publish_adapter(
+        self, name: str, *, epoch: int, with_pending_gradients: bool = False
+    ) -> types.PublishedVersion: ...
 
     def export_adapter(
         self, name: str, policy_version: int, *, offset: int = 0
@@ -225,9 +232,17 @@ class Training(Protocol):
     ) -> types.ForwardBackwardResult: ...
 
     async def forward(
-        self, adapter: str, data: Sequence[types.Datum], *, temperature: float | None = None
-    ) -> tuple[types.FloatArray, ...]:
-        """Log-probabilities of the targets by the current weights, at `temperature` (None: 1)."""
+        self,
+        adapter: str,
+        data: Sequence[types.Datum],
+        *,
+        temperature: float | None = None,
+        loss_config: types.LossConfig | None = None,
+    ) -> types.ForwardResult:
+        """Log-probabilities of the targets by the current weights, at `temperature` (None: 1).
+
+        With a loss, which has a temperature of its own, its metrics too.
+        """
         ...
 
     async def optim_step(

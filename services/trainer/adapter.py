@@ -39,7 +39,13 @@ from rollmesh.types import (
     PublishedVersion,
     TrainerAdapter,
 )
-from services.trainer.checks import check_adam, check_batch, check_temperature, check_tokens
+from services.trainer.checks import (
+    check_adam,
+    check_batch,
+    check_one_temperature,
+    check_temperature,
+    check_tokens,
+)
 from services.trainer.export import AdapterVersion, make_version
 from services.trainer.optimizer import adam_step
 
@@ -48,7 +54,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from rollmesh.types import FloatArray, Snapshot, TrainingResult
+    from rollmesh.types import ForwardResult, Snapshot, TrainingResult
     from services.trainer.engine import Engine
     from services.trainer.exports import Exports
     from services.trainer.model import Model
@@ -121,23 +127,40 @@ class Adapter:
         self._gone = reason
 
     async def forward(
-        self, data: Sequence[Datum], temperature: float | None = None
-    ) -> tuple[FloatArray, ...]:
-        """Per datum the log-probability of each target, float32 [T], after the ops before it.
+        self,
+        data: Sequence[Datum],
+        temperature: float | None = None,
+        config: LossConfig | None = None,
+    ) -> ForwardResult:
+        """The log-probability of each target, after the ops before it, at `temperature` (None: 1).
 
-        At `temperature`; None: 1.
+        With a config, which has a temperature of its own, also the metrics of its loss.
+
+        Raises:
+            NonFinite: a log-probability or loss; the error names the datum.
         """
+        asked_at = time.perf_counter()
         model = self._model
-        # Nothing else of it is read, or looked at.
-        data = [Datum(datum.token_ids, datum.target_token_ids) for datum in data]
-        check_temperature("temperature", temperature)
-        check_tokens(data, vocab_size=model.vocab_size, max_length=model.max_length)
+        if config is None:
+            # Nothing else of it is read, or looked at.
+            data = [Datum(datum.token_ids, datum.target_token_ids) for datum in data]
+            check_temperature("temperature", temperature)
+            check_tokens(data, vocab_size=model.vocab_size, max_length=model.max_length)
+        else:
+            check_one_temperature(temperature)
+            check_batch(data, config, vocab_size=model.vocab_size, max_length=model.max_length)
         await self._acquire_turn()
         weights = self._state.weights
         self._turn.release()
         self._check_held()
+        waited_s = time.perf_counter() - asked_at
         with timed("rollmesh.trainer.op", op="forward"):
-            return await self._engine.forward(self.name, weights, data, temperature)
+            found = await self._engine.forward(self.name, weights, data, temperature, config)
+        if config is None:
+            return found
+        return replace(
+            found, metrics={**found.metrics, "queued_s": found.metrics["queued_s"] + waited_s}
+        )
 
     async def forward_backward(
         self, epoch: int, sequence: int, data: Sequence[Datum], config: LossConfig
@@ -252,13 +275,15 @@ class Adapter:
             await self._exports.written(self.name)
             return snapshot
 
-    async def publish(self, epoch: int) -> PublishedVersion:
+    async def publish(
+        self, epoch: int, *, with_pending_gradients: bool = False
+    ) -> PublishedVersion:
         """Make the current weights an exportable version; the one that already is costs nothing.
 
-        It is written to the blob store too, after this returns.
+        It is written to the blob store too, after this returns. It has no pending gradients in it.
 
         Raises:
-            FailedPrecondition: gradients are pending.
+            FailedPrecondition: gradients are pending, and are not said to be expected.
             Unavailable: the blob store is behind, or the trainer is going away.
         """
 
@@ -266,7 +291,7 @@ class Adapter:
             self._check_epoch(epoch)
             number = self._state.policy_version
             if number not in self._versions:
-                if self._state.pending is not None:
+                if self._state.pending is not None and not with_pending_gradients:
                     raise self._pending_gradients()
                 with (
                     span("trainer.publish", adapter=self.name),

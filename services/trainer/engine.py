@@ -26,7 +26,7 @@ from services.trainer.requests import Request, advance, next_pass
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from rollmesh.types import Datum, FloatArray, LossConfig
+    from rollmesh.types import Datum, ForwardResult, LossConfig
     from services.trainer.lora import LoraWeights
     from services.trainer.model import Model
     from services.trainer.requests import BatchGradients
@@ -169,17 +169,20 @@ class Engine:
         weights: LoraWeights,
         data: Sequence[Datum],
         temperature: float | None = None,
-    ) -> tuple[FloatArray, ...]:
-        """Per datum the log-probability of each target, float32 [T], in shared passes.
+        config: LossConfig | None = None,
+    ) -> ForwardResult:
+        """The log-probability of each target, in shared passes; with a config its metrics too.
+
+        They are those of `forward_backward`, bit for bit.
 
         Raises:
-            NonFinite: one that is not finite; the error names the datum.
+            NonFinite: a log-probability or loss; the error names the datum.
             Overloaded: max_queued_ops wait already.
         """
-        found: tuple[FloatArray, ...] = await self._batch(
+        found: ForwardResult = await self._batch(
             adapter,
-            partial(self._model.request, weights, data, None, temperature),
-            lambda request, _times: request.logprobs(),
+            partial(self._model.request, weights, data, config, temperature, backward=False),
+            Request.result,
         )
         return found
 

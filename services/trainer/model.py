@@ -63,10 +63,12 @@ class Model:
         data: Sequence[Datum],
         config: LossConfig | None,
         temperature: float | None = None,
+        *,
+        backward: bool = True,
     ) -> Request:
-        """A ForwardBackward of `data`, or without a config a Forward, cut for this model.
+        """A ForwardBackward of `data`, or not `backward` or without a config a Forward, cut to fit.
 
-        `temperature` is the Forward's.
+        `temperature` is that of a Forward without a config.
         """
         return Request(
             weights,
@@ -75,6 +77,7 @@ class Model:
             max_length=self._context,
             max_tokens=min(UNIT_TOKENS, self.max_batch_tokens),
             temperature=temperature,
+            backward=backward,
         )
 
     def run_pass(self, parts: Sequence[Part]) -> list[Outcome]:

@@ -11,7 +11,7 @@ Legend: P sequences of the pass, B of a unit, T positions, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -35,16 +35,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """A unit in a pass; `config` None: only its log-probabilities are wanted, no gradients.
+    """A unit in a pass; `config` None: only its log-probabilities are wanted, no loss.
 
     `temperature` is that of the distribution, None for 1; with a config it is the config's.
-    All parts of a pass have one length and either all of them a config or none.
+    `backward`: its gradients are wanted, for which it has a config. All parts of a pass have one
+    length and either all of them go backward or none.
     """
 
     chunk: Chunk
     weights: LoraWeights
     config: LossConfig | None
     temperature: float | None = None
+    backward: bool = True
     gradients: dict[str, Factors] = field(default_factory=dict)
 
 
@@ -67,22 +69,23 @@ def run_pass(logits: Logits, parts: Sequence[Part], device: torch.device) -> lis
 
     `logits` gives those [P, T, V] of token ids [P, T], with the adapters of the rows it is told.
     """
-    if parts[0].config is None:
-        found = _logprobs(logits, parts, device, adapted=True)
-        return [Outcome(logprobs_BT.cpu().numpy()) for logprobs_BT in found]
-    penalized = [part for part in parts if _config(part).kl_coefficient is not None]
-    base: dict[Part, Tensor] = {}
-    if penalized:
-        found = _logprobs(logits, penalized, device, adapted=False)
-        base = dict(zip(penalized, found, strict=True))
-    with torch.enable_grad():
+    penalized = [part for part in parts if part.config and part.config.kl_coefficient is not None]
+    base = dict(zip(penalized, _base_logprobs(logits, penalized, device), strict=True))
+    backward = parts[0].backward
+    with torch.set_grad_enabled(backward):
         logits_PTV = logits(_token_ids(parts, device), _rows(parts))
-    gradient_PTV = torch.empty_like(logits_PTV)
     sizes = [len(part.chunk.indices) for part in parts]
+    split_logits = _split(logits_PTV.detach(), sizes)
+    if not backward:
+        return [
+            _losses(part, logits_BTV, base.get(part))
+            for part, logits_BTV in zip(parts, split_logits, strict=True)
+        ]
+    gradient_PTV = torch.empty_like(logits_PTV)
     found_losses = [
-        _losses(part, logits_BTV, gradient_BTV, base.get(part))
+        _losses(part, logits_BTV, base.get(part), gradient_BTV)
         for part, logits_BTV, gradient_BTV in zip(
-            parts, _split(logits_PTV.detach(), sizes), _split(gradient_PTV, sizes), strict=True
+            parts, split_logits, _split(gradient_PTV, sizes), strict=True
         )
     ]
     torch.autograd.backward(logits_PTV, gradient_PTV)
@@ -93,11 +96,11 @@ def run_pass(logits: Logits, parts: Sequence[Part], device: torch.device) -> lis
 
 
 @torch.no_grad()
-def _logprobs(
-    logits: Logits, parts: Sequence[Part], device: torch.device, *, adapted: bool
-) -> list[Tensor]:
-    """Log-probability of each target [B, T] of each part."""
-    logits_PTV = logits(_token_ids(parts, device), _rows(parts) if adapted else ())
+def _base_logprobs(logits: Logits, parts: Sequence[Part], device: torch.device) -> list[Tensor]:
+    """Log-probability of each target [B, T] of each part under the base model."""
+    if not parts:
+        return []
+    logits_PTV = logits(_token_ids(parts, device), ())
     sizes = [len(part.chunk.indices) for part in parts]
     return [
         _targets_of(_log_softmax(logits_BTV, part.temperature), part)
@@ -106,12 +109,14 @@ def _logprobs(
 
 
 def _losses(
-    part: Part, logits_BTV: Tensor, gradient_BTV: Tensor, base_BT: Tensor | None
+    part: Part, logits_BTV: Tensor, base_BT: Tensor | None, gradient_BTV: Tensor | None = None
 ) -> Outcome:
     """All but the gradient of the factors; that of the logits goes to `gradient_BTV`."""
-    chunk, config, device = part.chunk, _config(part), logits_BTV.device
+    chunk, config, device = part.chunk, part.config, logits_BTV.device
     temperature = part.temperature
     logprobs_BTV = _log_softmax(logits_BTV, temperature)
+    if config is None:
+        return Outcome(_targets_of(logprobs_BTV, part).cpu().numpy())
     with torch.enable_grad():
         logprobs_BT = _targets_of(logprobs_BTV, part).requires_grad_()
         losses_B = losses.losses(
@@ -121,14 +126,16 @@ def _losses(
             sampling_logprobs_BT=torch.from_numpy(chunk.sampling_logprobs_BT).to(device),
             advantages_BT=torch.from_numpy(chunk.advantages_BT).to(device),
             base_logprobs_BT=base_BT,
+            sequence_ids_BT=chunk.sequence_ids_BT,
         )
+    if gradient_BTV is not None:
         (gradient_BT,) = torch.autograd.grad(losses_B.sum(), logprobs_BT)
-    if temperature is not None:
-        gradient_BT = gradient_BT / temperature
-    # d log p(target) / d logits = ([is the target] - p) / temperature
-    logprobs_BTV.exp_().mul_(gradient_BT.neg().unsqueeze(-1))
-    logprobs_BTV.scatter_add_(-1, _targets(part, device), gradient_BT.unsqueeze(-1))
-    gradient_BTV.copy_(logprobs_BTV)
+        if temperature is not None:
+            gradient_BT = gradient_BT / temperature
+        # d log p(target) / d logits = ([is the target] - p) / temperature
+        logprobs_BTV.exp_().mul_(gradient_BT.neg().unsqueeze(-1))
+        logprobs_BTV.scatter_add_(-1, _targets(part, device), gradient_BT.unsqueeze(-1))
+        gradient_BTV.copy_(logprobs_BTV)
     entropies_BT = losses.entropies(logits_BTV, temperature) if config.entropy else None
     return Outcome(
         logprobs_BT.detach().cpu().numpy(),
@@ -140,10 +147,6 @@ def _losses(
 
 def _log_softmax(logits_BTV: Tensor, temperature: float | None) -> Tensor:
     return torch.log_softmax(losses.tempered(logits_BTV, temperature), dim=-1)
-
-
-def _config(part: Part) -> LossConfig:
-    return cast("LossConfig", part.config)
 
 
 def _targets_of(values_BTV: Tensor, part: Part) -> Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from rollmesh.errors import NonFinite
+from rollmesh.types import ForwardResult
 from services.trainer import losses
 from services.trainer.batches import Unit, cut, pad
 from services.trainer.passes import Outcome, Part
@@ -41,7 +42,10 @@ class BatchGradients:
 
 
 class Request:
-    """A batch for one adapter; with a config its gradients are wanted, at the config's temperature.
+    """A batch for one adapter; with a config its loss is wanted, at the config's temperature.
+
+    Args:
+        backward: and its gradients.
 
     Attributes:
         error: what it failed with; the rest of it is not worth computing.
@@ -56,12 +60,14 @@ class Request:
         max_length: int,
         max_tokens: int,
         temperature: float | None = None,
+        backward: bool = True,
     ) -> None:
         self.error: Exception | None = None
         self._weights = weights
         self._data = data
         self._config = config
         self._temperature = temperature if config is None else config.temperature
+        self._backward = config is not None and backward
         lengths = [len(datum.token_ids) for datum in data]
         self._units = cut(lengths, max_length=max_length, max_tokens=max_tokens)
         self._num_taken = 0
@@ -81,7 +87,7 @@ class Request:
     @property
     def kind(self) -> bool:
         """Whether its passes go backward: units share a pass only with their own kind."""
-        return self._config is not None
+        return self._backward
 
     def take(self) -> Unit:
         """The next unit, which the caller brings to `absorb`."""
@@ -90,7 +96,8 @@ class Request:
 
     def part(self, unit: Unit) -> Part:
         """`unit` as a pass wants it."""
-        return Part(pad(self._data, unit), self._weights, self._config, self._temperature)
+        chunk = pad(self._data, unit)
+        return Part(chunk, self._weights, self._config, self._temperature, self._backward)
 
     def absorb(self, part: Part, outcome: Outcome, run_pass: RunPass) -> None:
         """Keep what a unit gave; units come in their order.
@@ -100,14 +107,24 @@ class Request:
         Raises:
             NonFinite: a log-probability, loss or gradient; the error names the datum.
         """
-        chunk = part.chunk
-        self._logprobs |= _rows(chunk, outcome.logprobs_BT)
-        if outcome.losses_B is None or outcome.gradient is None:
-            for index in chunk.indices:
+        self._logprobs |= _rows(part.chunk, outcome.logprobs_BT)
+        if outcome.losses_B is None:
+            for index in part.chunk.indices:
                 if not np.isfinite(self._logprobs[index]).all():
                     raise _non_finite(index, "log-probability")
             return
-        for index, loss in zip(chunk.indices, outcome.losses_B.tolist(), strict=True):
+        self._keep_losses(part.chunk, outcome, outcome.losses_B.tolist())
+        if outcome.gradient is None:
+            return
+        if not _finite(outcome.gradient):
+            raise self._culprit(part.chunk, run_pass)
+        if self._gradient is None:
+            self._gradient = outcome.gradient
+        else:
+            self._gradient += outcome.gradient
+
+    def _keep_losses(self, chunk: Chunk, outcome: Outcome, losses: Sequence[float]) -> None:
+        for index, loss in zip(chunk.indices, losses, strict=True):
             if not np.isfinite(loss):
                 raise _non_finite(index, "loss")
             self._losses[index] = loss
@@ -115,16 +132,25 @@ class Request:
             self._base_logprobs |= _rows(chunk, outcome.base_logprobs_BT)
         if outcome.entropies_BT is not None:
             self._entropies |= _rows(chunk, outcome.entropies_BT)
-        if not _finite(outcome.gradient):
-            raise self._culprit(chunk, run_pass)
-        if self._gradient is None:
-            self._gradient = outcome.gradient
-        else:
-            self._gradient += outcome.gradient
 
     def logprobs(self) -> tuple[FloatArray, ...]:
         """Per datum the log-probability of each target, float32 [T]."""
         return tuple(self._logprobs[index] for index in range(len(self._data)))
+
+    def result(self, times: Mapping[str, float]) -> ForwardResult:
+        """What all units came to but gradients; of a loss, with `times` among the metrics."""
+        if self._config is None:
+            return ForwardResult(self.logprobs())
+        order, base, entropies = range(len(self._data)), self._base_logprobs, self._entropies
+        metrics = losses.metrics(
+            self._config,
+            self._data,
+            losses=[self._losses[index] for index in order],
+            logprobs=self.logprobs(),
+            base_logprobs=[base[index] for index in order] if base else None,
+            entropies=[entropies[index] for index in order] if entropies else None,
+        )
+        return ForwardResult(self.logprobs(), {**metrics, **times})
 
     def gradients(self, times: Mapping[str, float]) -> BatchGradients:
         """What all units came to, with `times` among the metrics.
@@ -132,25 +158,17 @@ class Request:
         Raises:
             NonFinite: finite gradients whose sum is not.
         """
-        gradient, config = cast("Tensor", self._gradient), cast("LossConfig", self._config)
+        gradient = cast("Tensor", self._gradient)
         if not _finite(gradient):
             raise _not_their_sum()
-        order, base, entropies = range(len(self._data)), self._base_logprobs, self._entropies
-        metrics = losses.metrics(
-            config,
-            self._data,
-            losses=[self._losses[index] for index in order],
-            logprobs=self.logprobs(),
-            base_logprobs=[base[index] for index in order] if base else None,
-            entropies=[entropies[index] for index in order] if entropies else None,
-        )
+        result = self.result(times)
         parameters = self._weights.parameters()
         sizes = [parameter.numel() for parameter in parameters]
         pieces: Sequence[Tensor] = gradient.split(sizes)  # type: ignore[no-untyped-call]
         gradients = [
             piece.view_as(parameter) for piece, parameter in zip(pieces, parameters, strict=True)
         ]
-        return BatchGradients(gradients, self.logprobs(), {**metrics, **times})
+        return BatchGradients(gradients, result.logprobs, result.metrics)
 
     def _culprit(self, chunk: Chunk, run_pass: RunPass) -> NonFinite:
         """The error that names the datum of `chunk` whose own gradient is not finite."""

@@ -83,11 +83,14 @@ class TrainerServicer(TrainerServiceServicer):
         return pb.ForwardBackwardResponse(logprobs=logprobs, metrics=result.metrics)
 
     async def Forward(self, request: pb.ForwardRequest, context: Context) -> pb.ForwardResponse:
-        """Log-probabilities of a batch."""
-        data = convert.data_from_pb(request.data)
-        temperature = convert.optional(request, "temperature")
-        logprobs = await self._adapters.get(request.adapter).forward(data, temperature)
-        return pb.ForwardResponse(logprobs=convert.arrays_to_pb(logprobs))
+        """Log-probabilities of a batch, and on demand its loss."""
+        result = await self._adapters.get(request.adapter).forward(
+            convert.data_from_pb(request.data),
+            convert.optional(request, "temperature"),
+            convert.optional_loss_from_pb(request),
+        )
+        logprobs = convert.arrays_to_pb(result.logprobs)
+        return pb.ForwardResponse(logprobs=logprobs, metrics=result.metrics)
 
     async def OptimStep(
         self, request: pb.OptimStepRequest, context: Context
@@ -122,7 +125,9 @@ class TrainerServicer(TrainerServiceServicer):
         self, request: pb.PublishAdapterRequest, context: Context
     ) -> pb.PublishAdapterResponse:
         """Makes the current weights an exportable version."""
-        published = await self._adapters.get(request.name).publish(request.epoch)
+        published = await self._adapters.get(request.name).publish(
+            request.epoch, with_pending_gradients=request.with_pending_gradients
+        )
         return pb.PublishAdapterResponse(
             policy_version=published.policy_version,
             digest=published.digest,

@@ -202,9 +202,12 @@ class TestTraining:
         assert (await client.training.optim_step(A, 2, ADAM)).policy_version == 1
         (listed,) = [each async for each in client.adapters.list(PROJECT)]
         assert (listed.policy_version, listed.next_sequence) == (1, 3)
-        assert len(await client.training.forward(A, [DATUM, DATUM])) == 2
-        (tempered,) = await client.training.forward(A, [DATUM], temperature=0.5)
+        plain = await client.training.forward(A, [DATUM, DATUM])
+        assert (len(plain.logprobs), plain.metrics) == (2, {})
+        (tempered,) = (await client.training.forward(A, [DATUM], temperature=0.5)).logprobs
         assert list(tempered) == [-2.0, -2.0]
+        measured = await client.training.forward(A, [DATUM], loss_config=LOSS)
+        assert (list(measured.logprobs[0]), measured.metrics) == ([-1.0, -1.0], {"loss": 1.0})
 
     async def test_a_published_version_is_exported_with_its_digest(self, client):
         await client.adapters.create(A, BASE_MODEL, LORA)

@@ -160,12 +160,15 @@ async def test_a_life_over_the_wire_gives_the_bits_of_the_core(client):
         assert await client.get_adapter(A) == core.view
         stepped = await client.optim_step(A, 2, ADAM, epoch=1)
         assert timeless(stepped) == timeless(await core.optim_step(1, 2, ADAM))
-        for found, wanted in zip(
-            await client.forward(A, data) + await client.forward(A, data, temperature=0.5),
-            await core.forward(data) + await core.forward(data, 0.5),
-            strict=True,
-        ):
-            np.testing.assert_array_equal(found, wanted)
+        for options in ({}, {"temperature": 0.5}, {"loss_config": SAMPLED}):
+            result = await client.forward(A, data, **options)
+            expected = await core.forward(
+                data, options.get("temperature"), options.get("loss_config")
+            )
+            for found, wanted in zip(result.logprobs, expected.logprobs, strict=True):
+                np.testing.assert_array_equal(found, wanted)
+            assert without_times(result.metrics) == without_times(expected.metrics)
+            assert bool(result.metrics) == ("loss_config" in options)
         published = await client.publish_adapter(A, epoch=1)
         assert keyless(published) == keyless(await core.publish(1))
         header, *chunks, digest = await exported(client, A, 1)
@@ -422,6 +425,29 @@ async def test_an_adapter_is_taken_over_from_its_snapshot_with_the_same_bits(cli
     assert keyless(again) == keyless(published)
     assert again.export_key != published.export_key
     assert (await client.restore_adapter(A, snapshot, epoch=2)).next_sequence == 7
+
+
+async def test_a_version_published_while_gradients_are_pending_is_published_again_from_a_snapshot(
+    client,
+):
+    """Killed after that, its adapter goes on from a snapshot in which they are pending too."""
+    await client.create_adapter(A, LORA, epoch=1)
+    await train(client, A, 2)
+    await client.forward_backward(A, 5, batch((4, 9), seed=7), SAMPLED, epoch=1)
+    snapshot = await client.snapshot_adapter(A, epoch=1)
+    published = await client.publish_adapter(A, epoch=1, with_pending_gradients=True)
+    assert (published.policy_version, published.digest) == (2, snapshot.weights_digest)
+    expected = await client.optim_step(A, 6, ADAM, epoch=1)
+    after = await client.publish_adapter(A, epoch=1)
+    await client.delete_adapter(A, epoch=1)
+
+    await client.restore_adapter(A, snapshot, epoch=2)
+    with pytest.raises(FailedPrecondition, match="pending gradients"):
+        await client.publish_adapter(A, epoch=2)
+    again = await client.publish_adapter(A, epoch=2, with_pending_gradients=True)
+    assert keyless(again) == keyless(published)
+    assert timeless(await client.optim_step(A, 6, ADAM, epoch=2)) == timeless(expected)
+    assert keyless(await client.publish_adapter(A, epoch=2)) == keyless(after)
 
 
 async def test_a_snapshot_becomes_another_adapter_or_the_state_of_one(client):

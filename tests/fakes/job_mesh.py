@@ -307,7 +307,8 @@ class JobMesh:
         assert adapter == ADAPTER
         async with self._call("forward"):
             self.forwarded.append((self.version, len(data)))
-            return tuple(np.full(len(datum.token_ids), logprob(temperature)) for datum in data)
+            found = [np.full(len(datum.token_ids), logprob(temperature)) for datum in data]
+            return types.ForwardResult(tuple(found))
 
     async def optim_step(self, adapter, sequence, adam, *, job):
         assert (adapter, job) == (ADAPTER, JOB)

@@ -207,10 +207,16 @@ class FakeTrainer(Away):
         return await self._run(adapter, sequence, op, result, epoch, pending=True)
 
     async def forward(
-        self, adapter: str, data: Sequence[types.Datum], *, temperature: float | None = None
-    ) -> tuple[types.FloatArray, ...]:
+        self,
+        adapter: str,
+        data: Sequence[types.Datum],
+        *,
+        temperature: float | None = None,
+        loss_config: types.LossConfig | None = None,
+    ) -> types.ForwardResult:
         await self.get_adapter(adapter)
-        return tuple(logprobs / (temperature or 1.0) for logprobs in _logprobs(data))
+        logprobs = tuple(logprobs / (temperature or 1.0) for logprobs in _logprobs(data))
+        return types.ForwardResult(logprobs, {} if loss_config is None else {"loss": 1.0})
 
     async def optim_step(
         self, adapter: str, sequence: int, adam: types.AdamConfig, *, epoch: int
@@ -286,10 +292,13 @@ class FakeTrainer(Away):
             key, self.chains[name], held.next_sequence, held.policy_version, 9, self.chains[name]
         )
 
-    async def publish_adapter(self, name: str, *, epoch: int) -> types.PublishedVersion:
+    async def publish_adapter(
+        self, name: str, *, epoch: int, with_pending_gradients: bool = False
+    ) -> types.PublishedVersion:
         self.check_here()
         held = self._held(name, epoch)
-        if held.has_pending_gradients:
+        known = held.policy_version in self.published.get(name, ())
+        if held.has_pending_gradients and not (known or with_pending_gradients):
             raise FailedPrecondition(f"gradients of {name} are pending", resource=name)
         self.published.setdefault(name, set()).add(held.policy_version)
         keys = self.export_keys.setdefault(name, {})

@@ -33,7 +33,7 @@ async def test_peft_loads_an_exported_version_and_gives_its_logprobs(tmp_path, l
             await adapter.forward_backward(1, 2 * step + 1, data, loss)
             await adapter.optim_step(1, 2 * step + 2, AdamConfig(1e-2))
         published = await adapter.publish(1)
-        expected_logprobs = await adapter.forward(data)
+        expected_logprobs = (await adapter.forward(data)).logprobs
         version = adapters.version(A, published.policy_version)
     assert safetensors_digest(version.file) == version.digest == published.digest
     assert version.header.num_bytes == len(version.file)

@@ -48,6 +48,7 @@ class Tenant:
     begin: int = 0
     end: int = STEPS
     backward: bool = True
+    measured: bool = False  # a loss without gradients
 
     def start(self, model):
         weights = model.lora.fresh(
@@ -77,9 +78,14 @@ class Tenant:
         return data
 
     def request(self, model, step):
-        config = self.config if self.backward else None
-        data = self.data(step)
-        return Request(self.weights, data, config, max_length=model.max_length, max_tokens=64)
+        return Request(
+            self.weights,
+            self.data(step),
+            self.config if self.backward or self.measured else None,
+            max_length=model.max_length,
+            max_tokens=64,
+            backward=self.backward,
+        )
 
     def finish(self, request):
         """Step as a trainer does, and note every bit of what came out."""
@@ -87,6 +93,9 @@ class Tenant:
             if request.error is not None:
                 raise request.error
             if not self.backward:
+                result = request.result({})
+                bits = [logprobs.tobytes() for logprobs in result.logprobs]
+                self.history.append((bits, result.metrics))
                 return
             found = request.gradients({})
             step = adam_step(self.weights.parameters(), found.gradients, self.adam, ADAM)
@@ -124,7 +133,7 @@ def train(model, tenants, steps=STEPS, budget=8192):
 
 def hostile(num_steps=STEPS, max_length=150):
     losses = st.sampled_from(
-        ["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo"]
+        ["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce"]
     )
     configs = st.builds(
         LossConfig,
@@ -147,6 +156,7 @@ def hostile(num_steps=STEPS, max_length=150):
         begin=st.integers(0, num_steps // 2),
         end=st.integers(1, num_steps),
         backward=st.sampled_from([True, True, True, False]),
+        measured=st.booleans(),
     )
 
 
@@ -157,6 +167,12 @@ OBSERVED = (
         "config": LossConfig("ppo", temperature=0.7),
         "targets": ("down_proj",),
         "lengths": (5, 5, 100, 12),
+    },
+    {"config": LossConfig("gspo", 0.1, entropy=True), "backward": False, "measured": True},
+    {
+        "config": LossConfig(
+            "stable_reinforce", 0.1, max_sequence_ratio=9.0, sampler_kl_coefficient=0.1
+        )
     },
 )
 

@@ -97,6 +97,30 @@ def test_logprobs_and_gradients_are_those_of_peft(config, targets):
     assert_close(found.gradients, torch.autograd.grad(loss, factors))
 
 
+def test_cross_entropy_with_negative_weights_has_the_gradients_of_any_loss_of_the_logprobs():
+    """A loss that the client computes itself, from the log-probabilities of a Forward."""
+    model = tiny_model(max_batch_tokens=24)
+    weights, data = random_weights(model), batch(LENGTHS, sampled=False)
+
+    def own_loss(logprobs):
+        every = torch.cat(list(logprobs))
+        return ((every + 3) ** 2).sum() - 9 * torch.logsumexp(every, 0)
+
+    leaves = [torch.tensor(p, requires_grad=True) for p in model.forward(weights, data)]
+    by_logprob = torch.autograd.grad(own_loss(leaves), leaves)
+    linear = [
+        replace(datum, weights=-gradient.numpy())
+        for datum, gradient in zip(data, by_logprob, strict=True)
+    ]
+    signs = np.sign(np.concatenate([datum.weights for datum in linear]))
+    assert set(signs.tolist()) == {-1, 1}
+    found = model.forward_backward(weights, linear, LossConfig("cross_entropy"))
+
+    peft, factors = as_peft(weights)
+    loss = own_loss([peft_logprobs(peft, datum) for datum in data])
+    assert_close(found.gradients, torch.autograd.grad(loss, factors), tolerance=2e-5)
+
+
 def test_a_fresh_adapter_is_the_base_model():
     model = tiny_model()
     weights = model.lora.fresh(rank=4, alpha=8.0, target_modules=TARGETS, seed=0)

@@ -24,6 +24,7 @@ CONFIGS = [
     LossConfig("cispo"),
     LossConfig("dro", 0.3),
     LossConfig("gspo"),
+    LossConfig("stable_reinforce", 0.1, max_sequence_ratio=1e6, sampler_kl_coefficient=0.1),
 ]
 
 
@@ -107,8 +108,8 @@ def test_forward_computes_what_forward_backward_does_at_the_same_temperature():
     assert (np.concatenate(at[None]) != np.concatenate(at[0.6])).all()
 
 
-@pytest.mark.parametrize("backward", [True, False])
-def test_adapters_of_several_temperatures_in_one_pass_have_the_bits_they_have_alone(backward):
+@pytest.mark.parametrize("kind", ["backward", "loss", "logprobs"])
+def test_adapters_of_several_temperatures_in_one_pass_have_the_bits_they_have_alone(kind):
     model = tiny_model(max_batch_tokens=1024)
     temperatures = (0.5, None, 1e-30, 2.0, 1e-45)
 
@@ -118,18 +119,20 @@ def test_adapters_of_several_temperatures_in_one_pass_have_the_bits_they_have_al
         return Request(
             random_weights(model, seed=index, rank=index + 1),
             batch((20, 32, 9), seed=index),
-            config if backward else None,
+            None if kind == "logprobs" else config,
             max_length=32,
             max_tokens=64,
             temperature=temperature,
+            backward=kind == "backward",
         )
 
     def outcome(request):
         if request.error is not None:
             return str(request.error)
-        if backward:
+        if kind == "backward":
             return bits(request.gradients({}))
-        return [logprobs.tobytes() for logprobs in request.logprobs()]
+        result = request.result({})
+        return [logprobs.tobytes() for logprobs in result.logprobs], result.metrics
 
     def run(requests):
         waiting = list(requests)

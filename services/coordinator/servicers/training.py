@@ -42,13 +42,16 @@ class TrainingServicer(TrainingServiceServicer):
         )
 
     async def Forward(self, request: pb.ForwardRequest, context: Context) -> pb.ForwardResponse:
-        """Log-probabilities of a batch."""
-        logprobs = await self._adapters.forward(
+        """Log-probabilities of a batch, and on demand its loss."""
+        result = await self._adapters.forward(
             request.adapter,
             convert.data_from_pb(request.data),
             temperature=convert.optional(request, "temperature"),
+            loss_config=convert.optional_loss_from_pb(request),
         )
-        return pb.ForwardResponse(logprobs=convert.arrays_to_pb(logprobs))
+        return pb.ForwardResponse(
+            logprobs=convert.arrays_to_pb(result.logprobs), metrics=result.metrics
+        )
 
     async def OptimStep(
         self, request: pb.OptimStepRequest, context: Context

@@ -26,7 +26,7 @@ from rollmesh.api.common.v1 import tensor_pb2 as rollmesh_dot_api_dot_common_dot
 from rollmesh.api.common.v1 import training_pb2 as rollmesh_dot_api_dot_common_dot_v1_dot_training__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n2rollmesh/api/coordinator/v1/training_service.proto\x12\x1brollmesh.api.coordinator.v1\x1a#rollmesh/api/common/v1/tensor.proto\x1a%rollmesh/api/common/v1/training.proto\"\xa1\x01\n\x16\x46orwardBackwardRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12+\n\x04\x64\x61ta\x18\x03 \x03(\x0b\x32\x1d.rollmesh.api.common.v1.Datum\x12\x37\n\x0bloss_config\x18\x04 \x01(\x0b\x32\".rollmesh.api.common.v1.LossConfig\"\xcf\x01\n\x17\x46orwardBackwardResponse\x12\x30\n\x08logprobs\x18\x01 \x03(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\x12R\n\x07metrics\x18\x02 \x03(\x0b\x32\x41.rollmesh.api.coordinator.v1.ForwardBackwardResponse.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"x\n\x0e\x46orwardRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12+\n\x04\x64\x61ta\x18\x02 \x03(\x0b\x32\x1d.rollmesh.api.common.v1.Datum\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x0e\n\x0c_temperature\"C\n\x0f\x46orwardResponse\x12\x30\n\x08logprobs\x18\x01 \x03(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\"g\n\x10OptimStepRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x30\n\x04\x61\x64\x61m\x18\x03 \x01(\x0b\x32\".rollmesh.api.common.v1.AdamConfig\"\xa9\x01\n\x11OptimStepResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x12L\n\x07metrics\x18\x02 \x03(\x0b\x32;.rollmesh.api.coordinator.v1.OptimStepResponse.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"f\n\x15LoadCheckpointRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x12\n\ncheckpoint\x18\x03 \x01(\t\x12\x16\n\x0ewith_optimizer\x18\x04 \x01(\x08\"0\n\x16LoadCheckpointResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x32\xdc\x03\n\x0fTrainingService\x12|\n\x0f\x46orwardBackward\x12\x33.rollmesh.api.coordinator.v1.ForwardBackwardRequest\x1a\x34.rollmesh.api.coordinator.v1.ForwardBackwardResponse\x12\x64\n\x07\x46orward\x12+.rollmesh.api.coordinator.v1.ForwardRequest\x1a,.rollmesh.api.coordinator.v1.ForwardResponse\x12j\n\tOptimStep\x12-.rollmesh.api.coordinator.v1.OptimStepRequest\x1a..rollmesh.api.coordinator.v1.OptimStepResponse\x12y\n\x0eLoadCheckpoint\x12\x32.rollmesh.api.coordinator.v1.LoadCheckpointRequest\x1a\x33.rollmesh.api.coordinator.v1.LoadCheckpointResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n2rollmesh/api/coordinator/v1/training_service.proto\x12\x1brollmesh.api.coordinator.v1\x1a#rollmesh/api/common/v1/tensor.proto\x1a%rollmesh/api/common/v1/training.proto\"\xa1\x01\n\x16\x46orwardBackwardRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12+\n\x04\x64\x61ta\x18\x03 \x03(\x0b\x32\x1d.rollmesh.api.common.v1.Datum\x12\x37\n\x0bloss_config\x18\x04 \x01(\x0b\x32\".rollmesh.api.common.v1.LossConfig\"\xcf\x01\n\x17\x46orwardBackwardResponse\x12\x30\n\x08logprobs\x18\x01 \x03(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\x12R\n\x07metrics\x18\x02 \x03(\x0b\x32\x41.rollmesh.api.coordinator.v1.ForwardBackwardResponse.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xb1\x01\n\x0e\x46orwardRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12+\n\x04\x64\x61ta\x18\x02 \x03(\x0b\x32\x1d.rollmesh.api.common.v1.Datum\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x37\n\x0bloss_config\x18\x04 \x01(\x0b\x32\".rollmesh.api.common.v1.LossConfigB\x0e\n\x0c_temperature\"\xbf\x01\n\x0f\x46orwardResponse\x12\x30\n\x08logprobs\x18\x01 \x03(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\x12J\n\x07metrics\x18\x02 \x03(\x0b\x32\x39.rollmesh.api.coordinator.v1.ForwardResponse.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"g\n\x10OptimStepRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x30\n\x04\x61\x64\x61m\x18\x03 \x01(\x0b\x32\".rollmesh.api.common.v1.AdamConfig\"\xa9\x01\n\x11OptimStepResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x12L\n\x07metrics\x18\x02 \x03(\x0b\x32;.rollmesh.api.coordinator.v1.OptimStepResponse.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"f\n\x15LoadCheckpointRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x12\n\ncheckpoint\x18\x03 \x01(\t\x12\x16\n\x0ewith_optimizer\x18\x04 \x01(\x08\"0\n\x16LoadCheckpointResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x32\xdc\x03\n\x0fTrainingService\x12|\n\x0f\x46orwardBackward\x12\x33.rollmesh.api.coordinator.v1.ForwardBackwardRequest\x1a\x34.rollmesh.api.coordinator.v1.ForwardBackwardResponse\x12\x64\n\x07\x46orward\x12+.rollmesh.api.coordinator.v1.ForwardRequest\x1a,.rollmesh.api.coordinator.v1.ForwardResponse\x12j\n\tOptimStep\x12-.rollmesh.api.coordinator.v1.OptimStepRequest\x1a..rollmesh.api.coordinator.v1.OptimStepResponse\x12y\n\x0eLoadCheckpoint\x12\x32.rollmesh.api.coordinator.v1.LoadCheckpointRequest\x1a\x33.rollmesh.api.coordinator.v1.LoadCheckpointResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,6 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FORWARDBACKWARDRESPONSE_METRICSENTRY']._loaded_options = None
   _globals['_FORWARDBACKWARDRESPONSE_METRICSENTRY']._serialized_options = b'8\001'
+  _globals['_FORWARDRESPONSE_METRICSENTRY']._loaded_options = None
+  _globals['_FORWARDRESPONSE_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_OPTIMSTEPRESPONSE_METRICSENTRY']._loaded_options = None
   _globals['_OPTIMSTEPRESPONSE_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_FORWARDBACKWARDREQUEST']._serialized_start=160
@@ -43,20 +45,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FORWARDBACKWARDRESPONSE']._serialized_end=531
   _globals['_FORWARDBACKWARDRESPONSE_METRICSENTRY']._serialized_start=485
   _globals['_FORWARDBACKWARDRESPONSE_METRICSENTRY']._serialized_end=531
-  _globals['_FORWARDREQUEST']._serialized_start=533
-  _globals['_FORWARDREQUEST']._serialized_end=653
-  _globals['_FORWARDRESPONSE']._serialized_start=655
-  _globals['_FORWARDRESPONSE']._serialized_end=722
-  _globals['_OPTIMSTEPREQUEST']._serialized_start=724
-  _globals['_OPTIMSTEPREQUEST']._serialized_end=827
-  _globals['_OPTIMSTEPRESPONSE']._serialized_start=830
-  _globals['_OPTIMSTEPRESPONSE']._serialized_end=999
+  _globals['_FORWARDREQUEST']._serialized_start=534
+  _globals['_FORWARDREQUEST']._serialized_end=711
+  _globals['_FORWARDRESPONSE']._serialized_start=714
+  _globals['_FORWARDRESPONSE']._serialized_end=905
+  _globals['_FORWARDRESPONSE_METRICSENTRY']._serialized_start=485
+  _globals['_FORWARDRESPONSE_METRICSENTRY']._serialized_end=531
+  _globals['_OPTIMSTEPREQUEST']._serialized_start=907
+  _globals['_OPTIMSTEPREQUEST']._serialized_end=1010
+  _globals['_OPTIMSTEPRESPONSE']._serialized_start=1013
+  _globals['_OPTIMSTEPRESPONSE']._serialized_end=1182
   _globals['_OPTIMSTEPRESPONSE_METRICSENTRY']._serialized_start=485
   _globals['_OPTIMSTEPRESPONSE_METRICSENTRY']._serialized_end=531
-  _globals['_LOADCHECKPOINTREQUEST']._serialized_start=1001
-  _globals['_LOADCHECKPOINTREQUEST']._serialized_end=1103
-  _globals['_LOADCHECKPOINTRESPONSE']._serialized_start=1105
-  _globals['_LOADCHECKPOINTRESPONSE']._serialized_end=1153
-  _globals['_TRAININGSERVICE']._serialized_start=1156
-  _globals['_TRAININGSERVICE']._serialized_end=1632
+  _globals['_LOADCHECKPOINTREQUEST']._serialized_start=1184
+  _globals['_LOADCHECKPOINTREQUEST']._serialized_end=1286
+  _globals['_LOADCHECKPOINTRESPONSE']._serialized_start=1288
+  _globals['_LOADCHECKPOINTRESPONSE']._serialized_end=1336
+  _globals['_TRAININGSERVICE']._serialized_start=1339
+  _globals['_TRAININGSERVICE']._serialized_end=1815
 # @@protoc_insertion_point(module_scope)

@@ -92,13 +92,14 @@ class ForwardBackwardResponse(_message.Message):
 
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """By name, the means over positions of weight > 0, or 0 where there are none: `loss` (sum),
-        `num_tokens` (positions of weight > 0). With sampling_logprobs, r being exp(p − q) of a position:
+        """By name, the means over positions of weight ≠ 0, or 0 where there are none: `loss` (sum),
+        `num_tokens` (positions of weight ≠ 0). With sampling_logprobs, r being exp(p − q) of a position:
         `kl_sampler` (mean of the k3 estimate between the sampling policy and this one), `ratio_mean`,
         `ratio_max`, `ess` (effective sample size, (Σr)² / (n·Σr²), in (0, 1]). ppo, cispo, gspo:
-        `clip_fraction` (share of positions where clipping acted). With max_importance_ratio:
-        `truncated_fraction` (share of positions above it). With kl_coefficient: `kl_base` (mean of the
-        k3 estimate). With entropy: `entropy` (mean, nats).
+        `clip_fraction` (share of positions where clipping acted). With max_importance_ratio, and of
+        stable_reinforce: `truncated_fraction` (share of positions above it). stable_reinforce:
+        `guarded_fraction` (share of sampled sequences left out, whose positions count in all means). With
+        kl_coefficient: `kl_base` (mean of the k3 estimate). With entropy: `entropy` (mean, nats).
         """
 
     def __init__(
@@ -124,13 +125,20 @@ class ForwardRequest(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     TEMPERATURE_FIELD_NUMBER: _builtins.int
+    LOSS_CONFIG_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """Resource name `projects/{p}/adapters/{a}`."""
     temperature: _builtins.float
-    """As in LossConfig: the temperature of the distribution, in (0, 2]. Absent: 1."""
+    """As in LossConfig: the temperature of the distribution, in (0, 2]. Absent: 1. With a loss_config,
+    which has one of its own, it must be absent.
+    """
     @_builtins.property
     def data(self) -> _containers.RepeatedCompositeFieldContainer[_training_pb2.Datum]:
-        """The batch, at least one datum; only token_ids and target_token_ids are read."""
+        """The batch, at least one datum; without a loss_config only token_ids and target_token_ids are read."""
+
+    @_builtins.property
+    def loss_config(self) -> _training_pb2.LossConfig:
+        """A loss to compute and report; its gradients are not. Absent: none."""
 
     def __init__(
         self,
@@ -138,10 +146,11 @@ class ForwardRequest(_message.Message):
         adapter: _builtins.str = ...,
         data: _abc.Iterable[_training_pb2.Datum] | None = ...,
         temperature: _builtins.float | None = ...,
+        loss_config: _training_pb2.LossConfig | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_temperature", b"_temperature", "temperature", b"temperature"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_temperature", b"_temperature", "loss_config", b"loss_config", "temperature", b"temperature"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_temperature", b"_temperature", "adapter", b"adapter", "data", b"data", "temperature", b"temperature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_temperature", b"_temperature", "adapter", b"adapter", "data", b"data", "loss_config", b"loss_config", "temperature", b"temperature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
     _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
@@ -155,19 +164,45 @@ class ForwardResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class MetricsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    METRICS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:
         """Per datum, float32 [T]: log-probability of each target under the adapter."""
+
+    @_builtins.property
+    def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """With a loss_config: what ForwardBackward of the same would report. Empty: there was none."""
 
     def __init__(
         self,
         *,
         logprobs: _abc.Iterable[_tensor_pb2.Tensor] | None = ...,
+        metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "metrics", b"metrics"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

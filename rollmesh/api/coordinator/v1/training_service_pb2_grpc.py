@@ -92,8 +92,9 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Forward(self, request, context):
-        """Computes the log-probabilities of a batch; changes nothing and takes no sequence.
-        INVALID_ARGUMENT as ForwardBackward.
+        """Computes the log-probabilities of a batch, and on demand its loss; changes nothing and takes no
+        sequence. INVALID_ARGUMENT as ForwardBackward. FAILED_PRECONDITION: a log-probability, or the loss,
+        is not finite.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

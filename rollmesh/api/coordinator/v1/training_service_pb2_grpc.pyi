@@ -51,8 +51,9 @@ class TrainingServiceStub:
     FAILED_PRECONDITION: a gap in sequence; a job owns the adapter; the loss is not finite.
     """
     Forward: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.ForwardRequest, _training_service_pb2.ForwardResponse]
-    """Computes the log-probabilities of a batch; changes nothing and takes no sequence.
-    INVALID_ARGUMENT as ForwardBackward.
+    """Computes the log-probabilities of a batch, and on demand its loss; changes nothing and takes no
+    sequence. INVALID_ARGUMENT as ForwardBackward. FAILED_PRECONDITION: a log-probability, or the loss,
+    is not finite.
     """
     OptimStep: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.OptimStepRequest, _training_service_pb2.OptimStepResponse]
     """One AdamW step with the pending gradients, which it clears: the policy_version grows by one.
@@ -90,8 +91,9 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     FAILED_PRECONDITION: a gap in sequence; a job owns the adapter; the loss is not finite.
     """
     Forward: _aio.UnaryUnaryMultiCallable[_training_service_pb2.ForwardRequest, _training_service_pb2.ForwardResponse]  # type: ignore[assignment]
-    """Computes the log-probabilities of a batch; changes nothing and takes no sequence.
-    INVALID_ARGUMENT as ForwardBackward.
+    """Computes the log-probabilities of a batch, and on demand its loss; changes nothing and takes no
+    sequence. INVALID_ARGUMENT as ForwardBackward. FAILED_PRECONDITION: a log-probability, or the loss,
+    is not finite.
     """
     OptimStep: _aio.UnaryUnaryMultiCallable[_training_service_pb2.OptimStepRequest, _training_service_pb2.OptimStepResponse]  # type: ignore[assignment]
     """One AdamW step with the pending gradients, which it clears: the policy_version grows by one.
@@ -138,8 +140,9 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_service_pb2.ForwardRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_service_pb2.ForwardResponse, _abc.Awaitable[_training_service_pb2.ForwardResponse]]:
-        """Computes the log-probabilities of a batch; changes nothing and takes no sequence.
-        INVALID_ARGUMENT as ForwardBackward.
+        """Computes the log-probabilities of a batch, and on demand its loss; changes nothing and takes no
+        sequence. INVALID_ARGUMENT as ForwardBackward. FAILED_PRECONDITION: a log-probability, or the loss,
+        is not finite.
         """
 
     @_abc_1.abstractmethod

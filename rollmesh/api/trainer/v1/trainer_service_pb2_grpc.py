@@ -171,7 +171,8 @@ class TrainerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Forward(self, request, context):
-        """Log-probabilities of a batch; no state changes. INVALID_ARGUMENT names the datum and field.
+        """Log-probabilities of a batch, and on demand its loss; no state changes. INVALID_ARGUMENT names the
+        datum and field. FAILED_PRECONDITION: a log-probability, or the loss, is not finite.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -205,7 +206,7 @@ class TrainerServiceServicer:
 
     def PublishAdapter(self, request, context):
         """Makes the current weights an exportable version; repeating it for the same version is free.
-        FAILED_PRECONDITION: gradients are pending.
+        FAILED_PRECONDITION: gradients are pending, and with_pending_gradients is false.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -68,7 +68,9 @@ class TrainerServiceStub:
     field. FAILED_PRECONDITION: a gap in sequence; a loss or gradient is not finite.
     """
     Forward: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.ForwardRequest, _trainer_service_pb2.ForwardResponse]
-    """Log-probabilities of a batch; no state changes. INVALID_ARGUMENT names the datum and field."""
+    """Log-probabilities of a batch, and on demand its loss; no state changes. INVALID_ARGUMENT names the
+    datum and field. FAILED_PRECONDITION: a log-probability, or the loss, is not finite.
+    """
     OptimStep: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.OptimStepRequest, _trainer_service_pb2.OptimStepResponse]
     """One AdamW step with the pending gradients. INVALID_ARGUMENT: a setting out of range.
     FAILED_PRECONDITION: a gap in sequence; no gradients are pending; the step's result is not finite.
@@ -85,7 +87,7 @@ class TrainerServiceStub:
     """
     PublishAdapter: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.PublishAdapterRequest, _trainer_service_pb2.PublishAdapterResponse]
     """Makes the current weights an exportable version; repeating it for the same version is free.
-    FAILED_PRECONDITION: gradients are pending.
+    FAILED_PRECONDITION: gradients are pending, and with_pending_gradients is false.
     """
     ExportAdapter: _grpc.UnaryStreamMultiCallable[_trainer_service_pb2.ExportAdapterRequest, _trainer_service_pb2.ExportAdapterResponse]
     """Streams a published version: header, chunks, trailer. NOT_FOUND: not published, or no longer
@@ -132,7 +134,9 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     field. FAILED_PRECONDITION: a gap in sequence; a loss or gradient is not finite.
     """
     Forward: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.ForwardRequest, _trainer_service_pb2.ForwardResponse]  # type: ignore[assignment]
-    """Log-probabilities of a batch; no state changes. INVALID_ARGUMENT names the datum and field."""
+    """Log-probabilities of a batch, and on demand its loss; no state changes. INVALID_ARGUMENT names the
+    datum and field. FAILED_PRECONDITION: a log-probability, or the loss, is not finite.
+    """
     OptimStep: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.OptimStepRequest, _trainer_service_pb2.OptimStepResponse]  # type: ignore[assignment]
     """One AdamW step with the pending gradients. INVALID_ARGUMENT: a setting out of range.
     FAILED_PRECONDITION: a gap in sequence; no gradients are pending; the step's result is not finite.
@@ -149,7 +153,7 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     """
     PublishAdapter: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.PublishAdapterRequest, _trainer_service_pb2.PublishAdapterResponse]  # type: ignore[assignment]
     """Makes the current weights an exportable version; repeating it for the same version is free.
-    FAILED_PRECONDITION: gradients are pending.
+    FAILED_PRECONDITION: gradients are pending, and with_pending_gradients is false.
     """
     ExportAdapter: _aio.UnaryStreamMultiCallable[_trainer_service_pb2.ExportAdapterRequest, _trainer_service_pb2.ExportAdapterResponse]  # type: ignore[assignment]
     """Streams a published version: header, chunks, trailer. NOT_FOUND: not published, or no longer
@@ -235,7 +239,9 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trainer_service_pb2.ForwardRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_service_pb2.ForwardResponse, _abc.Awaitable[_trainer_service_pb2.ForwardResponse]]:
-        """Log-probabilities of a batch; no state changes. INVALID_ARGUMENT names the datum and field."""
+        """Log-probabilities of a batch, and on demand its loss; no state changes. INVALID_ARGUMENT names the
+        datum and field. FAILED_PRECONDITION: a log-probability, or the loss, is not finite.
+        """
 
     @_abc_1.abstractmethod
     def OptimStep(
@@ -276,7 +282,7 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_service_pb2.PublishAdapterResponse, _abc.Awaitable[_trainer_service_pb2.PublishAdapterResponse]]:
         """Makes the current weights an exportable version; repeating it for the same version is free.
-        FAILED_PRECONDITION: gradients are pending.
+        FAILED_PRECONDITION: gradients are pending, and with_pending_gradients is false.
         """
 
     @_abc_1.abstractmethod
