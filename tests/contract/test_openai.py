@@ -284,6 +284,37 @@ class TestChat:
         ]
         assert entries[0].bytes == list(entries[0].token.encode())
 
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("count", [1, 2, 3])
+    def test_the_likeliest_tokens_come_with_each_that_was_drawn(self, client, world, stream, count):
+        extra = {"return_tokens_as_token_ids": True}
+        answer = client.chat.completions.create(
+            model="arith",
+            messages=CHAT,
+            logprobs=True,
+            top_logprobs=count,
+            stream=stream,
+            extra_body=extra,
+        )
+        answers = list(answer) if stream else [answer]
+        entries = [entry for each in answers for entry in each.choices[0].logprobs.content]
+        likely = [("token_id:40", -0.25), ("token_id:41", -2.0)][:count]
+        for entry in entries:
+            assert [(each.token, each.logprob) for each in entry.top_logprobs] == likely
+        answer = client.completions.create(
+            model="arith", prompt="a", logprobs=count, stream=stream, extra_body=extra
+        )
+        drawn = world.speaker.drawn[-1]
+        rows = [
+            row
+            for each in (answer if stream else [answer])
+            for row in each.choices[0].logprobs.top_logprobs
+        ]
+        assert rows == [
+            {**dict(likely), f"token_id:{token_id}": logprob}
+            for token_id, logprob in zip(drawn.token_ids[0], drawn.logprobs[0], strict=True)
+        ]
+
     def test_tokens_are_told_by_id_to_who_wants_that(self, client, world):
         answer = client.chat.completions.create(
             model="arith",

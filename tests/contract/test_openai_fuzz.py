@@ -96,7 +96,8 @@ chats = st.fixed_dictionaries(
     {"model": st.sampled_from(["arith", ADAPTER]), "messages": st.lists(messages, min_size=1)},
     optional={
         **numbers_in_range,
-        "logprobs": st.booleans(),
+        "logprobs": st.just(True),  # noqa: FBT003
+        "top_logprobs": st.integers(0, 3),
         "tools": st.lists(tools, min_size=1, max_size=2),
         "tool_choice": st.sampled_from(["none", "auto", "required"]),
     },
@@ -111,7 +112,7 @@ completions = st.fixed_dictionaries(
             st.lists(st.lists(st.integers(0, 400), max_size=9), max_size=3),
         ),
     },
-    optional={**numbers_in_range, "logprobs": st.just(0)},
+    optional={**numbers_in_range, "logprobs": st.integers(0, 3)},
 )
 
 

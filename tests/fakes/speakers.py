@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from rollmesh.tokenizer import ModelTokenizer
 
 MODEL = Model(vocab_size=400, max_length=2048, max_loras=4)
+TOP = (40, 41, -1), (-0.25, -2.0, -math.inf)
+"""The likeliest tokens in every place: there are two, whatever is drawn."""
 Script = Callable[[tuple[int, ...], int], Sequence[int]]
 
 
@@ -102,7 +105,13 @@ class Speaker(FakeSampler):
             elif len(token_ids) == draw.max_tokens:
                 reason = "length"
             yield types.CompletionChunk(
-                index, (token_ids[-1],), (logprobs[-1],), (self._span(source),), reason
+                index,
+                (token_ids[-1],),
+                (logprobs[-1],),
+                (self._span(source),),
+                reason,
+                top_token_ids=(TOP[0][: draw.top_logprobs],) if draw.top_logprobs else (),
+                top_logprobs=(TOP[1][: draw.top_logprobs],) if draw.top_logprobs else (),
             )
             if reason:
                 return

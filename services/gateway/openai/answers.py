@@ -76,7 +76,7 @@ class ChatAnswer:
         told: dict[str, Any] = {
             "index": choice.index,
             "delta": delta,
-            "logprobs": heading.spelling.of_chat(chunk.token_ids, chunk.logprobs)
+            "logprobs": heading.spelling.of_chat(chunk.token_ids, chunk.logprobs, piece.rows)
             if heading.with_logprobs
             else None,
             "finish_reason": piece.finish_reason,
@@ -122,7 +122,7 @@ class ChatAnswer:
         told: dict[str, Any] = {
             "index": choice.index,
             "message": message,
-            "logprobs": spelling.of_chat(choice.token_ids, choice.logprobs)
+            "logprobs": spelling.of_chat(choice.token_ids, choice.logprobs, choice.rows)
             if self.heading.with_logprobs
             else None,
             "finish_reason": choice.finish_reason,
@@ -148,7 +148,7 @@ class CompletionAnswer:
             "index": choice.index,
             "text": piece.text,
             "logprobs": heading.spelling.of_completion(
-                chunk.token_ids, chunk.logprobs, piece.offsets
+                chunk.token_ids, chunk.logprobs, piece.rows, piece.offsets
             )
             if heading.with_logprobs
             else None,
@@ -183,7 +183,7 @@ class CompletionAnswer:
             "index": choice.index,
             "text": choice.text,
             "logprobs": heading.spelling.of_completion(
-                choice.token_ids, choice.logprobs, choice.offsets
+                choice.token_ids, choice.logprobs, choice.rows, choice.offsets
             )
             if heading.with_logprobs
             else None,

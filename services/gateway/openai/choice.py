@@ -6,10 +6,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from rollmesh.chat import ToolCall
+from services.gateway.openai.logprobs import rows_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rollmesh.types import CompletionChunk, PolicySpan
     from services.gateway.openai.calls import Reader
+    from services.gateway.openai.logprobs import Row
     from services.gateway.openai.text import StopCutter, TextStream
 
 FinishReason = Literal["stop", "length", "tool_calls"]
@@ -17,15 +21,17 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 @dataclass(frozen=True)
 class Piece:
-    """What a chunk adds. `offsets`: where in the text each of its tokens begins, in characters.
+    """What a chunk adds. `first_call`: the number of the first of `calls`.
 
-    `first_call`: the number of the first of `calls`.
+    For each token, `rows` has the likeliest ones in its place, and `offsets` where in the text it
+    begins, in characters.
     """
 
     chunk: CompletionChunk
     text: str
     calls: tuple[ToolCall, ...]
     first_call: int
+    rows: Sequence[Row]
     offsets: tuple[int, ...]
     finish_reason: FinishReason | None
 
@@ -53,6 +59,7 @@ class Choice:
     calls: list[ToolCall] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     spans: list[PolicySpan] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -77,6 +84,8 @@ class Choice:
         self.calls += calls[: max(0, self.max_calls - first_call)]
         self.token_ids += chunk.token_ids
         self.logprobs += chunk.logprobs
+        rows = rows_of(chunk)
+        self.rows += rows
         self.offsets += offsets
         self._add_spans(chunk.spans)
         if chunk.stop_reason is not None:
@@ -87,6 +96,7 @@ class Choice:
             text,
             tuple(self.calls[first_call:]),
             first_call,
+            rows,
             tuple(offsets),
             self.finish_reason,
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rollmesh.errors import InvalidRequest
 from rollmesh.types import SamplingParams
 from services.gateway.openai.chat_body import ChatBody
+from services.gateway.openai.completion_body import CompletionBody
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,9 +33,12 @@ def params_of(body: Drawing) -> SamplingParams:
             allowed=f"one of {', '.join(constraints)}",
         )
     kind, text = next(iter(constraints.values()), ("", ""))
-    max_tokens = body.max_tokens
-    if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
-        max_tokens = body.max_completion_tokens
+    max_tokens, top_logprobs = body.max_tokens, 0
+    if isinstance(body, ChatBody):
+        max_tokens = body.max_completion_tokens or max_tokens
+        top_logprobs = body.top_logprobs
+    elif isinstance(body, CompletionBody):
+        top_logprobs = body.logprobs or 0
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=body.temperature,
@@ -49,6 +53,7 @@ def params_of(body: Drawing) -> SamplingParams:
         json_schema=text if kind == "json_schema" else None,
         regex=text if kind == "regex" else None,
         logprobs_kind=body.logprobs_kind,
+        top_logprobs=top_logprobs or None,
     )
 
 

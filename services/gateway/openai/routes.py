@@ -25,7 +25,7 @@ from services.gateway.openai.tokenizers import Tokenizers, chat_prompt, completi
 from services.gateway.openai.turns import Turns
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from starlette.requests import Request
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from services.gateway.openai.models import Found
     from services.gateway.openai.ports import CheckpointPolicy, ProjectOf, Records
 
+_CHAT = {"prompt_token_ids": "messages"}
+_COMPLETION = {"prompt_token_ids": "prompt", "params.top_logprobs": "logprobs"}
 _CLIENT_GONE = 499
 """Nobody sees it but a log."""
 
@@ -149,7 +151,14 @@ class _Endpoints:
         prompts = await completion_prompts(body, tokenizer)
         heading = self._heading("cmpl", found, body, tokenizer, body.logprobs is not None)
         return await self._answer(
-            request, project, found, body, prompts, tokenizer, CompletionAnswer(heading), "prompt"
+            request,
+            project,
+            found,
+            body,
+            prompts,
+            tokenizer,
+            CompletionAnswer(heading),
+            _COMPLETION,
         )
 
     async def chat(self, request: Request, project: str) -> Response:
@@ -163,7 +172,7 @@ class _Endpoints:
         prompt = await chat_prompt(body, tokenizer)
         heading = self._heading("chatcmpl", found, body, tokenizer, body.logprobs)
         return await self._answer(
-            request, project, found, body, [prompt], tokenizer, ChatAnswer(heading), "messages"
+            request, project, found, body, [prompt], tokenizer, ChatAnswer(heading), _CHAT
         )
 
     def _check_choices(self, count: int) -> None:
@@ -195,7 +204,7 @@ class _Endpoints:
         prompts: Sequence[tuple[int, ...]],
         tokenizer: ModelTokenizer,
         answer: Answer,
-        prompt_field: str,
+        fields: Mapping[str, str],
     ) -> Response:
         job = Job(
             sampling=self._sampling,
@@ -206,7 +215,7 @@ class _Endpoints:
             num_completions=body.n,
             choices=choices_of(body, prompts, tokenizer, answer.heading.id),
             answer=answer,
-            fields={"prompt_token_ids": prompt_field},
+            fields=fields,
         )
         if body.stream:
             return EventStream(job, with_usage=body.stream_options.include_usage)
