@@ -118,6 +118,16 @@ class TestModels:
             client.chat.completions.create(model=name, messages=CHAT)
         assert (refusal.value.code, refusal.value.param) == ("model_not_found", "model")
 
+    @pytest.mark.parametrize("name", [FOREIGN, f"{FOREIGN}/versions/0", TINKER])
+    def test_of_what_is_anothers_nothing_is_told(self, world, name):
+        key = "key-p" if name.startswith(FOREIGN) else "key-q"
+        with (
+            openai.OpenAI(base_url=f"{world.url}/v1", api_key=key) as stranger,
+            pytest.raises(openai.NotFoundError) as refusal,
+        ):
+            stranger.models.retrieve(name)
+        assert refusal.value.code == "model_not_found"
+
     def test_the_newest_version_is_the_newest_when_it_is_asked_for(self, client, world):
         name = "projects/p/adapters/grows"
 

@@ -6,7 +6,7 @@ import json
 
 import httpx
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.fakes.openai_world import ADAPTER, TINKER, openai_world
@@ -131,6 +131,12 @@ def changed(draw, bodies):
         at = at[key]
 
 
+def called_with(arguments):
+    """A chat with a call that has these arguments."""
+    call = {"function": {"name": "f", "arguments": arguments}}
+    return {"model": "arith", "messages": [{"role": "assistant", "tool_calls": [call]}]}
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     model = bpe_model(tmp_path_factory.mktemp("model") / "bpe", template=TOOLED)
@@ -162,6 +168,9 @@ def sent(http, path, body):
 
 @settings(max_examples=150, deadline=None)
 @given(body=st.one_of(chats, changed(chats)))
+@example(body=called_with('"\\ud800"'))
+@example(body=called_with("[" * 5000))
+@example(body=called_with("1e999"))
 def test_a_chat_with_anything_in_it(http, body):
     check(sent(http, "/v1/chat/completions", body))
 
