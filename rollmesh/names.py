@@ -1,6 +1,6 @@
 """Resource names: `projects/{p}`, and what is under it.
 
-`jobs/{j}`, `keys/{k}`, `leases/{l}`, `sweeps/{s}`, `adapters/{a}`, and under that
+`futures/{f}`, `jobs/{j}`, `keys/{k}`, `leases/{l}`, `sweeps/{s}`, `adapters/{a}`, and under that
 `checkpoints/{c}`.
 
 An id never holds a slash, a dot or an upper-case letter, so no name can climb out of a folder,
@@ -15,7 +15,7 @@ from rollmesh.errors import InvalidRequest
 
 ID_PATTERN = r"[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _ID = re.compile(ID_PATTERN)
-_COLLECTIONS = ("adapters", "jobs", "keys", "leases", "sweeps")
+_COLLECTIONS = ("adapters", "futures", "jobs", "keys", "leases", "sweeps")
 
 
 def check_id(value: str, *, field: str) -> str:
@@ -39,6 +39,11 @@ def project_name(project: str) -> str:
 def adapter_name(project: str, adapter: str) -> str:
     """`projects/{project}/adapters/{adapter}`."""
     return f"projects/{project}/adapters/{adapter}"
+
+
+def future_name(project: str, future: str) -> str:
+    """`projects/{project}/futures/{future}`."""
+    return f"projects/{project}/futures/{future}"
 
 
 def job_name(project: str, job: str) -> str:
@@ -90,6 +95,11 @@ def parse_checkpoint(name: str, *, field: str = "name") -> tuple[str, str, str]:
     ):
         return ids[1], ids[3], checkpoint
     raise _malformed(name, field, "projects/{project}/adapters/{adapter}/checkpoints/{id}")
+
+
+def parse_future(name: str, *, field: str = "name") -> tuple[str, str]:
+    """Ids of project and future in `projects/{p}/futures/{f}`."""
+    return _parse(name, "futures", field)
 
 
 def parse_job(name: str, *, field: str = "name") -> tuple[str, str]:

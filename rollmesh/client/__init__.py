@@ -14,6 +14,7 @@ from rollmesh.client.adapters import AdapterClient
 from rollmesh.client.checkpoints import CheckpointClient
 from rollmesh.client.environment import EnvironmentClient, Episode
 from rollmesh.client.fleet import FleetClient
+from rollmesh.client.futures import FutureClient
 from rollmesh.client.health import HealthClient, HealthProbe
 from rollmesh.client.jobs import JobClient
 from rollmesh.client.keys import KeyClient
@@ -36,6 +37,7 @@ __all__ = [
     "EnvironmentClient",
     "Episode",
     "FleetClient",
+    "FutureClient",
     "HealthClient",
     "HealthProbe",
     "JobClient",
@@ -57,8 +59,8 @@ class Client:
     another takes over, calls fail with Unavailable until it does; then begin watches again.
 
     Attributes:
-        jobs, sweeps, adapters, checkpoints, training, sampling, records, keys, fleet: the client of
-            the service of that name.
+        jobs, sweeps, adapters, checkpoints, training, sampling, futures, records, keys, fleet: the
+            client of the service of that name.
     """
 
     def __init__(self, address: str) -> None:
@@ -72,6 +74,7 @@ class Client:
         self.records = RecordClient(self._channel)
         self.keys = KeyClient(self._channel)
         self.fleet = FleetClient(self._channel)
+        self.futures = FutureClient(self._channel)
 
     async def __aenter__(self) -> Self:
         return self

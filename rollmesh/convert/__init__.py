@@ -97,7 +97,7 @@ from rollmesh.convert.sampling import (
     params_from_pb,
     params_to_pb,
 )
-from rollmesh.convert.schedule import schedule_from_pb, schedule_to_pb
+from rollmesh.convert.schedule import schedule_from_pb, schedule_to_pb, waiting_to_pb
 from rollmesh.convert.sweeps import (
     sweep_from_pb,
     sweep_spec_from_pb,
@@ -235,4 +235,5 @@ __all__ = [
     "trainer_adapter_to_pb",
     "trainer_info_from_pb",
     "trainer_info_to_pb",
+    "waiting_to_pb",
 ]

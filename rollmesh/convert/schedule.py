@@ -15,19 +15,7 @@ if TYPE_CHECKING:
 def schedule_to_pb(schedule: types.Schedule) -> pb.ExplainScheduleResponse:
     """ExplainScheduleResponse."""
     return pb.ExplainScheduleResponse(
-        waiting=[
-            pb.Waiting(
-                subject=waiting.subject,
-                rule=waiting.rule,
-                reason=waiting.reason,
-                release=waiting.release,
-                position=waiting.position,
-                ahead=waiting.ahead,
-                since=time_to_pb(waiting.since),
-                job=waiting.job,
-            )
-            for waiting in schedule.waiting
-        ],
+        waiting=[waiting_to_pb(waiting) for waiting in schedule.waiting],
         num_waiting=schedule.num_waiting,
         decisions=[
             pb.Decision(
@@ -54,6 +42,20 @@ def schedule_to_pb(schedule: types.Schedule) -> pb.ExplainScheduleResponse:
             pb.Quota(name=quota.name, used=quota.used, allowed=quota.allowed)
             for quota in schedule.quotas
         ],
+    )
+
+
+def waiting_to_pb(waiting: types.Waiting) -> pb.Waiting:
+    """Waiting."""
+    return pb.Waiting(
+        subject=waiting.subject,
+        rule=waiting.rule,
+        reason=waiting.reason,
+        release=waiting.release,
+        position=waiting.position,
+        ahead=waiting.ahead,
+        since=time_to_pb(waiting.since),
+        job=waiting.job,
     )
 
 

@@ -19,6 +19,11 @@ from services.coordinator.checkpoints import Checkpoints
 from services.coordinator.checks import Checks
 from services.coordinator.explaining import Explaining
 from services.coordinator.fleet.static import StaticFleet
+from services.coordinator.future_bodies import Bodies
+from services.coordinator.future_queues import Queues
+from services.coordinator.future_samples import SampleBounds, Samples
+from services.coordinator.future_work import Waits
+from services.coordinator.futures import Futures
 from services.coordinator.jobs import Jobs
 from services.coordinator.journal import Journal
 from services.coordinator.keys import Keys
@@ -34,6 +39,8 @@ from services.coordinator.runner import Runner
 from services.coordinator.sampling import FleetSampling
 from services.coordinator.scheduler import Scheduler
 from services.coordinator.servicers import SERVICES, register
+from services.coordinator.servicers.work import MessageWorks
+from services.coordinator.store import Changes
 from services.coordinator.sweeper import Sweeper
 from services.coordinator.sweeps import Halver, Sweeps
 from services.coordinator.usage import UsageKeeper
@@ -41,8 +48,10 @@ from services.coordinator.usage import UsageKeeper
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
 
+    from rollmesh import types
     from rollmesh.rpc.server import Serving
     from services.coordinator.config import CoordinatorConfig
+    from services.coordinator.future_work import Works
     from services.coordinator.ports import (
         EnvironmentPort,
         RewardPort,
@@ -143,8 +152,11 @@ async def coordinator(
         store.events,
         store.groups,
         store.records,
+        store.futures,
         event_retention_s=config.event_retention_s,
         rollout_retention_s=config.rollout_retention_s,
+        result_retention_s=config.result_retention_s,
+        request_retention_s=config.request_retention_s,
         clock=time.time,
     )
     sweeper = Sweeper(
@@ -188,12 +200,21 @@ async def coordinator(
         admission,
         clock=time.time,
     )
+    policies = Policies(adapters, sampling, publications, projects)
+    futures = _futures(
+        config,
+        store,
+        blobs,
+        MessageWorks(adapters, checkpoints, policies, leases),
+        adapters,
+        scheduler,
+    )
     services = register(
         jobs,
         sweeps,
         adapters,
         checkpoints,
-        Policies(adapters, sampling, publications, projects),
+        policies,
         leases,
         lambda: fleet.snapshot(sampling.num_queued_requests),
         Explaining(scheduler, admission, store.jobs, store.adapters, projects, clock=time.time),
@@ -205,6 +226,7 @@ async def coordinator(
             new_id=lambda: f"key-{secrets.token_hex(8)}",
             new_secret=lambda: f"tml-{secrets.token_urlsafe(32)}",
         ),
+        futures,
     )
     await store.adapters.none_is_being_made()
     await usage.restore()
@@ -214,8 +236,64 @@ async def coordinator(
             stack.callback(tasks.create_task(part.run()).cancel)
         server = await stack.enter_async_context(serve(services))
         stack.callback(store.jobs.changes.close)
+        stack.callback(futures.close)
+        stack.callback(tasks.create_task(futures.run()).cancel)
         stack.callback(tasks.create_task(halver.run()).cancel)
         stack.callback(tasks.create_task(runner.run()).cancel)
         stack.push_async_callback(server.not_ready)
         await server.ready()
         yield server
+
+
+def _futures(
+    config: CoordinatorConfig,
+    store: Store,
+    blobs: Blobs,
+    works: Works,
+    adapters: Adapters,
+    scheduler: Scheduler,
+) -> Futures:
+    changes, waits = Changes(), Waits(time.time)
+    bodies = Bodies(blobs, new_id=lambda: secrets.token_hex(16))
+
+    async def next_sequence(adapter: str) -> int:
+        return (await adapters.get_adapter(adapter)).next_sequence
+
+    def why(project: str, subject: str) -> types.Waiting | None:
+        return next(iter(scheduler.explain(project, subject, time.time()).waiting), None)
+
+    queues = Queues(
+        store.futures,
+        bodies,
+        works,
+        next_sequence=next_sequence,
+        changes=changes,
+        waits=waits,
+        clock=time.time,
+    )
+    samples = Samples(
+        works,
+        why,
+        changes=changes,
+        waits=waits,
+        bounds=SampleBounds(
+            max_begun=config.max_queued_requests,
+            max_of_project=config.max_futures,
+            max_of_all=config.max_sampling_futures,
+            project_bytes=config.max_project_sampling_bytes,
+            all_bytes=config.max_sampling_bytes,
+            retention_s=config.result_retention_s,
+        ),
+        clock=time.time,
+    )
+    return Futures(
+        store.futures,
+        bodies,
+        queues,
+        samples,
+        changes=changes,
+        waits=waits,
+        max_unfinished=config.max_futures,
+        retention_s=config.result_retention_s,
+        clock=time.time,
+    )

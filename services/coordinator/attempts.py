@@ -29,7 +29,7 @@ its place."""
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Whose tokens a request wants, and of what."""
+    """Whose tokens a request wants, and of what. `told` hears its subject in the scheduler."""
 
     project: str
     base_model: str
@@ -37,6 +37,7 @@ class Asked:
     newest: Newest | None
     job: str = ""
     priority: Priority = "normal"
+    told: Callable[[str], None] | None = None
 
     @property
     def source(self) -> types.AdapterSource | None:

@@ -115,8 +115,8 @@ class CoordinatorConfig(Config):
     snapshot_every_bytes: PositiveInt = 64 * 2**20
     """Bytes of their bodies after which it is written, if that comes first."""
     result_retention_s: PositiveFloat = 3600.0
-    """How long the result of a training op is kept for a repeat; that of an adapter's newest op is
-    kept until a later one is answered."""
+    """How long the result of a training op is kept for a repeat, and that of a future; that of an
+    adapter's newest op is kept until a later one is answered."""
     version_retention_s: NonNegativeFloat = 600.0
     """How long a published version can be sampled after a newer one was published. The newest, what
     a job needs and what is leased are kept in any case."""
@@ -130,6 +130,16 @@ class CoordinatorConfig(Config):
     OVERLOADED. They are what the gateway knows of sessions, models and checkpoints."""
     max_keys: PositiveInt = 100
     """Keys that a project may have at once; one more is refused with OVERLOADED."""
+    max_futures: PositiveInt = 8192
+    """Futures of a project that are not done, and as many of sampling besides; one more is refused
+    with OVERLOADED."""
+    max_sampling_futures: PositiveInt = 65536
+    """Futures of sampling, of all projects together, that are not done."""
+    max_sampling_bytes: Annotated[PositiveInt, Field(ge=2**27)] = 2**30
+    """Memory for futures of sampling, of all projects together: what they ask, and what was drawn.
+    Beyond it the oldest results go before their time, and work is refused with OVERLOADED."""
+    max_project_sampling_bytes: Annotated[PositiveInt, Field(ge=2**27)] = 2**28
+    """The same, of one project."""
     event_retention_s: PositiveFloat = 30 * 86400.0
     """How long the events of a job are kept after it has ended; then only its last one is."""
     rollout_retention_s: NonNegativeFloat = 0.0

@@ -10,7 +10,7 @@ from rollmesh.names import parse_adapter, parse_project
 from services.coordinator.projects import check_priority
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Sequence
 
     from rollmesh import types
     from services.coordinator.newest import Publications
@@ -46,10 +46,11 @@ class Policies:
         *,
         continue_on_newest: bool = False,
         priority: str = "",
+        told: Callable[[str], None] | None = None,
     ) -> AsyncGenerator[types.CompletionChunk]:
         """Chunks as they come, of one version, or of each newer one that is published meanwhile.
 
-        `priority`: "" is normal.
+        `priority`: "" is normal. `told` hears under which subject the scheduler has it.
 
         Raises:
             InvalidRequest: the number of completions; the priority; a version, or no adapter, with
@@ -93,6 +94,7 @@ class Policies:
             params,
             newest=newest,
             priority=checked,
+            told=told,
         )
         # A caller that leaves in the middle must give its place up then, not at garbage collection.
         async with contextlib.aclosing(chunks):

@@ -270,10 +270,12 @@ class Sampling(Protocol):
         *,
         newest: Newest | None = None,
         priority: Priority = "normal",
+        told: Callable[[str], None] | None = None,
     ) -> AsyncGenerator[types.CompletionChunk]:
         """Chunks as they come. `project` is an id, not a name.
 
         With `newest`, completions under way move to each newer version, at the border of a chunk.
+        `told` hears the scheduler's subject of each request that it makes of this one.
         """
         ...
 

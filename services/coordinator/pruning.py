@@ -1,4 +1,4 @@
-"""Lets go of what jobs and others leave behind, when it has been kept for long enough."""
+"""Lets go of what jobs, futures and others leave behind, when it has been kept long enough."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from services.coordinator.store import StoreUnavailable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from services.coordinator.store import EventStore, GroupStore, RecordStore
+    from services.coordinator.store import EventStore, FutureStore, GroupStore, RecordStore
 
 LOOK_EVERY_S = 60.0
 
@@ -27,6 +27,9 @@ class Pruning:
         groups: that were trained,
         rollout_retention_s: and how long they are kept after that.
         records: of which those go that have expired.
+        futures: that are done,
+        result_retention_s: and how long their results are kept,
+        request_retention_s: and how long it is remembered where their queues are.
         clock: Unix seconds.
     """
 
@@ -35,9 +38,12 @@ class Pruning:
         events: EventStore,
         groups: GroupStore,
         records: RecordStore,
+        futures: FutureStore,
         *,
         event_retention_s: float,
         rollout_retention_s: float,
+        result_retention_s: float,
+        request_retention_s: float,
         clock: Callable[[], float],
     ) -> None:
         self._events = events
@@ -45,6 +51,9 @@ class Pruning:
         self._records = records
         self._event_retention_s = event_retention_s
         self._rollout_retention_s = rollout_retention_s
+        self._futures = futures
+        self._result_retention_s = result_retention_s
+        self._request_retention_s = request_retention_s
         self._clock = clock
 
     async def run(self) -> None:
@@ -53,7 +62,7 @@ class Pruning:
             try:
                 await self.look()
             except StoreUnavailable as error:
-                log.warning("old events, groups and records are not let go of: %s", error)
+                log.warning("what is old is not let go of: %s", error)
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def look(self) -> None:
@@ -64,4 +73,9 @@ class Pruning:
         while await self._groups.drop_trained(now - self._rollout_retention_s):
             pass
         while await self._records.expire(now=now):
+            pass
+        while await self._futures.expire(
+            done_before=now - self._result_retention_s,
+            forget_before=now - self._request_retention_s,
+        ):
             pass

@@ -87,8 +87,11 @@ class FleetSampling:
         *,
         newest: Newest | None = None,
         priority: Priority = "normal",
+        told: Callable[[str], None] | None = None,
     ) -> AsyncGenerator[types.CompletionChunk]:
         """Chunks as they come; where a sampler is lost, another one goes on.
+
+        `told` hears the scheduler's subject of each request that is made of this one.
 
         Raises:
             Overloaded: the project's queue is full, or samplers' are again and again.
@@ -97,7 +100,7 @@ class FleetSampling:
                 row before a token came, or did not have the version.
             InvalidRequest: `newest` with a constraint, which cannot be continued.
         """
-        asked = Asked(project, base_model, source, newest, priority=priority)
+        asked = Asked(project, base_model, source, newest, priority=priority, told=told)
         drawing = self._drawing(asked, prompt_token_ids, num_completions, params)
         async with contextlib.aclosing(self._drawn(asked, drawing, Interactive())) as chunks:
             async for chunk in chunks:
@@ -222,6 +225,8 @@ class FleetSampling:
                     avoid=avoid,
                 )
                 avoid = ""
+                if asked.told:
+                    asked.told(request.subject)
                 attempt = self._attempts.attempt(request, asked, drawing, part, endurance)
                 try:
                     # Left in the middle it has to be closed at once for the sampler to stop.

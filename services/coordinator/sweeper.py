@@ -29,7 +29,7 @@ supersede does not fill a disk."""
 DELETE_TIMEOUT_S = 10.0
 """How long an idle adapter may keep the sweep waiting, by a trainer or calls that hang."""
 
-PREFIXES = ("snapshots", "ops", "versions")
+PREFIXES = ("snapshots", "ops", "versions", "futures")
 
 _log = logging.getLogger(__name__)
 

@@ -158,6 +158,16 @@ ROUND_TRIPS = {
             COUNTS,
         ),
     ),
+    "record": (
+        convert.record_to_pb,
+        convert.record_from_pb,
+        st.builds(types.Record, TEXTS, st.binary(max_size=8), INT64, TIMES, st.none() | TIMES),
+    ),
+    "key": (
+        convert.key_to_pb,
+        convert.key_from_pb,
+        st.builds(types.Key, TEXTS, TEXTS, TEXTS, TIMES),
+    ),
     "event": (
         convert.event_to_pb,
         convert.event_from_pb,

@@ -33,7 +33,7 @@ class Endless:
     async def compute_logprobs(self, *asked, priority="normal"):
         self.priority = priority
 
-    async def stream(self, *asked, newest, priority):
+    async def stream(self, *asked, newest, priority, told):
         self.newest = newest
         self.priority = priority
         try:

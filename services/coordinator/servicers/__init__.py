@@ -8,6 +8,7 @@ from rollmesh.api.coordinator.v1 import (
     adapter_service_pb2,
     checkpoint_service_pb2,
     fleet_service_pb2,
+    future_service_pb2,
     job_service_pb2,
     key_service_pb2,
     record_service_pb2,
@@ -22,6 +23,9 @@ from rollmesh.api.coordinator.v1.checkpoint_service_pb2_grpc import (
     add_CheckpointServiceServicer_to_server,
 )
 from rollmesh.api.coordinator.v1.fleet_service_pb2_grpc import add_FleetServiceServicer_to_server
+from rollmesh.api.coordinator.v1.future_service_pb2_grpc import (
+    add_FutureServiceServicer_to_server,
+)
 from rollmesh.api.coordinator.v1.job_service_pb2_grpc import add_JobServiceServicer_to_server
 from rollmesh.api.coordinator.v1.key_service_pb2_grpc import add_KeyServiceServicer_to_server
 from rollmesh.api.coordinator.v1.record_service_pb2_grpc import (
@@ -37,6 +41,7 @@ from rollmesh.api.coordinator.v1.training_service_pb2_grpc import (
 from services.coordinator.servicers.adapters import AdapterServicer
 from services.coordinator.servicers.checkpoints import CheckpointServicer
 from services.coordinator.servicers.fleet import FleetServicer
+from services.coordinator.servicers.futures import FutureServicer
 from services.coordinator.servicers.jobs import JobServicer
 from services.coordinator.servicers.keys import KeyServicer
 from services.coordinator.servicers.records import RecordServicer
@@ -53,6 +58,7 @@ if TYPE_CHECKING:
     from services.coordinator.adapters import Adapters
     from services.coordinator.checkpoints import Checkpoints
     from services.coordinator.explaining import Explaining
+    from services.coordinator.futures import Futures
     from services.coordinator.jobs import Jobs
     from services.coordinator.keys import Keys
     from services.coordinator.leases import Leases
@@ -68,6 +74,7 @@ SERVICES = tuple(
         adapter_service_pb2,
         checkpoint_service_pb2,
         fleet_service_pb2,
+        future_service_pb2,
         job_service_pb2,
         key_service_pb2,
         record_service_pb2,
@@ -91,6 +98,7 @@ def register(
     explaining: Explaining,
     records: Records,
     keys: Keys,
+    futures: Futures,
 ) -> Register:
     """What adds the services over these cores to a server."""
 
@@ -104,5 +112,6 @@ def register(
         add_FleetServiceServicer_to_server(FleetServicer(snapshot, explaining), server)
         add_RecordServiceServicer_to_server(RecordServicer(records), server)
         add_KeyServiceServicer_to_server(KeyServicer(keys), server)
+        add_FutureServiceServicer_to_server(FutureServicer(futures), server)
 
     return add

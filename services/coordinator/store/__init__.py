@@ -1,7 +1,7 @@
 """What the coordinator must not forget.
 
 Jobs with their events, adapters with the journal of their ops, their versions and the leases on
-them, checkpoints, request ids, records and keys.
+them, checkpoints, request ids, futures, records and keys.
 
 Every method is one small transaction. SQLite in a file by default, PostgreSQL by its URL.
 """
@@ -26,6 +26,12 @@ from services.coordinator.store.database import (
     serialize,
 )
 from services.coordinator.store.events import EventStore
+from services.coordinator.store.futures import (
+    FutureStore,
+    StoredFuture,
+    future_taken,
+    too_many_futures,
+)
 from services.coordinator.store.groups import GroupStore
 from services.coordinator.store.jobs import QUEUE, EventPage, JobStore, QueuedJob, StoredJob
 from services.coordinator.store.keys import KeyStore
@@ -54,6 +60,7 @@ __all__ = [
     "Deposed",
     "EventPage",
     "EventStore",
+    "FutureStore",
     "GroupStore",
     "JobStore",
     "JournaledOp",
@@ -73,6 +80,7 @@ __all__ = [
     "StoreUnavailable",
     "StoredAdapter",
     "StoredCheckpoint",
+    "StoredFuture",
     "StoredJob",
     "SweepStore",
     "UsageStore",
@@ -80,7 +88,9 @@ __all__ = [
     "check_free",
     "check_url",
     "derived_request_id",
+    "future_taken",
     "open_store",
+    "too_many_futures",
     "unrecoverable",
 ]
 
@@ -107,6 +117,7 @@ class Store:
     events: EventStore
     records: RecordStore
     keys: KeyStore
+    futures: FutureStore
     leadership: LeadershipStore
     # Of Database: writes only under that epoch.
     lead: Callable[[int, Callable[[], None]], None]
@@ -148,6 +159,7 @@ async def open_store(
             EventStore(database),
             RecordStore(database),
             KeyStore(database),
+            FutureStore(database),
             LeadershipStore(renewing),
             database.lead,
         )

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 from sqlalchemy import exists, select
 
 from services.coordinator.store.adapter_rows import SELECT, is_open, stored_of
-from services.coordinator.store.tables import adapters, checkpoints, leases, ops, versions
+from services.coordinator.store.tables import (
+    adapters,
+    checkpoints,
+    futures,
+    leases,
+    ops,
+    versions,
+)
 
 if TYPE_CHECKING:
     from services.coordinator.store.database import Database
@@ -34,7 +41,8 @@ class References:
                 )
             )
             keys.update(json.loads(origin)["snapshot"]["key"] for origin in origins)
-            for column in (ops.c.body_key, ops.c.result_key, ops.c.snapshot_key):
+            columns = (ops.c.body_key, ops.c.result_key, ops.c.snapshot_key)
+            for column in (*columns, futures.c.body_key, futures.c.result_key):
                 keys.update(await connection.scalars(select(column).where(column.is_not(None))))
             exports = select(versions.c.export_key).where(versions.c.export_key != "")
             keys.update(await connection.scalars(exports))

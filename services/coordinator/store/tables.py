@@ -270,6 +270,8 @@ futures = Table(
     Column("position", BigInteger, nullable=False),
     # sha256 of the work.
     Column("digest", String(64), nullable=False),
+    # Of a training op: what it trains.
+    Column("adapter", _Name),
     # What is large is a blob, and this is its key. Neither body: it is done.
     Column("body", LargeBinary),
     Column("body_key", Text),

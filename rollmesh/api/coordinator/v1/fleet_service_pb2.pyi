@@ -246,13 +246,15 @@ class Waiting(_message.Message):
     SINCE_FIELD_NUMBER: _builtins.int
     JOB_FIELD_NUMBER: _builtins.int
     subject: _builtins.str
-    """`projects/{p}/jobs/{j}` or `projects/{p}/requests/{r}`."""
+    """`projects/{p}/jobs/{j}` or `projects/{p}/requests/{r}`; of a future alone `projects/{p}/futures/{f}`."""
     rule: _builtins.str
     """The rule that holds it back. Of a job: "MAX_RUNNING_JOBS", "PROJECT_RUNNING_JOBS",
     "PROJECT_ADAPTERS" (it would need one more), "PROJECT_TOKENS_PER_DAY", "NO_TRAINER", "NO_SAMPLER",
     "RETRY". Of a request: "PRIORITY" (higher classes go first), "FAIR_SHARE" (projects that had less go
     first), "ORDER" (others of its own project came first), "PROJECT_TOKENS_IN_FLIGHT",
-    "PROJECT_TOKENS_PER_DAY", "QUARANTINE", "NO_ROOM" (it is next), "NO_SAMPLER".
+    "PROJECT_TOKENS_PER_DAY", "QUARANTINE", "NO_ROOM" (it is next), "NO_SAMPLER". Of a future: those
+    of its request while that waits; "ORDER" (what is before it in its queue has not come or not ended);
+    or the reason of an error that passes, such as "UNAVAILABLE" and "OVERLOADED".
     """
     reason: _builtins.str
     """The same with its numbers, for a person to read."""

@@ -292,7 +292,9 @@ class Future(_message.Message):
 
     @_builtins.property
     def waiting(self) -> _fleet_service_pb2.Waiting:
-        """While it waits: for what, if that is known. Absent: it runs, or it is done."""
+        """While it waits: for what, if that is known. Absent: it runs, or it is done. Of CreateFuture's
+        answer only what is known without looking.
+        """
 
     @_builtins.property
     def failure(self) -> Global___Failure:

@@ -41,8 +41,12 @@ class FutureServiceStub:
     position of that queue has ended, in whichever order they came. A repeat with the same content
     answers the same future. INVALID_ARGUMENT: a name, queue or position, no work, or a sequence or
     request_id in it, which are chosen here. ALREADY_EXISTS: the name, or the position of the queue, is
-    taken by other work. RESOURCE_EXHAUSTED: the project has as many unfinished futures as it may.
-    What is wrong with the work itself is the future's failure.
+    taken by other work. FAILED_PRECONDITION: the position was done longer ago than
+    `result_retention_s`, so that it is not known how. RESOURCE_EXHAUSTED: the project has
+    `max_futures` that are not done, or what is sampled takes too much memory. UNAVAILABLE: the database
+    or the blob store is away. What is wrong with the work itself is the future's failure; of another
+    project's names that is NOT_FOUND. Trainers, samplers and blob stores that are away or full are
+    waited for.
     """
     WaitFuture: _grpc.UnaryUnaryMultiCallable[_future_service_pb2.WaitFutureRequest, _future_service_pb2.WaitFutureResponse]
     """The future as it is once it is done or, if that takes longer, after `timeout`. NOT_FOUND: there
@@ -71,8 +75,12 @@ class FutureServiceAsyncStub(FutureServiceStub):
     position of that queue has ended, in whichever order they came. A repeat with the same content
     answers the same future. INVALID_ARGUMENT: a name, queue or position, no work, or a sequence or
     request_id in it, which are chosen here. ALREADY_EXISTS: the name, or the position of the queue, is
-    taken by other work. RESOURCE_EXHAUSTED: the project has as many unfinished futures as it may.
-    What is wrong with the work itself is the future's failure.
+    taken by other work. FAILED_PRECONDITION: the position was done longer ago than
+    `result_retention_s`, so that it is not known how. RESOURCE_EXHAUSTED: the project has
+    `max_futures` that are not done, or what is sampled takes too much memory. UNAVAILABLE: the database
+    or the blob store is away. What is wrong with the work itself is the future's failure; of another
+    project's names that is NOT_FOUND. Trainers, samplers and blob stores that are away or full are
+    waited for.
     """
     WaitFuture: _aio.UnaryUnaryMultiCallable[_future_service_pb2.WaitFutureRequest, _future_service_pb2.WaitFutureResponse]  # type: ignore[assignment]
     """The future as it is once it is done or, if that takes longer, after `timeout`. NOT_FOUND: there
@@ -104,8 +112,12 @@ class FutureServiceServicer(metaclass=_abc_1.ABCMeta):
         position of that queue has ended, in whichever order they came. A repeat with the same content
         answers the same future. INVALID_ARGUMENT: a name, queue or position, no work, or a sequence or
         request_id in it, which are chosen here. ALREADY_EXISTS: the name, or the position of the queue, is
-        taken by other work. RESOURCE_EXHAUSTED: the project has as many unfinished futures as it may.
-        What is wrong with the work itself is the future's failure.
+        taken by other work. FAILED_PRECONDITION: the position was done longer ago than
+        `result_retention_s`, so that it is not known how. RESOURCE_EXHAUSTED: the project has
+        `max_futures` that are not done, or what is sampled takes too much memory. UNAVAILABLE: the database
+        or the blob store is away. What is wrong with the work itself is the future's failure; of another
+        project's names that is NOT_FOUND. Trainers, samplers and blob stores that are away or full are
+        waited for.
         """
 
     @_abc_1.abstractmethod

@@ -23,6 +23,7 @@ def upgrade() -> None:
         sa.Column("queue", sa.String(63)),
         sa.Column("position", sa.BigInteger, nullable=False),
         sa.Column("digest", sa.String(64), nullable=False),
+        sa.Column("adapter", _NAME),
         sa.Column("body", sa.LargeBinary),
         sa.Column("body_key", sa.Text),
         sa.Column("sequence", sa.BigInteger),
