@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field, PositiveInt
 
 from rollmesh.config import Config
@@ -16,14 +18,14 @@ class OpenAiConfig(Config):
     """Messages of one chat."""
     max_tools: PositiveInt = 128
     """Tools that one request tells the model of."""
-    max_choices: PositiveInt = Field(128, le=1024)
+    max_choices: Annotated[PositiveInt, Field(le=1024)] = 128
     """Completions of one request: `n`, times the number of prompts."""
     max_models: PositiveInt = 1000
     """Models that /v1/models lists; each of the others can still be named."""
     keep_turns: bool = True
     """Whether GET /v1/turns/ID answers the token ids and log-probabilities of what was drawn. They
     are records of the project, and count against its max_records."""
-    turn_retention_s: float = Field(3600.0, gt=0, le=30 * 86400.0)
+    turn_retention_s: Annotated[float, Field(gt=0, le=30 * 86400.0)] = 3600.0
     """For how long it does."""
     max_turn_bytes: PositiveInt = 8 * 2**20
     """Largest turn that is kept, as JSON; a token takes some 20 bytes."""
