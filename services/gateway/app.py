@@ -39,7 +39,12 @@ def app(gateway: Gateway, others: Iterable[Route] = ()) -> Starlette:
         Route(PREFIX + path, partial(_answer, gateway, path, endpoint), methods=[method])
         for (method, path), endpoint in ENDPOINTS.items()
     ]
-    return Starlette(routes=[*routes, *others], exception_handlers={HTTPException: _no_such_path})
+    application = Starlette(
+        routes=[*routes, *others], exception_handlers={HTTPException: _no_such_path}
+    )
+    # A path with a slash more is another path: it is not there, and nobody is sent elsewhere.
+    application.router.redirect_slashes = False
+    return application
 
 
 async def _answer(
