@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from services.local.mesh import Mesh
 
 ROOT = Path(__file__).resolve().parents[2]
+MANY_ADAPTERS = 4096
+"""The exercises of the Tinker SDK make hundreds of models, which stay for a day."""
 WEIGHTS = {"one": 1, "two": 2, "four": 4}
 """Of projects that share the sampler; of all others it is 1."""
 
@@ -81,8 +83,10 @@ def collector() -> Iterator[tuple[Collector, str]]:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def mesh(collector, tmp_path_factory) -> AsyncIterator[Mesh]:
-    """The mesh of examples/local.yaml, with telemetry sent to `collector`, and a few weights."""
+    """The mesh of examples/local.yaml and a gateway, with telemetry sent to `collector`."""
     values = yaml.safe_load((ROOT / "examples" / "local.yaml").read_text())
+    values["gateway"] = {}
+    values["trainers"][0]["max_adapters"] = MANY_ADAPTERS
     telemetry = {"otlp_endpoint": collector[1], "metrics_interval_s": 1.0}
     sections = [values["coordinator"], values["reward"], *values["trainers"], *values["samplers"]]
     for section in sections:
