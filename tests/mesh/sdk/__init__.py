@@ -1,0 +1,1 @@
+"""Every public method of the Tinker SDK, called for real, and what came of it checked."""
