@@ -41,8 +41,8 @@ def fuzz(url: str, keys: dict[str, str]) -> None:
         for project, key in keys.items()
     }
     http = clients[FUZZER]
-    _, own = Tenant(http).work()
-    with Neighbour(clients[NEIGHBOUR]) as neighbour:
+    with http, Neighbour(clients[NEIGHBOUR]) as neighbour:
+        _, own = Tenant(http).work()
 
         @settings(
             max_examples=EXAMPLES,

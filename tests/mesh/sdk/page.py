@@ -36,10 +36,9 @@ _NOT_THERE = """\
 ## What is different here
 
 {notes}
-- `forward_backward` with `optimizer_config` or `optim_step` other than AdamW's (Dimuon, whose formula is not public): refused.
-- Prompts and data with images or audio: refused; this mesh's models read text.
 
 What is refused fails with a message that names the field, at its place in the order of the run, so that later requests go on.
+How the SDK maps to the mesh, and what else differs: [tinker.md](tinker.md#what-differs).
 """
 
 

@@ -79,12 +79,19 @@ def sample(world: World, call: Call) -> None:
         best = np.sort(expected[position])[::-1][:3]
         close([logprob for _, logprob in row[:3]], best)
         close([expected[position, token] for token, _ in row[:3]], best)
+    _check_image(call, sampler)
     _newer(world, call, sampler, draw)
     clone = pickle.loads(pickle.dumps(sampler))  # noqa: S301 - our own bytes
     model_input = types.ModelInput.from_ints(PROMPT)
     params = types.SamplingParams(max_tokens=8, temperature=1.0, seed=7, stop=[])
     cloned = call(clone, model_input, 4, params)
     assert [list(sequence.tokens) for sequence in cloned.sequences] == tokens
+
+
+def _check_image(call: Call, sampler: Any) -> None:
+    image = types.ImageChunk(data=b"png", format="png", expected_tokens=1)
+    prompt = types.ModelInput(chunks=[image])
+    _refused(lambda: call(sampler, prompt, 1, types.SamplingParams(max_tokens=1)), "only text")
 
 
 def _newer(world: World, call: Call, sampler: Any, draw: Any) -> None:

@@ -8,14 +8,14 @@ import inspect
 import logging
 import re
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pytest
 from tinker import types
 
 from tests.mesh.sdk.calling import exercise, settled
-from tests.mesh.sdk.losses import LOSSES, sampler_logprobs
+from tests.mesh.sdk.losses import LOSSES, near_logprobs, sampler_logprobs
 from tests.mesh.sdk.world import (
     ADAM,
     SEQUENCES,
@@ -62,8 +62,10 @@ def forward(world: World, call: Call) -> None:
     note="stable_reinforce is this mesh's own loss in place of one whose formula is not public",
 )
 def forward_backward(world: World, call: Call) -> None:
-    for name, loss in LOSSES.items():
-        _check_loss(world, call, name, loss)
+    offered = set(get_args(types.LossFnType)) - {"custom"}
+    assert offered <= set(LOSSES)
+    for name in sorted(offered):
+        _check_loss(world, call, name, LOSSES[name])
     # Half of the data twice is all of it once.
     whole, halves = world.model(seed=502), world.model(seed=502)
     data = world.supervised()
@@ -79,7 +81,11 @@ def forward_backward(world: World, call: Call) -> None:
 def _check_loss(world: World, call: Call, name: str, loss: Loss) -> None:
     model = world.model()
     before = world.weights(model)
-    sampled = [sampler_logprobs(index, pair) for index, pair in enumerate(world.pairs())]
+    if loss.near:  # of a fresh adapter, which is as the base model
+        near_to = [world.reference.logprobs(*pair).tolist() for pair in world.pairs()]
+        sampled = [near_logprobs(index, p) for index, p in enumerate(near_to)]
+    else:
+        sampled = [sampler_logprobs(index, pair) for index, pair in enumerate(world.pairs())]
 
     def input_of(field: str) -> Any:
         return lambda index, n: loss.inputs(field, index, n, sampled[index])
@@ -143,6 +149,7 @@ def forward_backward_custom(world: World, call: Call) -> None:
     "TrainingClient.optim_step",
     effect="weights equal torch's AdamW on transformers' gradients, with weight decay and with the "
     "global norm clipped; the gradients are used up",
+    note="Dimuon, whose formula is not public, is refused",
 )
 def optim_step(world: World, call: Call) -> None:
     def supervised(logprobs: list[torch.Tensor]) -> torch.Tensor:
@@ -159,6 +166,8 @@ def optim_step(world: World, call: Call) -> None:
         near(world.weights(model)[1], after, atol=2e-4)
         changed = [not np.array_equal(after[name], before[1][name]) for name in after]
         assert any(changed)
+    if hasattr(types, "DimuonParams"):
+        _refused(lambda: call(world.model(), types.DimuonParams(learning_rate=0.1)), "adamw")
     # With gradients that are used up, and without momentum, weights stay.
     still = {"learning_rate": 1e-2, "beta1": 0.0, "beta2": 0.95, "eps": 1e-3}
     model = world.model()
