@@ -34,9 +34,15 @@ if TYPE_CHECKING:
     from services.gateway.ports import Futures as FuturePort
     from services.gateway.queues import Queues
     from services.gateway.sampling import Sampling
+    from services.gateway.wire.paths import Kind
 
 _USER = {"INVALID_ARGUMENT", "NOT_FOUND", "ALREADY_EXISTS", "FAILED_PRECONDITION", "UNIMPLEMENTED"}
 _PASSES = {"UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
+_SAVES: dict[Kind, str] = {
+    "weights": "save_weights",
+    "sampler_weights": "save_weights_for_sampler",
+    "external_weights": "save_weights_external",
+}
 _ASK_AGAIN_S = 0.5
 _SHOWN_AFTER_S = 10.0
 """What waits no longer than this is nothing that a person needs to hear of."""
@@ -204,7 +210,7 @@ class Results:
             raise NotFound(f"there is no request {ticket}", resource=ticket)
         path = CheckpointPath.parse(text)
         await self._checkpoints.settle(caller, path)
-        fields: dict[str, Any] = {"path": str(path), "type": f"save_{path.kind}"}
+        fields: dict[str, Any] = {"path": str(path), "type": _SAVES[path.kind]}
         if path.kind == "external_weights":
             fields["size_bytes"] = kept.checkpoint.num_bytes
         return Answer(fields)

@@ -62,11 +62,10 @@ def failure(error: MeshError) -> Response:
 
 
 def problem(
-    status: int, detail: str, *, headers: dict[str, str] | None = None, reason: str = ""
+    status: int, detail: str, *, headers: dict[str, str] | None = None, **more: str
 ) -> Response:
-    """What went wrong, in words."""
-    fields = {"detail": detail, "reason": reason} if reason else {"detail": detail}
-    return Response(_json(fields), status, headers, JSON)
+    """What went wrong, in words, and what `more` there is to say."""
+    return Response(_json({"detail": detail, **more}), status, headers, JSON)
 
 
 def _json(fields: dict[str, Any]) -> bytes:

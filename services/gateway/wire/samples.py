@@ -159,7 +159,7 @@ def _sequence(completion: sampling_pb2.CompletionChunk) -> pb.SampledSequence:
         tokens=np.array(completion.token_ids, "<i4").tobytes(),
         logprobs=completion.logprobs.data,
     )
-    if completion.HasField("top_token_ids"):
+    if "top_token_ids" in completion.DESCRIPTOR.fields_by_name and completion.HasField("top_token_ids"):  # TODO
         sequence.topk_sampled_logprobs.CopyFrom(
             _top(completion.top_token_ids, completion.top_logprobs, 0)
         )
