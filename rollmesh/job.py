@@ -208,7 +208,9 @@ class AlgorithmSpec(Config):
     """AdamW's epsilon."""
     weight_decay: NonNegative = 0.0
     """AdamW's decoupled weight decay."""
-    loss: Literal["importance_sampling", "ppo", "cispo", "gspo"] = "importance_sampling"
+    loss: Literal["importance_sampling", "ppo", "cispo", "gspo", "stable_reinforce"] = (
+        "importance_sampling"
+    )
     """The loss; docs/losses.md gives the formulas."""
     clip_low_threshold: NonNegative | None = None
     """Lower bound of the ratio itself for ppo, cispo and gspo, not a distance from 1. Absent: the
@@ -217,8 +219,8 @@ class AlgorithmSpec(Config):
     """Upper bound of the ratio for ppo, cispo and gspo, at least the lower one: 1.28 beside 0.8 is
     DAPO's "clip higher". Absent: the loss's own."""
     max_importance_ratio: Positive | None = None
-    """Tokens whose ratio is above it count with it; at least the upper bound of the ratio. Not with
-    cispo. Absent: no bound."""
+    """Tokens whose ratio is above it count with it; at least the upper bound of the ratio, with
+    stable_reinforce at least 1. Not with cispo. Absent: 2 for stable_reinforce, else no bound."""
     max_group_replacements: int = Field(default=0, ge=0, le=100)
     """Dynamic sampling: how often, for each group of a step, one whose rewards are all equal is
     replaced by a group of another task. The last is kept as it is. 0: never."""
@@ -247,6 +249,8 @@ class AlgorithmSpec(Config):
         if info.data.get("loss") == "cispo":
             raise ValueError("not with cispo, whose clip_high_threshold is that bound")
         _, high = _bounds_of_ratio(info.data)
+        if info.data.get("loss") == "stable_reinforce" and value < 1:
+            raise ValueError(f"{value:g} is below 1, with stable_reinforce it is at least that")
         if value < high:
             raise ValueError(f"{value:g} is below the ratio's upper bound, which is {high:g}")
         return value

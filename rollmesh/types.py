@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     FloatArray = NDArray[np.float32]
     IntArray = NDArray[np.int32]
 
-LossName = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo"]
+LossName = Literal[
+    "cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce"
+]
 StopReason = Literal["stop", "length"]
 MemberRole = Literal["trainer", "sampler", "reward", "environment"]
 LogprobsKind = Literal["policy", "sampled"]
@@ -100,6 +102,7 @@ class SamplingParams:
     regex: str | None = None
     logprobs_kind: LogprobsKind = "policy"
     prompt_logprobs: int | None = None
+    top_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +130,9 @@ class Continuation:
 class CompletionChunk:
     """A piece of completion `index`: token_ids, as many logprobs, and spans over them.
 
-    prompt_logprobs, where they are asked for, come with one chunk of the request.
+    prompt_logprobs, where they are asked for, come with one chunk of the request. top_token_ids and
+    top_logprobs, where they are asked for, have a row of the k likeliest for each token; where
+    fewer can be drawn the rest is -1, with -inf.
     """
 
     index: int
@@ -136,6 +141,8 @@ class CompletionChunk:
     spans: tuple[PolicySpan, ...]
     stop_reason: StopReason | None = None
     prompt_logprobs: PromptLogprobs | None = None
+    top_token_ids: tuple[tuple[int, ...], ...] = ()
+    top_logprobs: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +154,8 @@ class Completion:
     spans: tuple[PolicySpan, ...]
     stop_reason: StopReason
     prompt_logprobs: PromptLogprobs | None = None
+    top_token_ids: tuple[tuple[int, ...], ...] = ()
+    top_logprobs: tuple[tuple[float, ...], ...] = ()
 
 
 def join_chunks(chunks: Sequence[CompletionChunk]) -> Completion:
@@ -171,6 +180,8 @@ def join_chunks(chunks: Sequence[CompletionChunk]) -> Completion:
         spans=tuple(spans),
         stop_reason=stop_reason,
         prompt_logprobs=next((c.prompt_logprobs for c in chunks if c.prompt_logprobs), None),
+        top_token_ids=tuple(row for chunk in chunks for row in chunk.top_token_ids),
+        top_logprobs=tuple(row for chunk in chunks for row in chunk.top_logprobs),
     )
 
 
@@ -179,6 +190,7 @@ class Datum:
     """One training sequence of T positions; every array has shape [T].
 
     token_ids, target_token_ids: int32. weights, sampling_logprobs, advantages: float32 or None.
+    sequence_ids: int32, -1 for none; or None: the datum is one sampled sequence.
     """
 
     token_ids: IntArray
@@ -186,6 +198,7 @@ class Datum:
     weights: FloatArray | None = None
     sampling_logprobs: FloatArray | None = None
     advantages: FloatArray | None = None
+    sequence_ids: IntArray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +206,7 @@ class LossConfig:
     """What a ForwardBackward minimises; None: the loss's default, or the option is off.
 
     A field that `loss` does not take must be None. kl_coefficient None: no KL to the base is
-    computed, max_importance_ratio None: ratios are not truncated.
+    computed, max_importance_ratio None: ratios are not truncated, but those of stable_reinforce.
     """
 
     loss: LossName
@@ -204,6 +217,8 @@ class LossConfig:
     max_importance_ratio: float | None = None
     entropy: bool = False
     temperature: float | None = None
+    max_sequence_ratio: float | None = None
+    sampler_kl_coefficient: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,10 +88,16 @@ class AdapterClient:
         with mesh_errors():
             await self._stub.DeleteAdapter(request)
 
-    async def publish(self, name: str) -> types.PublishedVersion:
-        """Make the current weights a version that can be sampled and exported."""
+    async def publish(
+        self, name: str, *, with_pending_gradients: bool = False
+    ) -> types.PublishedVersion:
+        """Make the current weights a version that can be sampled and exported.
+
+        Also `with_pending_gradients`, which stay pending and are no part of it.
+        """
+        request = pb.PublishAdapterRequest(name=name, with_pending_gradients=with_pending_gradients)
         with mesh_errors():
-            response = await self._stub.PublishAdapter(pb.PublishAdapterRequest(name=name))
+            response = await self._stub.PublishAdapter(request)
         return types.PublishedVersion(response.policy.policy_version, response.digest)
 
     async def export(

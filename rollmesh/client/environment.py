@@ -6,17 +6,18 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
-import grpc
-
 from rollmesh import convert
 from rollmesh.api.environment.v1 import environment_service_pb2 as pb
 from rollmesh.api.environment.v1.environment_service_pb2_grpc import EnvironmentServiceStub
 from rollmesh.errors import EnvironmentFailed, EnvironmentTimeout, InvalidRequest
 from rollmesh.rpc.channel import trace_metadata
 from rollmesh.rpc.status import mesh_errors
+from rollmesh.rpc.streams import receive, send
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
+
+    import grpc
 
     from rollmesh import chat
     from rollmesh.api.environment.v1.environment_service_pb2_grpc import (
@@ -154,9 +155,7 @@ def _task(message: pb.Task) -> chat.Task:
 async def _answered(
     call: Call, request: pb.EpisodeRequest, answer_s: float | None
 ) -> chat.Response:
-    # Where it has ended already, reading tells why.
-    with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
-        await call.write(request)
+    await send(call, request)
     response = await _read(call, answer_s)
     if response is None:
         raise EnvironmentFailed("the environment ended the episode without a response")
@@ -168,18 +167,7 @@ async def _read(call: Call, answer_s: float | None) -> pb.EpisodeResponse | None
     try:
         async with asyncio.timeout(answer_s):
             with mesh_errors():
-                response = await call.read()
-                if isinstance(response, pb.EpisodeResponse):
-                    return response
-                # The end. Its status, where it is not OK, is raised by nothing but this.
-                code = await call.code()
-                if code is not grpc.StatusCode.OK:
-                    raise grpc.aio.AioRpcError(
-                        code,
-                        await call.initial_metadata(),
-                        await call.trailing_metadata(),
-                        details=await call.details(),
-                    )
-                return None
+                response: pb.EpisodeResponse | None = await receive(call)
+                return response
     except TimeoutError:
         raise EnvironmentTimeout(f"the environment gave no answer within {answer_s:g} s") from None

@@ -11,6 +11,7 @@ from rollmesh.api.reward.v1.reward_service_pb2_grpc import RewardServiceStub
 from rollmesh.errors import InternalError
 from rollmesh.rpc.channel import trace_metadata
 from rollmesh.rpc.status import mesh_errors
+from rollmesh.rpc.streams import receive, send
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -53,7 +54,7 @@ class RewardClient:
 
         async def write(request: pb.ScoreEachRequest) -> None:
             async with writing:  # One at a time, as gRPC wants it.
-                await call.write(request)
+                await send(call, request)
 
         async def answer(question: chat.Question) -> None:
             text = await judge(question)
@@ -61,7 +62,7 @@ class RewardClient:
 
         async def read(tasks: asyncio.TaskGroup) -> None:
             await write(pb.ScoreEachRequest(batch=_batch(function, parameters, items)))
-            async for response in call:
+            while (response := await receive(call)) is not None:
                 if response.HasField("question"):
                     tasks.create_task(answer(convert.question_from_pb(response.question)))
                 else:

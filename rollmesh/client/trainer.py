@@ -155,12 +155,15 @@ class TrainerClient:
             )
         return convert.snapshot_from_pb(response.snapshot)
 
-    async def publish_adapter(self, name: str, *, epoch: int) -> types.PublishedVersion:
-        """Make the current weights an exportable version."""
+    async def publish_adapter(
+        self, name: str, *, epoch: int, with_pending_gradients: bool = False
+    ) -> types.PublishedVersion:
+        """Make the current weights an exportable version; gradients that are pending stay so."""
+        request = pb.PublishAdapterRequest(
+            name=name, epoch=epoch, with_pending_gradients=with_pending_gradients
+        )
         with mesh_errors():
-            response = await self._stub.PublishAdapter(
-                pb.PublishAdapterRequest(name=name, epoch=epoch)
-            )
+            response = await self._stub.PublishAdapter(request)
         return types.PublishedVersion(response.policy_version, response.digest, response.export_key)
 
     async def export_adapter(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,8 +15,9 @@ from rollmesh.convert.values import optional
 from rollmesh.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
+    from rollmesh.api.common.v1 import tensor_pb2
     from rollmesh.api.coordinator.v1 import sampling_service_pb2
 
 _STOP_REASONS: dict[types.StopReason | None, sampling_pb2.StopReason.ValueType] = {
@@ -47,6 +48,7 @@ def params_to_pb(params: types.SamplingParams) -> sampling_pb2.SamplingParams:
         regex=params.regex,  # type: ignore[arg-type]
         logprobs_kind=KINDS[params.logprobs_kind],
         prompt_logprobs=params.prompt_logprobs,
+        top_logprobs=params.top_logprobs,
     )
 
 
@@ -67,6 +69,7 @@ def params_from_pb(message: sampling_pb2.SamplingParams) -> types.SamplingParams
         regex=optional(message, "regex"),
         logprobs_kind=kind_from_pb(message.logprobs_kind, field="params.logprobs_kind"),
         prompt_logprobs=optional(message, "prompt_logprobs"),
+        top_logprobs=optional(message, "top_logprobs"),
     )
 
 
@@ -131,6 +134,8 @@ def chunk_to_pb(chunk: types.CompletionChunk) -> sampling_pb2.CompletionChunk:
         prompt_logprobs=prompt_logprobs_to_pb(chunk.prompt_logprobs)
         if chunk.prompt_logprobs
         else None,
+        top_token_ids=_rows_to_pb(chunk.top_token_ids, "<i4"),
+        top_logprobs=_rows_to_pb(chunk.top_logprobs, "<f4"),
     )
 
 
@@ -146,7 +151,23 @@ def chunk_from_pb(message: sampling_pb2.CompletionChunk) -> types.CompletionChun
         prompt_logprobs=prompt_logprobs_from_pb(message.prompt_logprobs)
         if message.HasField("prompt_logprobs")
         else None,
+        top_token_ids=_rows_from_pb(message.top_token_ids, "top_token_ids", "<i4"),
+        top_logprobs=_rows_from_pb(message.top_logprobs, "top_logprobs", "<f4"),
     )
+
+
+def _rows_to_pb(rows: Sequence[Sequence[float]], dtype: str) -> tensor_pb2.Tensor | None:
+    """A row for each token; None: there are none."""
+    return tensor_to_pb(np.reshape(rows, (len(rows), -1)), dtype) if rows else None
+
+
+def _rows_from_pb(
+    message: tensor_pb2.Tensor, field: str, dtype: str
+) -> tuple[tuple[Any, ...], ...]:
+    """Rows of ints or floats; absent: none."""
+    if not message.shape:
+        return ()
+    return tuple(map(tuple, matrix_from_pb(message, field=field, dtype=dtype).tolist()))
 
 
 def logprobs_from_pb(

@@ -23,6 +23,7 @@ _LOSSES: dict[types.LossName, training_pb2.Loss.ValueType] = {
     "cispo": training_pb2.LOSS_CISPO,
     "dro": training_pb2.LOSS_DRO,
     "gspo": training_pb2.LOSS_GSPO,
+    "stable_reinforce": training_pb2.LOSS_STABLE_REINFORCE,
 }
 _LOSS_OPTIONS = (
     "kl_coefficient",
@@ -31,6 +32,8 @@ _LOSS_OPTIONS = (
     "beta",
     "max_importance_ratio",
     "temperature",
+    "max_sequence_ratio",
+    "sampler_kl_coefficient",
 )
 
 
@@ -43,6 +46,8 @@ def datum_to_pb(datum: types.Datum) -> training_pb2.Datum:
     for name in ("weights", "sampling_logprobs", "advantages"):
         if (values := getattr(datum, name)) is not None:
             getattr(message, name).CopyFrom(tensor_to_pb(values))
+    if datum.sequence_ids is not None:
+        message.sequence_ids.CopyFrom(tensor_to_pb(datum.sequence_ids, "<i4"))
     return message
 
 
@@ -65,6 +70,9 @@ def _datum_from_pb(message: training_pb2.Datum, path: str) -> types.Datum:
         weights=floats("weights"),
         sampling_logprobs=floats("sampling_logprobs"),
         advantages=floats("advantages"),
+        sequence_ids=tensor_from_pb(message.sequence_ids, field=f"{path}.sequence_ids", dtype="<i4")
+        if message.HasField("sequence_ids")
+        else None,
     )
 
 

@@ -53,7 +53,7 @@ _BY_CODE: dict[grpc.StatusCode, type[MeshError]] = {
 }
 
 # What gRPC's client says, with INTERNAL, when a message could not be sent because the call had
-# ended meanwhile. What it ended with is lost.
+# ended meanwhile. What it ended with is lost; `streams.send` does not lose it.
 _ENDED_WHILE_WRITING = "Internal error from Core"
 
 # A gRPC client throws away an answer whose trailers exceed 8 KiB and reports that instead, so what

@@ -359,12 +359,19 @@ class Adapters:
 
         return await self._turns.take(adapter, work)
 
-    async def publish_adapter(self, name: str) -> types.PublishedVersion:
-        """Make the current weights a version that can be sampled and exported."""
+    async def publish_adapter(
+        self, name: str, *, with_pending_gradients: bool = False
+    ) -> types.PublishedVersion:
+        """Make the current weights a version that can be sampled and exported.
+
+        Also `with_pending_gradients`, which stay pending and are no part of it.
+        """
         parse_adapter(name)
 
         async def publish(stored: StoredAdapter, trainer: TrainerPort) -> types.PublishedVersion:
-            return await trainer.publish_adapter(name, epoch=stored.epoch)
+            return await trainer.publish_adapter(
+                name, epoch=stored.epoch, with_pending_gradients=with_pending_gradients
+            )
 
         async def work() -> types.PublishedVersion:
             await self._delivery.settle(name)

@@ -277,6 +277,7 @@ def _futures(
         changes=changes,
         waits=waits,
         bounds=SampleBounds(
+            max_begun=config.max_queued_requests,
             max_of_project=config.max_futures,
             max_of_all=config.max_sampling_futures,
             project_bytes=config.max_project_sampling_bytes,

@@ -11,6 +11,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from rollmesh.chat import Message, ToolCall
+from rollmesh.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -22,7 +23,11 @@ _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 
 
 def template_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
-    """In the form of OpenAI's chat completions; arguments as objects, as templates want them."""
+    """In the form of OpenAI's chat completions; arguments as objects, as templates want them.
+
+    Raises:
+        InvalidRequest: the arguments of a tool call are no JSON.
+    """
     return [_template_message(message) for message in messages]
 
 
@@ -87,10 +92,22 @@ def _template_message(message: Message) -> dict[str, Any]:
             {
                 "id": call.id,
                 "type": "function",
-                "function": {"name": call.name, "arguments": json.loads(call.arguments_json)},
+                "function": {"name": call.name, "arguments": _arguments(call)},
             }
             for call in message.tool_calls
         ]
     if message.tool_call_id:
         found["tool_call_id"] = message.tool_call_id
     return found
+
+
+def _arguments(call: ToolCall) -> object:
+    try:
+        return json.loads(call.arguments_json)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(
+            f"tool_calls: the arguments of a call of {call.name[:63]!r} are no JSON: "
+            f"{call.arguments_json[:100]!r}: {error}",
+            field="tool_calls.arguments_json",
+            value=call.arguments_json[:100],
+        ) from None

@@ -79,7 +79,9 @@ class Curriculum:
         self._under_way += Counter()
         for group in groups:
             mean = sum(group.rewards) / len(group.rewards)
-            self._rewards[self._index[group.task.id]] = mean
+            # An interrupted loop may have kept groups of tasks that the environment has no more.
+            if group.task.id in self._index:
+                self._rewards[self._index[group.task.id]] = mean
         self._packed = _packed(self._rewards)
         self._sides = self._split()
 

@@ -70,6 +70,7 @@ class Drawing:
         if chunk.index not in part or self._ended[chunk.index]:
             raise Untrue(f"a chunk came of completion {chunk.index}, which was not asked for")
         check_spans(chunk.spans, len(chunk.token_ids), len(chunk.logprobs), source)
+        check_top(chunk, self.params.top_logprobs)
         self._tokens[chunk.index].extend(chunk.token_ids)
         self._ended[chunk.index] = chunk.stop_reason is not None
         if chunk.prompt_logprobs is not None:
@@ -79,6 +80,23 @@ class Drawing:
 def is_constrained(params: types.SamplingParams) -> bool:
     """Whether a grammar says what may be drawn: an engine cannot enter it in the middle."""
     return params.json_schema is not None or params.regex is not None
+
+
+def check_top(chunk: types.CompletionChunk, num_top: int | None) -> None:
+    """Refuse tokens that come without their likeliest, where those were asked for.
+
+    Raises:
+        Untrue: what came.
+    """
+    if num_top is None:
+        return
+    expected = [num_top] * len(chunk.token_ids)
+    for rows in (chunk.top_token_ids, chunk.top_logprobs):
+        if [len(row) for row in rows] != expected:
+            raise Untrue(
+                f"{num_top} likeliest were asked for with each token; {len(chunk.token_ids)} "
+                f"tokens came with {len(rows)} rows of {sorted({len(row) for row in rows})}"
+            )
 
 
 def check_spans(

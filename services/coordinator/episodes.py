@@ -7,18 +7,20 @@ them, and nothing is tokenized twice. The environment sees messages, never token
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from rollmesh import telemetry
-from rollmesh.errors import EnvironmentFailed, InvalidRequest
+from rollmesh.errors import EnvironmentFailed, EnvironmentUnavailable, InvalidRequest
 from services.coordinator.chats import answer_of, template_messages, template_tools
 from services.coordinator.groups import Group, Rollout, Turn, oldest_version
 from services.coordinator.rollouts import derived_seed
-from services.coordinator.tolerance import GaveUp
+from services.coordinator.tolerance import RolloutLost
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from rollmesh import chat, types
     from rollmesh.job import JobSpec
@@ -118,24 +120,20 @@ class Episodes:
             return of_attempt
 
         with telemetry.span("job.group", number=number, policy_version=source.policy_version):
-            async with asyncio.TaskGroup() as tasks:
-                playing = [
-                    tasks.create_task(
-                        self._tolerated(task, source, seed, params_of(index), self._draws.newest)
-                    )
-                    for index in range(spec.algorithm.group_size)
-                ]
-        played = [each.result() for each in playing]
-        rollouts = [one.rollout() for one in played if one is not None]
-        if len(rollouts) < len(played):
+            played = await self._tolerance.group(
+                partial(self._tolerated, task, source, seed, params_of(index), self._draws.newest)
+                for index in range(spec.algorithm.group_size)
+            )
+        if played is None:
             return None
+        rollouts = [one.rollout() for one in played]
         return Group(
             number=number,
             policy_version=oldest_version(rollouts),
             task=task,
             rollouts=rollouts,
-            sample_s=max(one.sample_s for one in played if one),
-            reward_s=max(one.reward_s for one in played if one),
+            sample_s=max(one.sample_s for one in played),
+            reward_s=max(one.reward_s for one in played),
             attempt=attempt,
         )
 
@@ -144,20 +142,17 @@ class Episodes:
     ) -> list[float | None]:
         """The rewards of one greedy episode of each task; None: it was given up."""
         params = self._draws.greedy_params()
+
+        async def reward(task: Task) -> float | None:
+            seed = derived_seed(self._spec.seed, "evaluation", task.id)
+            played = await self._tolerance.group(
+                [partial(self._tolerated, task, source, seed, lambda _: lambda _: params, None)]
+            )
+            return played[0].reward if played else None
+
         async with asyncio.TaskGroup() as group:
-            playing = [
-                group.create_task(
-                    self._tolerated(
-                        task,
-                        source,
-                        derived_seed(self._spec.seed, "evaluation", task.id),
-                        lambda _: lambda _: params,
-                        None,
-                    )
-                )
-                for task in tasks
-            ]
-        return [None if (one := each.result()) is None else one.reward for each in playing]
+            playing = [group.create_task(reward(task)) for task in tasks]
+        return [each.result() for each in playing]
 
     async def _tolerated(
         self,
@@ -166,15 +161,12 @@ class Episodes:
         seed: int,
         params: Callable[[int], Params],
         newest: Newest | None,
-    ) -> _Played | None:
+    ) -> _Played:
         async with self._at_once:
-            try:
-                return await self._tolerance.call(
-                    f"an episode of task {task.id!r} of {self._name}",
-                    lambda tried: self._play(task, source, seed, params(tried), newest),
-                )
-            except GaveUp:
-                return None
+            return await self._tolerance.call(
+                f"an episode of task {task.id!r} of {self._name}",
+                lambda tried: self._play(task, source, seed, params(tried), newest),
+            )
 
     async def _play(
         self,
@@ -206,7 +198,8 @@ class Episodes:
                 num_calls += len(action.tool_calls)
                 asked = clock()
                 played.sample_s += asked - answered
-                response = await episode.act(action)
+                with _begun():
+                    response = await episode.act(action)
                 played.add(response)
                 if response.done:
                     break
@@ -215,7 +208,8 @@ class Episodes:
                 prompt = self._next(completion.token_ids[-1], response.observation)
                 if len(played.turns) == self._max_turns or not self._has_room(played, prompt):
                     played.truncated = True
-                    last = await episode.give_up()
+                    with _begun():
+                        last = await episode.give_up()
                     if last is not None:
                         played.add(last)
                     break
@@ -223,7 +217,7 @@ class Episodes:
         return played
 
     def _opening(self, task: Task, observation: Iterable[chat.Message]) -> list[int]:
-        token_ids = self._tokenizer.render(template_messages(observation), self._tools)
+        token_ids = self._tokenizer.render(_shown(observation), self._tools)
         if not token_ids:
             raise InvalidRequest(
                 f"environment: task {task.id!r} of {self._name} shows nothing to begin with",
@@ -233,9 +227,25 @@ class Episodes:
         return token_ids
 
     def _next(self, last_token: int, observation: Iterable[chat.Message]) -> list[int]:
-        return self._tokenizer.follow(template_messages(observation), last_token, self._tools)
+        return self._tokenizer.follow(_shown(observation), last_token, self._tools)
 
     def _has_room(self, played: _Played, prompt: Sequence[int]) -> bool:
         """Whether the context takes what comes next and a token more."""
         most = self._draws.context_length
         return most is None or len(played.token_ids) + len(prompt) < most
+
+
+@contextlib.contextmanager
+def _begun() -> Iterator[None]:
+    """An environment that goes away now takes an episode with it."""
+    try:
+        yield
+    except EnvironmentUnavailable as error:
+        raise RolloutLost(str(error)) from error
+
+
+def _shown(observation: Iterable[chat.Message]) -> list[dict[str, Any]]:
+    try:
+        return template_messages(observation)
+    except InvalidRequest as error:
+        raise EnvironmentFailed(f"what it shows cannot be told to a model: {error}") from None

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from rollmesh.errors import InternalError, MeshError, NotFound, Overloaded, Unavailable
+from services.coordinator.future_lines import Lines
 from services.coordinator.future_work import FutureState
 from services.coordinator.store import future_taken, too_many_futures
 
@@ -39,8 +40,13 @@ class Cancelled(MeshError):
 
 @dataclass(frozen=True, slots=True)
 class SampleBounds:
-    """Settings of CoordinatorConfig: max_futures, and those of sampling."""
+    """Settings of CoordinatorConfig: max_futures, and those of sampling.
 
+    `max_begun`: of a project, how many are drawn at once or wait in the scheduler; the others are
+    in line. So none is refused by a full queue of the scheduler, to try again and again.
+    """
+
+    max_begun: int
     max_of_project: int
     max_of_all: int
     project_bytes: int
@@ -98,6 +104,7 @@ class Samples:
         self._samples: dict[str, _Sample] = {}
         self._num_unfinished: Counter[str] = Counter()
         self._bytes: Counter[str] = Counter()
+        self._lines = Lines(bounds.max_begun)
         self._cursor = 0
         # By cursor, the oldest first: of all, of projects, and of groups.
         self._done: dict[int, _Sample] = {}
@@ -148,6 +155,8 @@ class Samples:
         waiting = None
         if sample.result is None:
             waiting = self._waits.of(name)
+            if waiting is None:
+                waiting = self._lines.waiting(sample.project, name, since=sample.create_time)
             if waiting is None and sample.subject:
                 waiting = self._why(sample.project, sample.subject)
         return FutureState(name, sample.create_time, sample.result, waiting)
@@ -173,7 +182,8 @@ class Samples:
         failed = True
         try:
             draw = partial(self._works.sample, sample.name, body, partial(_note, sample))
-            result = await self._waits.out(sample.name, draw)
+            async with self._lines.turn(sample.project, sample.name):
+                result = await self._waits.out(sample.name, draw)
             failed = False
         except MeshError as error:
             result = self._works.failure(error)

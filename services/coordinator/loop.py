@@ -98,7 +98,8 @@ class _Loop:
         self._recording = asyncio.Lock()
         algorithm, step = context.spec.algorithm, context.step
         self._tasks_digest = tasks.digest
-        self._tasks = task_source(context, tasks.training)
+        self._has_other_tasks = _has_changed(tasks, context)
+        self._tasks = task_source(context, tasks)
         self._versions = Versions(
             before=range(max(0, step - algorithm.max_staleness - 1), step),
             continuing=context.spec.sampling.continue_on_newest,
@@ -180,12 +181,13 @@ class _Loop:
         return outcome
 
     async def _look_at_tasks(self) -> None:
-        before = self._context.memory.get("tasks_digest", self._tasks_digest)
-        if before != self._tasks_digest:
+        if self._has_other_tasks:
             message = (
                 "the environment has other tasks than when the job began: groups from now on are "
                 "of these, in another order"
             )
+            if self._spec.curriculum is not None:
+                message += ", and the curriculum begins anew"
             await self._record(Warned(reason="ENVIRONMENT_CHANGED", message=message))
 
     async def _recover(self, step: int) -> int:
@@ -301,12 +303,20 @@ async def _kept(context: JobContext) -> dict[int, Group]:
     return await asyncio.to_thread(read)
 
 
-def task_source(context: JobContext, tasks: Sequence[Task]) -> TaskSource:
+def task_source(context: JobContext, tasks: Tasks) -> TaskSource:
     """What chooses the tasks of a job."""
     spec = context.spec
     if spec.curriculum is None:
-        return TaskOrder(tasks, spec.seed)
-    return Curriculum(spec, tasks, step=context.step, memory=context.memory.get("tasks", {}))
+        return TaskOrder(tasks.training, spec.seed)
+    # What is remembered counts tasks by their places.
+    memory = {} if _has_changed(tasks, context) else context.memory.get("tasks", {})
+    return Curriculum(spec, tasks.training, step=context.step, memory=memory)
+
+
+def _has_changed(tasks: Tasks, context: JobContext) -> bool:
+    """Whether they are others than those that the loop before had."""
+    digest = tasks.digest
+    return bool(context.memory.get("tasks_digest", digest) != digest)
 
 
 def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -93,7 +93,9 @@ class TrainerPort(Protocol):
 
     async def snapshot_adapter(self, name: str, *, epoch: int) -> types.Snapshot: ...
 
-    async def publish_adapter(self, name: str, *, epoch: int) -> types.PublishedVersion: ...
+    async def publish_adapter(
+        self, name: str, *, epoch: int, with_pending_gradients: bool = False
+    ) -> types.PublishedVersion: ...
 
     def export_adapter(
         self, name: str, policy_version: int, *, offset: int = 0

@@ -1,4 +1,4 @@
-"""Lets go of what jobs and others leave behind, when it has been kept for long enough."""
+"""Lets go of what jobs, futures and others leave behind, when it has been kept long enough."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Pruning:
             try:
                 await self.look()
             except StoreUnavailable as error:
-                log.warning("old events, groups, records and futures are not let go of: %s", error)
+                log.warning("what is old is not let go of: %s", error)
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def look(self) -> None:

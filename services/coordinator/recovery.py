@@ -242,8 +242,7 @@ class Recovery:
         published = await self._versions.since(name, held.policy_version)
         self._export_keys[name] = {}
         async with self._ownership.call(stored.trainer):
-            if not held.has_pending_gradients:
-                await self._publish(stored, trainer, held.policy_version, published)
+            await self._publish(stored, trainer, held.policy_version, published)
             for sequence in range(held.next_sequence, stored.adapter.next_sequence):
                 op = await self._journal.op(name, sequence)
                 try:
@@ -275,7 +274,10 @@ class Recovery:
             return
         name = stored.adapter.name
         try:
-            version = await trainer.publish_adapter(name, epoch=stored.epoch)
+            # It may have been published while gradients were pending, as they are in a snapshot.
+            version = await trainer.publish_adapter(
+                name, epoch=stored.epoch, with_pending_gradients=True
+            )
         except (*_ASTRAY, FailedPrecondition) as error:
             raise Unavailable(f"{name} went astray: {error}", resource=name) from error
         if version.policy_version != policy_version:

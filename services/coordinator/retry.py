@@ -25,6 +25,11 @@ Result = TypeVar("Result")
 RETRY_FOR_S = 120.0
 """How long a job puts up with a trainer or a reward service that is away: a restart with a large
 model fits in; a job that waits longer should say so by failing."""
+THERE_S = 30.0
+"""An attempt that found its peer gone after longer had found it there at first. Who is away is
+noticed sooner: a connection that is lost after 25 s (KEEPALIVE_S and KEEPALIVE_TIMEOUT_S in
+rollmesh/rpc/channel.py), one that cannot be made after gRPC's 20 s, and the reward service refuses
+calls of an environment that has been away for its patience_s at once."""
 
 
 def backoff() -> Iterator[float]:
@@ -38,67 +43,74 @@ def backoff() -> Iterator[float]:
 class Patience:
     """Repeats calls to one peer while it is away, and says so once for each time that it is.
 
-    `problems`: where it stands, by peer, for as long as it is so.
+    `problems`: where it stands, by peer, for as long as a call waits for it.
     """
 
     def __init__(
         self, peer: str, warn: Callable[[Warned], Awaitable[None]], problems: Problems
     ) -> None:
         self._peer = peer
-        self._warn = warn
-        self._problems = problems
-        self._away: str | None = None
+        self._outages = {
+            each: Outage(
+                each, warn, problems, says=f"the {each} does not answer and is tried again"
+            )
+            for each in (peer, "environment")
+        }
 
     async def call(self, attempt: Callable[[], Awaitable[Result]]) -> Result:
         """What `attempt` answers, which must be safe to repeat.
 
         Raises:
-            Unavailable: the peer was away for RETRY_FOR_S.
+            Unavailable: the peer was away for RETRY_FOR_S, in which no attempt got far.
             MeshError: any other that `attempt` raises, at once.
         """
-        loop = asyncio.get_running_loop()
+        clock = asyncio.get_running_loop().time
         give_up_at: float | None = None
-        for delay_s in backoff():
-            try:
-                result = await attempt()
-            except EnvironmentTimeout:
-                # It is there, and was slow: no reason to try for minutes.
-                raise
-            except (Unavailable, Overloaded, DeadlineExceeded) as error:
+        delays = backoff()
+        told: dict[str, Lost] = {}
+        async with contextlib.AsyncExitStack() as waiting:
+            while True:
+                begun = clock()
+                try:
+                    return await attempt()
+                except EnvironmentTimeout:
+                    # It is there, and was slow: no reason to try for minutes.
+                    raise
+                except (Unavailable, Overloaded, DeadlineExceeded) as error:
+                    away = error
                 # Not from the start: the attempt itself may have been long.
-                if give_up_at is None:
-                    give_up_at = loop.time() + RETRY_FOR_S
-                peer = "environment" if isinstance(error, EnvironmentUnavailable) else self._peer
-                if loop.time() + delay_s > give_up_at:
+                was_there = isinstance(away, Unavailable) and clock() - begun > THERE_S
+                if give_up_at is None or was_there:
+                    await waiting.aclose()
+                    told.clear()
+                    give_up_at, delays = clock() + RETRY_FOR_S, backoff()
+                peer = "environment" if isinstance(away, EnvironmentUnavailable) else self._peer
+                delay_s = next(delays)
+                if clock() + delay_s > give_up_at:
                     raise Unavailable(
-                        f"the {peer} has been away for {RETRY_FOR_S:g} s: {error}",
-                        **error.context,
-                    ) from error
-                await self._say_away(peer, str(error))
+                        f"the {peer} has been away for {RETRY_FOR_S:g} s: {away}",
+                        **away.context,
+                    ) from away
+                if peer not in told:
+                    outage = self._outages[peer]
+                    told[peer] = await waiting.enter_async_context(outage.noticed())
+                await told[peer](str(away))
                 await asyncio.sleep(delay_s)
-            else:
-                if self._away is not None:
-                    self._problems.pop(self._away, None)
-                    self._away = None
-                return result
-        raise AssertionError("backoff never ends")
-
-    async def _say_away(self, peer: str, problem: str) -> None:
-        if self._away == peer:
-            return
-        self._away = peer
-        message = f"the {peer} does not answer and is tried again: {problem}"
-        self._problems[peer] = message
-        await self._warn(Warned(reason=f"{peer.upper()}_UNAVAILABLE", message=message))
 
 
 class Outage:
     """Says once that a peer is away, until all who waited for it are done."""
 
     def __init__(
-        self, peer: str, warn: Callable[[Warned], Awaitable[None]], problems: Problems
+        self,
+        peer: str,
+        warn: Callable[[Warned], Awaitable[None]],
+        problems: Problems,
+        *,
+        says: str = "",
     ) -> None:
         self._peer = peer
+        self._says = says or f"the job waits for a {peer}"
         self._warn = warn
         self._problems = problems
         self._waiting: set[object] = set()
@@ -113,7 +125,7 @@ class Outage:
             self._waiting.add(me)
             if first:
                 reason = f"{self._peer.upper()}_UNAVAILABLE"
-                message = f"the job waits for a {self._peer}: {problem}"
+                message = f"{self._says}: {problem}"
                 self._problems[self._peer] = message
                 await self._warn(Warned(reason=reason, message=message))
 

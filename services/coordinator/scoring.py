@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from rollmesh import chat, types
 from rollmesh.errors import EnvironmentFailed, EnvironmentTimeout, InternalError
 from services.coordinator.chats import answer_of
 from services.coordinator.prompts import fill, task_messages
-from services.coordinator.tolerance import GaveUp
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -129,31 +129,40 @@ class EnvironmentScorer:
         self._tokenizer = tokenizer
 
     async def score(self, all_drawn: Sequence[Drawn]) -> list[Worth | None]:
-        """What it says. An answer at which it failed is asked about again, by itself."""
-        items = [item for drawn in all_drawn for item in self._items(drawn)]
-        together: asyncio.Task[list[chat.Scored]] | None = None
+        """What it says. An answer at which it failed is asked about again, by itself.
 
-        async def worth(index: int) -> Worth | None:
-            item = items[index]
-
-            async def attempt(number: int) -> chat.Scored:
-                if number == 0:
-                    assert together is not None  # noqa: S101 - made before any of these
-                    return _or_raise((await together)[index])
-                return _or_raise((await self._environments.score(self._name, [item]))[0])
-
-            try:
-                scored = await self._tolerance.call(
-                    f"scoring an answer to task {item.task.id!r} of {self._name}", attempt
-                )
-            except GaveUp:
-                return None
-            return Worth(scored.reward, scored.rewards)
+        Of a task of which one is given up none is worth anything.
+        """
+        of_each = [self._items(drawn) for drawn in all_drawn]
+        items = [item for of_one in of_each for item in of_one]
 
         async with asyncio.TaskGroup() as tasks:
             together = tasks.create_task(self._together(items))
-            found = [tasks.create_task(worth(index)) for index in range(len(items))]
-        return [each.result() for each in found]
+
+            async def worth(index: int) -> Worth:
+                item = items[index]
+
+                async def attempt(number: int) -> chat.Scored:
+                    if number == 0:
+                        # Whoever gives up takes nothing from the others.
+                        return _or_raise((await asyncio.shield(together))[index])
+                    return _or_raise((await self._environments.score(self._name, [item]))[0])
+
+                scored = await self._tolerance.call(
+                    f"scoring an answer to task {item.task.id!r} of {self._name}", attempt
+                )
+                return Worth(scored.reward, scored.rewards)
+
+            found = []
+            first = 0
+            for of_one in of_each:
+                rollouts = [partial(worth, index) for index in range(first, first + len(of_one))]
+                found.append(tasks.create_task(self._tolerance.group(rollouts)))
+                first += len(of_one)
+        worths: list[Worth | None] = []
+        for each, of_one in zip(found, of_each, strict=True):
+            worths += each.result() or [None] * len(of_one)
+        return worths
 
     async def _together(self, items: Sequence[chat.Answered]) -> list[chat.Scored]:
         """All of them in one call; where it fails, each has failed."""

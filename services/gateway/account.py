@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from datetime import date, datetime, time, timedelta, timezone
+from datetime import UTC, date, datetime, time, timedelta
 from typing import TYPE_CHECKING
 
 from rollmesh.errors import InvalidRequest
@@ -64,7 +64,7 @@ class Account:
                         }
                     )
         if event_type in {"all", "projects"}:
-            sessions, _ = await self._documents.list(caller.project, "sessions/", limit=_MOST)
+            sessions, _ = await self._documents.page(caller.project, "sessions/", limit=_MOST)
             entries += [
                 {
                     "timestamp": iso(document.create_time),
@@ -101,7 +101,7 @@ def _day(text: str | None) -> tuple[float, float]:
     if text is None:
         return 0.0, float("inf")
     try:
-        begin = datetime.combine(date.fromisoformat(text[:10]), time(), timezone.utc)
+        begin = datetime.combine(date.fromisoformat(text[:10]), time(), UTC)
     except ValueError:
         raise InvalidRequest(f"day: {text[:50]!r} is no date", field="day") from None
     return begin.timestamp(), (begin + timedelta(days=1)).timestamp()

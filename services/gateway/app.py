@@ -75,7 +75,10 @@ async def _answer(
 
 
 def bug(path: str) -> Response:
-    """What is said of our own mistakes. The SDK polls at once again after a 500: there it is final."""
+    """What is said of our own mistakes.
+
+    In a poll it is final: after a 500 the SDK would poll again at once, for ever.
+    """
     said = "internal error; the gateway's log has the traceback"
     if path == "retrieve_future":
         return problem(200, said, error=said, category="server")
@@ -89,6 +92,6 @@ async def _caller(gateway: Gateway, request: Request) -> Caller:
     return await gateway.auth.caller(shown)
 
 
-async def _no_such_path(request: Request, error: Exception) -> Response:  # noqa: RUF029
+async def _no_such_path(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 404
     return problem(status, f"there is no {request.method} {request.url.path[:200]}")

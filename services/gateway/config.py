@@ -67,7 +67,7 @@ class GatewayConfig(Config):
     max_hold_s: Annotated[float, Field(gt=0, le=30)] = 30.0
     """Longest that a poll for a result is held."""
     key_cache_s: NonNegativeFloat = 5.0
-    """How long a key is believed without asking the coordinator: one that was deleted stops then."""
+    """How long a key is believed without asking the coordinator: a deleted one stops then."""
     token_lifetime_s: Annotated[float, Field(ge=60, le=86400)] = 3600.0
     """How long the tokens last that the SDK exchanges its key for."""
     tokens: bool = True
@@ -81,8 +81,8 @@ class GatewayConfig(Config):
     model_idle_ttl_s: PositiveFloat = 86400.0
     """How long a model is kept that nobody trains, saves or samples. Its checkpoints stay."""
     lease_ttl_s: Annotated[float, Field(ge=60, le=3600)] = 900.0
-    """How long a sampling session's version is kept after its last sample, or after the last sign of
-    life of the session where it is one of the newest."""
+    """How long a sampling session's version is kept after its last sample or, where it is one of
+    the newest, after the last sign of life of its session."""
     leases_per_session: PositiveInt = 32
     """The newest sampling sessions of a session, whose versions are kept while it lives."""
     url_lifetime_s: Annotated[float, Field(ge=60, le=86400)] = 3600.0

@@ -67,7 +67,7 @@ class Copies:
             await self._checkpoints.find(caller, path)
         except NotFound:
             copy = await self._through(
-                caller, saved.checkpoint, model.adapter(caller.project), body.ttl_seconds
+                saved.checkpoint, model.adapter(caller.project), body.ttl_seconds
             )
             like = {**saved.entry, "ttl": body.ttl_seconds}
             await self._checkpoints.adopt(caller, path, copy, like)
@@ -82,7 +82,7 @@ class Copies:
         if ttl_s is None and saved.checkpoint.expire_time is None:
             return
         adapter = caller.adapter(f"c-{self._new_id()}")
-        copy = await self._through(caller, saved.checkpoint, adapter, ttl_s)
+        copy = await self._through(saved.checkpoint, adapter, ttl_s)
         await self._checkpoints.replace(caller, saved, copy)
 
     async def _model(self, caller: Caller, body: bodies.CopyWeights, request_id: str) -> ModelId:
@@ -102,9 +102,7 @@ class Copies:
         )
         return ModelId(session, 0)
 
-    async def _through(
-        self, caller: Caller, source: Checkpoint, adapter: str, ttl_s: int | None
-    ) -> Checkpoint:
+    async def _through(self, source: Checkpoint, adapter: str, ttl_s: int | None) -> Checkpoint:
         """A copy of `source` by way of `adapter`, which goes again."""
         digest = hashlib.sha256(f"{adapter} {source.name} {ttl_s}".encode()).hexdigest()[:32]
         await self._mesh.adapters.fork(

@@ -111,7 +111,7 @@ class Documents:
         """From 1: how often this was called."""
         return (await self._records.put(project, key, b"{}")).revision
 
-    async def list(
+    async def page(
         self, project: str, prefix: str, *, limit: int = 100, offset: int = 0, newest: bool = True
     ) -> tuple[list[Document], int]:
         """One page, the newest first or by key, and how many there are in all."""
@@ -124,7 +124,7 @@ class Documents:
         """All of them by key, `most` at most."""
         found: list[Document] = []
         while len(found) < most:
-            page, total = await self.list(
+            page, total = await self.page(
                 project, prefix, limit=1000, offset=len(found), newest=False
             )
             found += page

@@ -215,7 +215,7 @@ def _sealed(download: Download, name: str, recipients: list[str]) -> Download:
 
 
 def _whole(name: str, data: bytes) -> Download:
-    async def pieces() -> AsyncGenerator[bytes]:  # noqa: RUF029 - as the others are
+    async def pieces() -> AsyncGenerator[bytes]:
         yield data
 
     return Download(name, len(data), pieces())

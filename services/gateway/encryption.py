@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from rollmesh.errors import InvalidRequest, Unimplemented
 
@@ -50,7 +50,7 @@ class Encrypted:
         self._plain = _temporary()
         self._sealed = _temporary()
 
-    def __enter__(self) -> Encrypted:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

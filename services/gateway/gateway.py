@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from services.gateway.account import Account
+from services.gateway.answers import Answers
 from services.gateway.auth import Auth
 from services.gateway.capabilities import Capabilities
 from services.gateway.checkpoints import Checkpoints
@@ -102,9 +103,7 @@ def gateway(
         sampling,
         Results(
             mesh.futures,
-            queues,
-            checkpoints,
-            sampling,
+            Answers(queues, checkpoints, sampling),
             clock,
             ending,
             max_hold_s=config.max_hold_s,

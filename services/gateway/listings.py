@@ -43,7 +43,7 @@ class Listings:
         found: list[Document] = []
         total = 0
         if project in {None, "", caller.project_id, caller.project}:
-            found, total = await self._documents.list(
+            found, total = await self._documents.page(
                 caller.project, "runs/", limit=limit, offset=offset
             )
         gate = asyncio.Semaphore(_AT_ONCE)

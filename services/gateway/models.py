@@ -58,7 +58,7 @@ class Models:
         await self._sessions.get(caller, model.session)
         _check_optimizer(body.optimizer_config)
         lora = body.lora_config
-        run = {
+        run: Fields = {
             "base_model": body.base_model,
             "rank": lora.rank if lora else 32,
             "seed": (lora.seed if lora else None) or 0,

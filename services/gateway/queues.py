@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from rollmesh.api.coordinator.v1 import future_service_pb2 as pb
 from rollmesh.errors import InvalidRequest, MeshError, NotFound
 from rollmesh.rpc.channel import MAX_MESSAGE_BYTES
-from services.gateway.wire.ids import ModelId
 from services.gateway.wire.tickets import TrainTicket
 
 if TYPE_CHECKING:
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from services.gateway.callers import Caller
     from services.gateway.documents import Document, Documents
     from services.gateway.ports import Futures
+    from services.gateway.wire.ids import ModelId
 
 _MAX_WORK_BYTES = MAX_MESSAGE_BYTES - 2**20
 _SAID_BYTES = 1000
@@ -65,7 +65,7 @@ class Queues:
             work, note = await make()
             if work.ByteSize() > _MAX_WORK_BYTES:
                 raise InvalidRequest(
-                    f"the request is of {work.ByteSize()} bytes; at most {_MAX_WORK_BYTES} are taken",
+                    f"the request is of {work.ByteSize()} bytes, of {_MAX_WORK_BYTES} at most",
                     value=work.ByteSize(),
                     allowed=_MAX_WORK_BYTES,
                 )

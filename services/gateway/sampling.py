@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from rollmesh.api.common.v1 import policy_pb2
 from rollmesh.api.coordinator.v1 import future_service_pb2 as pb
 from rollmesh.errors import AlreadyExists, InvalidRequest, NotFound
-from services.gateway.wire import bodies
 from services.gateway.wire.ids import CLONE, SamplerId, session_id
 from services.gateway.wire.paths import CheckpointPath
 from services.gateway.wire.samples import Sample, sample_request
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from services.gateway.policies import Policies
     from services.gateway.ports import Futures
     from services.gateway.sessions import Sessions
+    from services.gateway.wire import bodies
     from services.gateway.wire.ids import ModelId
 
 
@@ -77,7 +77,14 @@ class Sampling:
         return {"type": "create_sampling_session", "sampling_session_id": str(sampler)}
 
     async def adopt(
-        self, caller: Caller, model: ModelId, seq: int, kind: str, kept: pb.Kept, base_model: str
+        self,
+        caller: Caller,
+        model: ModelId,
+        seq: int,
+        kept: pb.Kept,
+        *,
+        base_model: str,
+        inflight: bool,
     ) -> SamplerId:
         """The sampling session of an unnamed save."""
         sampler = SamplerId(model.session, model.number, seq)
@@ -87,7 +94,7 @@ class Sampling:
             "version": kept.policy.policy_version,
             "digest": kept.digest,
             "lease": kept.lease.name,
-            "inflight": kind == "inflight",
+            "inflight": inflight,
             "time": self._clock(),
         }
         await self._documents.create(caller.project, sampler_key(sampler), fields)
@@ -132,7 +139,7 @@ class Sampling:
         }
 
     async def revive(self, caller: Caller, sampler: SamplerId) -> bool:
-        """After its version was not found: have one again. False: there is nothing to make it of."""
+        """Have its version again, which was not found. False: there is nothing to make it of."""
         document = await self._documents.find(caller.project, sampler_key(sampler))
         path = document.fields.get("model_path") if document else None
         if path is None:

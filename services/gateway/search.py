@@ -90,7 +90,7 @@ class Search:
 
     async def _summary(self, caller: Caller, document: Document) -> Fields:
         created, session = _place(document)
-        _, checkpoints = await self._documents.list(
+        _, checkpoints = await self._documents.page(
             caller.project, f"checkpoints/{session}:", limit=1
         )
         return {

@@ -103,7 +103,7 @@ class Sessions:
                 caller.project, session_key(session), lambda fields: {**fields, "seen": now}
             )
         if self._policies.is_due(session):
-            samplers, _ = await self._documents.list(
+            samplers, _ = await self._documents.page(
                 caller.project, f"samplers/{session}:", limit=self._config.leases_per_session
             )
             await self._policies.renew(samplers)
@@ -130,7 +130,7 @@ class Sessions:
 
     async def list(self, caller: Caller, *, limit: int, offset: int) -> Fields:
         """The ids of the caller's, the newest first."""
-        page, _ = await self._documents.list(
+        page, _ = await self._documents.page(
             caller.project, "sessions/", limit=limit, offset=offset
         )
         return {"sessions": [document.key.partition("/")[2] for document in page][:limit]}

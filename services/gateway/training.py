@@ -110,15 +110,17 @@ class Training:
     def _batch(self, request: tinker_pb2.ForwardBackwardRequest, adapter: str) -> Made:
         if request.loss_fn == SUBSTITUTE and self._config.stable_reinforce == "refuse":
             raise Unimplemented(
-                "loss_fn: stable_reinforce has no public formula, and this gateway is configured to "
-                "refuse a substitute",
+                "loss_fn: stable_reinforce has no public formula, and this gateway is configured "
+                "to refuse a substitute",
                 field="loss_fn",
                 value=SUBSTITUTE,
             )
         loss = loss_of(request)
         config = config_of(request, loss)
         data, columns = data_of(request, loss, max_columns=self._config.max_target_columns)
-        note = {"runs": runs_of(columns)} if any(columns) else {}
+        note: dict[str, Any] = {"runs": runs_of(columns)} if any(columns) else {}
+        if request.loss_fn == SUBSTITUTE:
+            note["substitute"] = True
         if request.forward_only:
             forward = training_service_pb2.ForwardRequest(
                 adapter=adapter, data=data, loss_config=config

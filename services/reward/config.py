@@ -57,7 +57,8 @@ class RewardConfig(Config):
     item_timeout_s: Annotated[float, Field(gt=0, le=60)] = 2.0
     """Processor time in seconds that one item may take in such a process."""
     max_batches: PositiveInt = 1024
-    """Batches scored or waiting at once; one more is refused with OVERLOADED."""
+    """Batches scored or waiting at once, and as many more that ask a judge, which hold up no
+    others; one more is refused with OVERLOADED."""
     environments: list[EnvironmentConfig] = []
     """Environments that others serve, which calls of EnvironmentService are sent on to."""
     reasoning_gym: list[ReasoningGymConfig] = []

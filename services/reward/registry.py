@@ -38,7 +38,9 @@ class Registry:
     Args:
         functions: those that exist.
         isolation: where isolated ones run.
-        max_batches: batches scored or waiting at once; one more is refused.
+        max_batches: batches scored or waiting at once; one more is refused. Those that ask a judge
+            are counted by themselves, with the same bound: they may wait for one for minutes, and
+            hold up no others.
         sandbox: where what a model wrote runs; or why there is none.
     """
 
@@ -53,7 +55,8 @@ class Registry:
         self._functions = functions
         self._isolation = isolation
         self._max_batches = max_batches
-        self._num_batches = 0
+        # By whether they ask a judge.
+        self._num_batches = {False: 0, True: 0}
         self._sandbox = sandbox
 
     def list_functions(self) -> list[RewardFunctionInfo]:
@@ -137,14 +140,16 @@ class Registry:
                 value=len(items),
                 allowed=f"1 to {MAX_ITEMS}",
             )
-        if self._num_batches >= self._max_batches:
+        num_batches = self._num_batches[plan.asks_judge]
+        if num_batches >= self._max_batches:
+            which = "batches that ask a judge" if plan.asks_judge else "batches"
             raise Overloaded(
-                f"{self._num_batches} batches are being scored or wait, the most that may",
+                f"{num_batches} {which} are being scored or wait, the most that may",
                 field="max_batches",
-                value=self._num_batches,
+                value=num_batches,
                 allowed=self._max_batches,
             )
-        self._num_batches += 1
+        self._num_batches[plan.asks_judge] += 1
         try:
             with (
                 span("reward.score", function=name, num_items=len(items)),
@@ -152,4 +157,4 @@ class Registry:
             ):
                 yield
         finally:
-            self._num_batches -= 1
+            self._num_batches[plan.asks_judge] -= 1

@@ -31,19 +31,18 @@ class Chunks:
         self._chunk_tokens = chunk_tokens
         self._origin = origin
         # Of a completion that has tokens which are not sent yet.
-        self._gathered: dict[int, tuple[list[int], list[float]]] = {}
+        self._gathered: dict[int, Delta] = {}
         self._prompt_logprobs: PromptLogprobs | None = None
 
     def add(self, delta: Delta) -> Iterator[CompletionChunk]:
         """What is to be sent after `delta`."""
-        token_ids, logprobs = delta.token_ids, delta.logprobs
-        if delta.index in self._gathered:
-            had_token_ids, had_logprobs = self._gathered.pop(delta.index)
-            token_ids, logprobs = [*had_token_ids, *token_ids], [*had_logprobs, *logprobs]
         if delta.prompt_logprobs is not None:
             self._prompt_logprobs = delta.prompt_logprobs
+        if delta.index in self._gathered:
+            delta = _joined(self._gathered.pop(delta.index), delta)
+        token_ids = delta.token_ids
         if delta.stop_reason is None and len(token_ids) < self._chunk_tokens:
-            self._gathered[delta.index] = list(token_ids), list(logprobs)
+            self._gathered[delta.index] = delta
             return
         span = replace(self._origin, num_tokens=len(token_ids))
         for index in self._indices[delta.index]:
@@ -51,9 +50,21 @@ class Chunks:
             yield CompletionChunk(
                 index=index,
                 token_ids=tuple(token_ids),
-                logprobs=tuple(logprobs),
+                logprobs=tuple(delta.logprobs),
                 spans=(span,) if token_ids else (),
                 stop_reason=delta.stop_reason,
                 prompt_logprobs=self._prompt_logprobs,
+                top_token_ids=tuple(map(tuple, delta.top_token_ids)),
+                top_logprobs=tuple(map(tuple, delta.top_logprobs)),
             )
             self._prompt_logprobs = None
+
+
+def _joined(had: Delta, delta: Delta) -> Delta:
+    return replace(
+        delta,
+        token_ids=[*had.token_ids, *delta.token_ids],
+        logprobs=[*had.logprobs, *delta.logprobs],
+        top_token_ids=[*had.top_token_ids, *delta.top_token_ids],
+        top_logprobs=[*had.top_logprobs, *delta.top_logprobs],
+    )

@@ -22,6 +22,7 @@ MAX_STOP_STRINGS = 16
 MAX_LOGIT_BIAS = 1024
 MAX_BIAS = 100.0
 MAX_PROMPT_LOGPROBS = 20
+MAX_TOP_LOGPROBS = 20
 MAX_CONSTRAINT_BYTES = 16 * 2**10
 MAX_NESTING = 32
 """Of a schema's objects and arrays, and of a regular expression's groups."""
@@ -133,6 +134,14 @@ def resolve(
             params.prompt_logprobs,
             f"0 to {MAX_PROMPT_LOGPROBS}",
         )
+    if params.top_logprobs is not None:
+        most = min(MAX_TOP_LOGPROBS, model.vocab_size)
+        _check(
+            0 <= params.top_logprobs <= most,
+            "params.top_logprobs",
+            params.top_logprobs,
+            f"0 to {most}",
+        )
     return Draw(
         max_tokens=min(max_tokens, left),
         temperature=temperature,
@@ -149,6 +158,7 @@ def resolve(
         regex=params.regex,
         logprobs_kind=params.logprobs_kind,
         prompt_logprobs=params.prompt_logprobs,
+        top_logprobs=params.top_logprobs,
     )
 
 

@@ -275,13 +275,15 @@ class Adapter:
             await self._exports.written(self.name)
             return snapshot
 
-    async def publish(self, epoch: int) -> PublishedVersion:
+    async def publish(
+        self, epoch: int, *, with_pending_gradients: bool = False
+    ) -> PublishedVersion:
         """Make the current weights an exportable version; the one that already is costs nothing.
 
-        It is written to the blob store too, after this returns.
+        It is written to the blob store too, after this returns. It has no pending gradients in it.
 
         Raises:
-            FailedPrecondition: gradients are pending.
+            FailedPrecondition: gradients are pending, and are not said to be expected.
             Unavailable: the blob store is behind, or the trainer is going away.
         """
 
@@ -289,7 +291,7 @@ class Adapter:
             self._check_epoch(epoch)
             number = self._state.policy_version
             if number not in self._versions:
-                if self._state.pending is not None:
+                if self._state.pending is not None and not with_pending_gradients:
                     raise self._pending_gradients()
                 with (
                     span("trainer.publish", adapter=self.name),

@@ -53,6 +53,7 @@ class Chunk:
     weights_BT: FloatArray
     sampling_logprobs_BT: FloatArray
     advantages_BT: FloatArray
+    sequence_ids_BT: IntArray
 
 
 def bucket(length: int, max_length: int) -> int:
@@ -107,4 +108,5 @@ def pad(data: Sequence[Datum], unit: Unit) -> Chunk:
         weights_BT=padded([row.weights for row in rows], np.float32, 1),
         sampling_logprobs_BT=padded([row.sampling_logprobs for row in rows], np.float32, 0),
         advantages_BT=padded([row.advantages for row in rows], np.float32, 0),
+        sequence_ids_BT=padded([row.sequence_ids for row in rows], np.int32, 0),
     )

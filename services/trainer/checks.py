@@ -29,7 +29,15 @@ _TAKERS: dict[str, tuple[LossName, ...]] = {
     "clip_low_threshold": ("ppo", "cispo", "gspo"),
     "clip_high_threshold": ("ppo", "cispo", "gspo"),
     "beta": ("dro",),
-    "max_importance_ratio": ("cross_entropy", "importance_sampling", "ppo", "gspo"),
+    "max_importance_ratio": (
+        "cross_entropy",
+        "importance_sampling",
+        "ppo",
+        "gspo",
+        "stable_reinforce",
+    ),
+    "max_sequence_ratio": ("stable_reinforce",),
+    "sampler_kl_coefficient": ("stable_reinforce",),
 }
 MAX_TEMPERATURE = 2.0
 # A log-probability of 0, made by a sampler in low precision, may come out a little above it.
@@ -72,6 +80,29 @@ def check_batch(
             _check_floats(f"{path}.sampling_logprobs", values, datum, high=_MAX_LOGPROB)
         if datum.advantages is not None:
             _check_floats(f"{path}.advantages", datum.advantages, datum)
+        _check_sequence_ids(f"{path}.sequence_ids", datum, config)
+
+
+def _check_sequence_ids(field: str, datum: Datum, config: LossConfig) -> None:
+    ids = datum.sequence_ids
+    if ids is None:
+        return
+    if config.loss != "stable_reinforce":
+        raise InvalidRequest(
+            f"{field}: {config.loss} takes no sequence_ids",
+            field=field,
+            value="present",
+            allowed="absent",
+        )
+    _check_length(field, ids, datum)
+    if (ids < -1).any():
+        position = int(np.argmax(ids < -1))
+        raise InvalidRequest(
+            f"{field}[{position}]: {ids[position]}, must be ≥ -1",
+            field=field,
+            value=ids[position],
+            allowed="≥ -1",
+        )
 
 
 def check_loss(config: LossConfig) -> None:
@@ -90,7 +121,14 @@ def check_loss(config: LossConfig) -> None:
     check_temperature("loss_config.temperature", config.temperature)
     if config.beta is not None:
         _check_number("loss_config.beta", config.beta, at_least=0)
-    high = 0.0
+    if config.max_sequence_ratio is not None:
+        _check_number("loss_config.max_sequence_ratio", config.max_sequence_ratio, above=1)
+    if config.sampler_kl_coefficient is not None:
+        _check_number(
+            "loss_config.sampler_kl_coefficient", config.sampler_kl_coefficient, at_least=0
+        )
+    # Truncated below 1, the penalty towards the sampling policy would push away from it.
+    high = 1.0 if config.loss == "stable_reinforce" else 0.0
     if config.loss in CLIP_RANGES:
         low, high = clip_range(config)
         # Of two that contradict each other the one at fault is the one that was given.

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from rollmesh.types import CLIP_RANGES
+from services.trainer.sequences import guarded_fraction, unguarded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from rollmesh.types import Datum, FloatArray, LossConfig
+    from rollmesh.types import Datum, FloatArray, IntArray, LossConfig
 
     Flags = NDArray[np.bool_]
 
 DEFAULT_BETA = 0.05
+DEFAULT_MAX_RATIO = 2.0
+"""Of stable_reinforce."""
 # Values of a block of softmax: what `entropies` needs at a time, besides the logits.
 _MAX_BLOCK_VALUES = 2**22
 
@@ -50,22 +53,28 @@ def losses(
     sampling_logprobs_BT: Tensor,
     advantages_BT: Tensor,
     base_logprobs_BT: Tensor | None,
+    sequence_ids_BT: IntArray | None = None,
 ) -> Tensor:
     """The loss of each sequence, float64 [B], a plain sum over its positions.
 
     A position of weight 0 adds exactly 0 to it and to every gradient, whatever its other values.
     A row's loss has the same bits whatever rows stand beside it and however far it is padded.
-    base_logprobs_BT is read where `config` asks for a penalty. Where the loss, or a gradient,
-    passes what its type holds it is infinite or NaN.
+    base_logprobs_BT is read where `config` asks for a penalty, sequence_ids_BT by stable_reinforce;
+    None: each row is one. Where the loss, or a gradient, passes what its type holds it is infinite
+    or NaN.
     """
     counts = weights_BT != 0
+    is_guarded = config.loss == "stable_reinforce"
+    if is_guarded:
+        log_ratios_BT = logprobs_BT.detach().double() - sampling_logprobs_BT.double()
+        counts = unguarded(config, counts, log_ratios_BT, sequence_ids_BT)
 
     def counted(values_BT: Tensor) -> Tensor:
         # Masked before anything else: 0 × inf is NaN, also in a gradient.
         return torch.where(counts, values_BT, 0.0).double()
 
-    p = counted(logprobs_BT)
-    terms = _terms(config, p, counted(sampling_logprobs_BT), counted(advantages_BT), counts)
+    p, q, A = counted(logprobs_BT), counted(sampling_logprobs_BT), counted(advantages_BT)
+    terms = _stable_reinforce(config, p, q, A) if is_guarded else _terms(config, p, q, A, counts)
     if base_logprobs_BT is not None and config.kl_coefficient:
         difference = counted(base_logprobs_BT) - p
         terms = terms + config.kl_coefficient * (torch.expm1(difference) - difference)
@@ -107,6 +116,15 @@ def _terms(config: LossConfig, p: Tensor, q: Tensor, A: Tensor, counts: Tensor) 
     return -torch.where(clipped, bound, ratio) * A
 
 
+def _stable_reinforce(config: LossConfig, p: Tensor, q: Tensor, A: Tensor) -> Tensor:
+    """As `_terms`, of what is not guarded: our own, docs/losses.md argues it."""
+    log_ratio = _truncated(p - q, max_ratio(config))
+    terms = -torch.exp(log_ratio.detach()) * p * A
+    if config.sampler_kl_coefficient:
+        terms = terms + config.sampler_kl_coefficient * (torch.expm1(log_ratio) - log_ratio)
+    return terms
+
+
 def _truncated(log_ratio: Tensor, max_ratio: float) -> Tensor:
     """The log of min(r, C), with the gradient of the log of r.
 
@@ -116,6 +134,13 @@ def _truncated(log_ratio: Tensor, max_ratio: float) -> Tensor:
     """
     most = math.log(max_ratio)
     return torch.where(log_ratio > most, most + (log_ratio - log_ratio.detach()), log_ratio)
+
+
+def max_ratio(config: LossConfig) -> float:
+    """C of the truncated importance correction; infinite: there is none."""
+    if config.max_importance_ratio is not None:
+        return config.max_importance_ratio
+    return DEFAULT_MAX_RATIO if config.loss == "stable_reinforce" else math.inf
 
 
 def _is_clipped(config: LossConfig, ratio: Any, A: Any) -> Any:
@@ -168,10 +193,7 @@ def metrics(
 
     base_logprobs and entropies: per datum [T], where `config` asks for them.
     """
-    counts = [
-        np.ones(len(datum.token_ids), bool) if datum.weights is None else datum.weights != 0
-        for datum in data
-    ]
+    counts = [_counted(datum) for datum in data]
 
     def counted(arrays: Sequence[FloatArray]) -> NDArray[np.float64]:
         values: NDArray[np.float64] = np.concatenate(arrays)[np.concatenate(counts)].astype(float)
@@ -191,13 +213,22 @@ def metrics(
             if config.loss in CLIP_RANGES:
                 A = counted([datum.advantages for datum in data if datum.advantages is not None])
                 found["clip_fraction"] = _mean(_is_clipped(config, ratios, A))
-            if config.max_importance_ratio is not None:
-                found["truncated_fraction"] = _mean(ratios > config.max_importance_ratio)
+            if max_ratio(config) < math.inf:
+                found["truncated_fraction"] = _mean(ratios > max_ratio(config))
+            if config.loss == "stable_reinforce":
+                found["guarded_fraction"] = guarded_fraction(config, data, log_ratios, counts)
         if base_logprobs is not None:
             found["kl_base"] = _mean(_k3(counted(base_logprobs) - p))
     if entropies is not None:
         found["entropy"] = _mean(counted(entropies))
     return found
+
+
+def _counted(datum: Datum) -> Flags:
+    """The positions that count: those of weight ≠ 0, if there are sequence_ids of a sequence."""
+    length = len(datum.token_ids)
+    found: Flags = np.ones(length, bool) if datum.weights is None else datum.weights != 0
+    return found if datum.sequence_ids is None else found & (datum.sequence_ids >= 0)
 
 
 def _ratio_metrics(log_ratios: NDArray[np.float64]) -> dict[str, float]:

@@ -126,6 +126,7 @@ def _losses(
             sampling_logprobs_BT=torch.from_numpy(chunk.sampling_logprobs_BT).to(device),
             advantages_BT=torch.from_numpy(chunk.advantages_BT).to(device),
             base_logprobs_BT=base_BT,
+            sequence_ids_BT=chunk.sequence_ids_BT,
         )
     if gradient_BTV is not None:
         (gradient_BT,) = torch.autograd.grad(losses_B.sum(), logprobs_BT)

@@ -125,7 +125,9 @@ class TrainerServicer(TrainerServiceServicer):
         self, request: pb.PublishAdapterRequest, context: Context
     ) -> pb.PublishAdapterResponse:
         """Makes the current weights an exportable version."""
-        published = await self._adapters.get(request.name).publish(request.epoch)
+        published = await self._adapters.get(request.name).publish(
+            request.epoch, with_pending_gradients=request.with_pending_gradients
+        )
         return pb.PublishAdapterResponse(
             policy_version=published.policy_version,
             digest=published.digest,

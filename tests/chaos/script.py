@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -108,6 +109,7 @@ async def train(
         for part in range(1 + (step + script) % 2):
             data = batch(script, 2 * step + part, sampled=loss.loss != "cross_entropy")
             await op(lambda n, data=data: training.forward_backward(adapter, n, data, loss))
+        await publish_early(client, adapter, trace, wanted=step % 3 == script)
         adam = types.AdamConfig(1e-3 * (1 + step % 3), max_grad_norm=1.0, weight_decay=0.01)
         stepped = await op(lambda n, adam=adam: training.optim_step(adapter, n, adam))
         version += 1
@@ -125,6 +127,14 @@ async def train(
     found = await insist(lambda: client.adapters.get(adapter))
     assert (found.policy_version, found.next_sequence) == (version, sequence + 1)
     return (await insist(lambda: client.adapters.publish(adapter))).digest
+
+
+async def publish_early(client: Client, adapter: str, trace: Trace, *, wanted: bool) -> None:
+    """Publish where it is wanted, while gradients are pending."""
+    if wanted:
+        call = partial(client.adapters.publish, adapter, with_pending_gradients=True)
+        published = await insist(call)
+        trace.results.append(f"published {published.policy_version} {published.digest}")
 
 
 def told(result: object) -> str:

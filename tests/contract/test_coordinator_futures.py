@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-import numpy as np
 import pytest
 
 from rollmesh import convert, types
 from rollmesh.api.coordinator.v1 import future_service_pb2 as pb
 from rollmesh.client import Client
-from rollmesh.convert.values import duration_to_pb
 from rollmesh.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -23,77 +21,24 @@ from rollmesh.errors import (
 from services.coordinator.journal import MAX_ROW_BYTES
 from tests.fakes.coordinator import Fakes, eventually, running_coordinator
 from tests.fakes.databases import emptied, postgresql_server
-from tests.fakes.mesh import BASE_MODEL, digest_of
-
-P = "projects/p"
-A = f"{P}/adapters/a"
-LOSS = types.LossConfig("cross_entropy")
+from tests.fakes.futures import (
+    A,
+    P,
+    batch_work,
+    create_work,
+    fork_work,
+    forward_work,
+    keep_work,
+    load_work,
+    refused_work,
+    sample_work,
+    step_work,
+)
+from tests.fakes.mesh import digest_of
 
 
 def future(name, project="p"):
     return f"projects/{project}/futures/{name}"
-
-
-def create_work(adapter=A):
-    work = pb.Work()
-    work.create_adapter.name = adapter
-    work.create_adapter.base_model = BASE_MODEL
-    work.create_adapter.lora.rank = 4
-    return work
-
-
-def batch_work(number=1, length=2, adapter=A):
-    tokens = np.full(length, number, np.int32)
-    work = pb.Work()
-    work.forward_backward.adapter = adapter
-    work.forward_backward.data.append(convert.datum_to_pb(types.Datum(tokens, tokens)))
-    work.forward_backward.loss_config.CopyFrom(convert.loss_to_pb(LOSS))
-    return work
-
-
-def forward_work(adapter=A):
-    work = pb.Work()
-    work.forward.adapter = adapter
-    work.forward.data.extend(batch_work().forward_backward.data)
-    return work
-
-
-def step_work(rate=0.1, adapter=A):
-    work = pb.Work()
-    work.optim_step.adapter = adapter
-    work.optim_step.adam.CopyFrom(convert.adam_to_pb(types.AdamConfig(learning_rate=rate)))
-    return work
-
-
-def load_work(checkpoint, adapter=A):
-    return pb.Work(load_checkpoint={"adapter": adapter, "checkpoint": checkpoint})
-
-
-def fork_work(checkpoint):
-    return pb.Work(fork_adapter={"name": f"{P}/adapters/b", "checkpoint": checkpoint})
-
-
-def keep_work(*, checkpoint="", publish=True, lease_s=60.0, adapter=A):
-    work = pb.Work(keep={"adapter": adapter, "publish": publish, "checkpoint": checkpoint})
-    if lease_s:
-        work.keep.lease_ttl.CopyFrom(duration_to_pb(lease_s))
-    return work
-
-
-def refused_work(message="no such loss"):
-    failure = {"reason": "INVALID_REQUEST", "message": message, "metadata": {"field": "loss_fn"}}
-    return pb.Work(refused=failure)
-
-
-def sample_work(prompt=(1, 2), count=1, policy=None, project=P):
-    work = pb.Work()
-    work.sample.project = project
-    work.sample.policy.CopyFrom(
-        convert.policy_to_pb(policy or types.PolicyRef(base_model=BASE_MODEL))
-    )
-    work.sample.prompt_token_ids.extend(prompt)
-    work.sample.num_completions = count
-    return work
 
 
 @pytest.fixture(scope="module")
@@ -595,6 +540,33 @@ class TestLargeOnes:
             assert await mesh.store.references.blob_keys() & {
                 f"futures/{path.name}" for path in (tmp_path / "blobs" / "futures").iterdir()
             }
+
+
+class TestExpiry:
+    async def test_a_result_is_not_found_once_it_was_kept_for_long_enough(self, start):
+        async with start(result_retention_s=0.01) as mesh:
+            await mesh.until_served()
+            futures = mesh.client.futures
+            await futures.create(future("f"), refused_work(), queue="q", position=0)
+            await futures.create(future("s"), sample_work())
+
+            async def are_gone():
+                for name in ("f", "s"):
+                    with contextlib.suppress(NotFound):
+                        await futures.wait(future(name), 0.0)
+                        return False
+                return True
+
+            await eventually(are_gone)
+            # Long ago, but taken: the next position goes on from there.
+            with pytest.raises(NotFound):
+                await futures.create(future("f"), refused_work(), queue="q", position=0)
+            await futures.create(future("g"), refused_work(), queue="q", position=1)
+
+            async def goes_on():
+                return await mesh.store.futures.next_position("p", "q") == 2
+
+            await eventually(goes_on)
 
 
 class TestSuccession:

@@ -22,7 +22,7 @@ from rollmesh.errors import (
     Unimplemented,
 )
 from rollmesh.rpc.status import to_error, to_status
-from tests.fakes.games import Game, served
+from tests.fakes.games import Game, served, served_plainly
 from tests.fakes.routing import answers, environment, routed, say, until
 
 
@@ -84,6 +84,44 @@ async def test_answers_are_scored_in_their_order_in_batches_that_run_at_once():
         world.game.go_on.set()
         assert [each.reward for each in await scoring] == [4.0, 1.0, 4.0, 2.0, 3.0]
         assert world.game.batches == [2, 2, 1]
+
+
+async def test_a_batch_is_cut_up_so_that_a_server_with_grpcs_own_limits_takes_it():
+    game = Game()
+    async with (
+        served_plainly(game) as port,
+        routed(environment(port, max_concurrent=1)) as world,
+    ):
+        await world.serves()
+        texts = [str(number % 10) * (10_000 + number) for number in range(512)]
+        scored = await world.client.score("game", answers(*texts))
+        assert [each.reward for each in scored] == [len(text) for text in texts]
+        assert sum(game.batches) == 512
+        assert 2 <= len(game.batches) <= 3
+        assert game.most_scoring == 1
+        with pytest.raises(
+            InvalidRequest, match=r"items\[1\]: an answer to task 't1' has, with"
+        ) as raised:
+            await world.client.score("game", answers("a", "ß" * 1_600_000))
+        assert raised.value.context["field"] == "items[1]"
+        assert sum(game.batches) == 512
+
+
+async def test_a_page_of_tasks_may_be_larger_than_grpcs_own_limit():
+    game = Game(text="x" * 2_000_000)
+    async with served_plainly(game) as port, routed(environment(port)) as world:
+        await world.serves()
+        tasks, _ = await world.client.list_tasks("game", "train")
+        assert [len(task.fields["text"]) for task in tasks] == [2_000_000] * 3
+
+
+async def test_what_is_too_large_for_us_is_the_environments_failure_and_not_tried_again():
+    game = Game(text="x" * 23_000_000)
+    async with served_plainly(game) as port, routed(environment(port)) as world:
+        await world.serves()
+        with pytest.raises(EnvironmentFailed, match="larger than max"):
+            await world.client.list_tasks("game", "train")
+        assert game.tried["ListTasks"] == 1
 
 
 async def test_an_item_that_cannot_be_scored_fails_alone(world):

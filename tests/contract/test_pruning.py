@@ -8,6 +8,7 @@ from rollmesh.errors import FailedPrecondition
 from rollmesh.job import StateChanged, Warned
 from services.coordinator.jobs import Jobs
 from services.coordinator.pruning import Pruning
+from services.coordinator.store import StoredFuture
 from services.coordinator.store import events as event_rows
 from services.coordinator.store import groups as group_rows
 from services.coordinator.store import ops as op_rows
@@ -78,6 +79,18 @@ async def test_of_a_job_that_ended_long_ago_the_last_event_is_kept_and_of_others
     assert await numbers(store, LIVE) == of_live
 
 
+async def test_futures_are_let_go_of_when_their_results_were_kept_for_long_enough(store):
+    for name, done in (("a", 50.0), ("b", 80.0)):
+        new = StoredFuture(f"projects/p/futures/{name}", "p", "", 0, "d", "", 1.0, b"work")
+        await store.futures.create(new, max_unfinished=9)
+        await store.futures.finish(new.name, b"result", None, now=done)
+    await pruning(store, 70.0).look()
+    assert await store.futures.get("projects/p/futures/a") is not None
+    await pruning(store, 71.0).look()
+    assert await store.futures.get("projects/p/futures/a") is None
+    assert await store.futures.get("projects/p/futures/b") is not None
+
+
 async def test_what_is_let_go_of_at_once_is_bounded_and_leaves_no_gaps(store, ended):
     assert await store.events.drop_of_ended(1e9) == 5
     assert await numbers(store, J) == list(range(6, ended + 1))
@@ -92,7 +105,7 @@ async def test_a_watch_says_what_is_kept_no_longer_and_from_0_on_shows_what_is(s
         checks=None,
         projects=None,
         queue=lambda _name: None,
-        problems=lambda _name: [],
+        problems=lambda _name: (),
         max_pending=1,
         clock=lambda: 0.0,
         new_id=str,

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 
 import pytest
-from opentelemetry import trace
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from rollmesh import types
-from rollmesh.errors import Conflict, InvalidRequest, MeshError, NotFound, Overloaded
+from rollmesh.errors import Conflict, InvalidRequest, NotFound, Overloaded
 from services.coordinator import pruning
 from services.coordinator import records as record_core
 from tests.contract.test_record_store import num_records
@@ -208,36 +203,3 @@ async def test_what_is_no_secret_is_of_no_key(client, secret):
     await client.keys.create(PROJECT, "")
     with pytest.raises(NotFound, match="no key has this secret"):
         await client.keys.find(secret)
-
-
-@pytest.fixture(scope="module")
-def spans():
-    """Every span that this process ends; the provider of a process is set once."""
-    exporter = InMemorySpanExporter()
-    provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    trace.set_tracer_provider(provider)
-    return exporter
-
-
-async def test_a_secret_is_in_no_file_log_trace_or_error(spans, tmp_path, caplog):
-    wrong = "tml-nobody-was-ever-given-this-secret"
-    errors: list[MeshError] = []
-    with caplog.at_level(logging.DEBUG):
-        async with running_coordinator(tmp_path, Fakes()) as mesh:
-            key, secret = await mesh.client.keys.create(PROJECT, "note")
-            await mesh.client.keys.find(secret)
-            await mesh.client.keys.delete(key.name)
-            _, kept = await mesh.client.keys.create(PROJECT, "note")
-            for unknown in (secret, wrong):
-                with pytest.raises(NotFound) as caught:
-                    await mesh.client.keys.find(unknown)
-                errors.append(caught.value)
-    ended = [span.to_json() for span in spans.get_finished_spans()]
-    assert sum("FindKey" in span for span in ended) == 6
-    said = [repr(key), caplog.text, *ended, *(f"{error} {error.context}" for error in errors)]
-    files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
-    assert any(key.note.encode() in data for data in files)
-    for each in (secret, kept, wrong):
-        assert not any(each in text for text in said)
-        assert not any(each[4:].encode() in data for data in files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -201,6 +202,21 @@ async def test_a_judge_that_fails_fails_the_call_as_it_did(client):
 
     with pytest.raises(Unavailable, match="no sampler"):
         await client.score_each("llm_judge", JUDGE, [ScoreItem("x")], judge=judge)
+
+
+async def test_a_call_that_ends_while_answers_are_written_fails_as_the_service_says(client):
+    delays = itertools.cycle(range(10))
+
+    async def judge(question):
+        if question.number == 1:
+            return "nonsense"
+        await asyncio.sleep(0.0005 * next(delays))
+        return "Score: 3"
+
+    items = [ScoreItem("x")] * 16
+    for _ in range(120):
+        with pytest.raises(FailedPrecondition, match="the judge gave no score"):
+            await client.score_each("llm_judge", JUDGE, items, judge=judge)
 
 
 async def test_score_refuses_who_asks_a_judge(client):

@@ -510,6 +510,77 @@ async def test_asking_for_prompt_logprobs_changes_nothing_else(sampler):
     assert not any(completion.prompt_logprobs for completion in plain)
 
 
+@pytest.mark.parametrize("kind", ["policy", "sampled"])
+@pytest.mark.parametrize("version", [None, 1])
+@pytest.mark.parametrize("name", ["plain", "cool", "bias", "all"])
+async def test_the_likeliest_tokens_are_those_of_transformers_and_of_the_same_kind(
+    sampler, name, version, kind
+):
+    num_top = 20
+    params = way(name, logprobs_kind=kind, top_logprobs=num_top)
+    found = await sampler.sample(version, num_completions=2, params=params)
+    bare = await sampler.sample(
+        version, num_completions=2, params=replace(params, top_logprobs=None)
+    )
+    for completion, other in zip(found, bare, strict=True):
+        assert completion.token_ids == other.token_ids
+        assert completion.logprobs == pytest.approx(other.logprobs, abs=EXACT)
+        assert (other.top_token_ids, other.top_logprobs) == ((), ())
+        rows = policy_rows(sampler.world, version, PROMPT, completion.token_ids)
+        if kind == "sampled":
+            rows = np.array([distribution(row, params) for row in rows])
+        assert len(completion.top_token_ids) == len(completion.top_logprobs) == len(rows)
+        for row, ids, values in zip(
+            rows, completion.top_token_ids, completion.top_logprobs, strict=True
+        ):
+            best = np.sort(row)[::-1][:num_top]
+            assert values == pytest.approx(best.tolist(), abs=1e-3)
+            assert [each == -1 for each in ids] == [value == -math.inf for value in values]
+            real = [each for each in ids if each != -1]
+            assert len(set(real)) == len(real)
+            assert row[real] == pytest.approx(best[: len(real)].tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["policy", "sampled"])
+async def test_of_what_is_greedy_only_one_token_can_be_drawn(sampler, kind):
+    params = replace(GREEDY, logprobs_kind=kind, top_logprobs=3)
+    [completion] = await sampler.sample(0, params=params)
+    rows = zip(completion.token_ids, completion.top_token_ids, completion.top_logprobs, strict=True)
+    for token, ids, values in rows:
+        assert ids[0] == token
+        assert ((ids[1:], values) == ((-1, -1), (0, -math.inf, -math.inf))) == (kind == "sampled")
+
+
+async def test_no_likeliest_and_the_likeliest_of_neighbours_are_kept_apart(sampler):
+    numbers = (None, 0, 1, 7)
+    found = await asyncio.gather(
+        *(
+            sampler.sample(0, num_completions=3, params=way("plain", top_logprobs=number))
+            for number in numbers
+        )
+    )
+    for number, completions in zip(numbers, found, strict=True):
+        assert [c.token_ids for c in completions] == [c.token_ids for c in found[0]]
+        for completion in completions:
+            widths = [len(row) for row in completion.top_token_ids]
+            assert widths == ([] if number is None else [number] * len(completion.token_ids))
+            assert [len(row) for row in completion.top_logprobs] == widths
+
+
+async def test_the_likeliest_go_on_with_a_continuation_and_end_with_a_stop_string(sampler):
+    params = way("plain", top_logprobs=3)
+    [free] = await sampler.sample(0, params=params)
+    stop = "".join(VOCABULARY[token] for token in free.token_ids[9:14])
+    params = replace(params, stop=(stop,))
+    for place in (0, 1, 7, 12):
+        begun = Continuation(0, free.token_ids[:place])
+        rest = join_chunks(await sampler.chunks(0, PROMPT, 1, params, [begun]))
+        assert rest.token_ids == free.token_ids[place:14]
+        assert rest.top_token_ids == free.top_token_ids[place:14]
+        for own, other in zip(rest.top_logprobs, free.top_logprobs[place:14], strict=True):
+            assert own == pytest.approx(other, abs=EXACT)
+
+
 async def test_of_a_prompt_of_one_token_there_is_nothing_to_predict(sampler):
     [completion] = await sampler.sample(None, [5], params=replace(GREEDY, prompt_logprobs=2))
     found = completion.prompt_logprobs
@@ -664,6 +735,8 @@ BAD = [
     ({"params": SamplingParams(logit_bias=((3, -math.inf),))}, "params.logit_bias"),
     ({"params": SamplingParams(prompt_logprobs=-1)}, "params.prompt_logprobs"),
     ({"params": SamplingParams(prompt_logprobs=21)}, "params.prompt_logprobs"),
+    ({"params": SamplingParams(top_logprobs=-1)}, "params.top_logprobs"),
+    ({"params": SamplingParams(top_logprobs=21)}, "params.top_logprobs"),
     ({"params": SamplingParams(stop=("",))}, "params.stop"),
     ({"params": SamplingParams(stop=("a",) * 17)}, "params.stop"),
     ({"params": SamplingParams(stop_token_ids=(3, 999))}, "params.stop_token_ids[1]"),

@@ -427,6 +427,29 @@ async def test_an_adapter_is_taken_over_from_its_snapshot_with_the_same_bits(cli
     assert (await client.restore_adapter(A, snapshot, epoch=2)).next_sequence == 7
 
 
+async def test_a_version_published_while_gradients_are_pending_is_published_again_from_a_snapshot(
+    client,
+):
+    """Killed after that, its adapter goes on from a snapshot in which they are pending too."""
+    await client.create_adapter(A, LORA, epoch=1)
+    await train(client, A, 2)
+    await client.forward_backward(A, 5, batch((4, 9), seed=7), SAMPLED, epoch=1)
+    snapshot = await client.snapshot_adapter(A, epoch=1)
+    published = await client.publish_adapter(A, epoch=1, with_pending_gradients=True)
+    assert (published.policy_version, published.digest) == (2, snapshot.weights_digest)
+    expected = await client.optim_step(A, 6, ADAM, epoch=1)
+    after = await client.publish_adapter(A, epoch=1)
+    await client.delete_adapter(A, epoch=1)
+
+    await client.restore_adapter(A, snapshot, epoch=2)
+    with pytest.raises(FailedPrecondition, match="pending gradients"):
+        await client.publish_adapter(A, epoch=2)
+    again = await client.publish_adapter(A, epoch=2, with_pending_gradients=True)
+    assert keyless(again) == keyless(published)
+    assert timeless(await client.optim_step(A, 6, ADAM, epoch=2)) == timeless(expected)
+    assert keyless(await client.publish_adapter(A, epoch=2)) == keyless(after)
+
+
 async def test_a_snapshot_becomes_another_adapter_or_the_state_of_one(client):
     await client.create_adapter(A, LORA, epoch=1)
     digest = (await train(client, A, 2)).digest

@@ -71,6 +71,8 @@ class Drawn:
     logprobs: list[float] = field(default_factory=list)
     stop_reason: str | None = None
     prompt_logprobs: object = None
+    top_token_ids: list[list[int]] = field(default_factory=list)
+    top_logprobs: list[list[float]] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -101,6 +103,8 @@ class Engine:
                 one.logprobs += delta.logprobs
                 one.stop_reason = delta.stop_reason
                 one.prompt_logprobs = delta.prompt_logprobs or one.prompt_logprobs
+                one.top_token_ids += delta.top_token_ids
+                one.top_logprobs += delta.top_logprobs
         assert all(one.stop_reason for one in found.values())
         return dict(found)
 
@@ -199,6 +203,19 @@ async def test_a_completion_goes_on_at_any_border_as_it_would_have(engine, varia
             assert rest[index].logprobs == pytest.approx(whole[index].logprobs[border:], abs=1e-4)
             assert rest[index].stop_reason == whole[index].stop_reason
         assert rest[0].token_ids == whole[0].token_ids
+
+
+@pytest.mark.parametrize("variant", ["JSON", "greedy, bias", "top_k"])
+async def test_the_likeliest_go_on_at_any_border_too(engine, variant):
+    changes = {**VARIANTS[variant], "top_logprobs": 4, "logprobs_kind": "sampled"}
+    whole = (await engine.sample(1, **changes))[0]
+    assert len(whole.top_token_ids) == len(whole.token_ids)
+    for border in (1, 2, 7, len(whole.token_ids) - 1):
+        had = Continuation(0, tuple(whole.token_ids[:border]))
+        rest = (await engine.sample([had], **changes))[0]
+        assert rest.top_token_ids == whole.top_token_ids[border:]
+        for own, other in zip(rest.top_logprobs, whole.top_logprobs[border:], strict=True):
+            assert own == pytest.approx(other, abs=1e-3)
 
 
 async def test_stop_strings_are_found_across_the_border(engine):

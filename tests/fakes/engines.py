@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import math
 import random
+from dataclasses import replace
 
 from rollmesh.types import AdapterSource, PromptLogprobs
 from services.sampler.backends.base import Delta, LoadedAdapter, Model
@@ -113,7 +114,13 @@ class FakeEngine:
             for _ in range(sum(sequence.length - sequence.place for sequence in mine)):
                 delta = await deltas.get()
                 self.num_taken += 1
-                yield Delta(delta.index, delta.token_ids, delta.logprobs, delta.stop_reason, prompt)
+                top = {}
+                if draw.top_logprobs is not None:
+                    [token] = delta.token_ids
+                    ids = [token + place for place in range(draw.top_logprobs)]
+                    values = [-float(each) for each in ids]
+                    top = {"top_token_ids": [ids], "top_logprobs": [values]}
+                yield replace(delta, prompt_logprobs=prompt, **top)
                 prompt = None
         finally:
             self.sequences = [sequence for sequence in self.sequences if sequence not in mine]

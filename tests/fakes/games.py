@@ -33,10 +33,19 @@ class Game(EnvironmentServiceServicer):
     `hang`: no answer. Actions: `done`, `leave` (the stream ends well, too early), `leave soon` (the
     same, after the answer), `leave later` (when it may go on), `nan`, `nothing`; anything else is
     echoed. What is given up is worth 0.5; of the task `shrug`, nothing is said. `stay`: the stream
-    does not end after `done`.
+    does not end after `done`. `text`: in a field of every task.
     """
 
-    def __init__(self, *, name="game", version="1", has_score=True, has_episodes=True, **limits):
+    def __init__(
+        self,
+        *,
+        name="game",
+        version="1",
+        has_score=True,
+        has_episodes=True,
+        text="",
+        **limits,
+    ):
         self.info = pb.Environment(
             name=name,
             version=version,
@@ -46,6 +55,7 @@ class Game(EnvironmentServiceServicer):
             limits=pb.Limits(**limits),
             splits=[pb.Split(name="train", num_tasks=NUM_TASKS)],
         )
+        self.text = text
         self.open = 0
         self.most_open = 0
         self.begun = 0
@@ -66,7 +76,12 @@ class Game(EnvironmentServiceServicer):
         first = int(request.page_token.removeprefix("from-") or 0)
         last = min(first + (request.page_size or PAGE), NUM_TASKS)
         return pb.ListTasksResponse(
-            tasks=[pb.Task(id=f"t{number}", split="train") for number in range(first, last)],
+            tasks=[
+                pb.Task(
+                    id=f"t{number}", split="train", fields={"text": self.text} if self.text else {}
+                )
+                for number in range(first, last)
+            ],
             next_page_token=f"from-{last}" if last < NUM_TASKS else "",
         )
 

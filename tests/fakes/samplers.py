@@ -184,6 +184,7 @@ class FakeSampler:
             logprobs=(-1.0,),
             spans=(self._span(source),),
             stop_reason="length" if len(tokens) == self._length(index) else None,
+            **top_of(token, params.top_logprobs),
         )
 
     def _length(self, index):
@@ -208,6 +209,14 @@ class FakeSampler:
         return types.Logprobs(
             tuple(float(n) for n in token_ids), self._span(source, len(token_ids))
         )
+
+
+def top_of(token, num_top):
+    """The fields of a chunk of one token for a request that asks for so many likeliest."""
+    if num_top is None:
+        return {}
+    ids = tuple(range(token, token + num_top))
+    return {"top_token_ids": (ids,), "top_logprobs": (tuple(-float(each) for each in ids),)}
 
 
 def _sources(versions):

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rollmesh import chat
-from rollmesh.errors import InvalidRequest, NotFound
+from rollmesh.errors import EnvironmentFailed, EnvironmentUnavailable, InvalidRequest, NotFound
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class FakeEnvironments:
     """One environment `world`: an episode of task "t3" is done, worth 1, after three actions.
 
+    An action at a task that is `broken` fails, one at a `deadly` task takes the process with it.
     Its observations are texts that name task, seed and turn. A single turn is worth the last digit
     of its answer over ten. It is an EnvironmentPort, and tells its state as a RewardPort does.
     """
@@ -43,6 +44,16 @@ class FakeEnvironments:
         self.scored: list[chat.Answered] = []
         self.failures: dict[str, int] = {}
         self.rewards: dict[str, float] = {}
+        self.shows: dict[int, chat.Message] = {}
+        self.broken: set[str] = set()
+        self.deadly: set[str] = set()
+        self.deaths = 0
+        self.back_at = 0.0
+
+    def die(self) -> None:
+        """Its process is gone, with all that runs there, and is back in three seconds."""
+        self.deaths += 1
+        self.back_at = asyncio.get_running_loop().time() + 3.0
 
     async def list_environments(self) -> list[chat.EnvironmentStatus]:
         return [chat.EnvironmentStatus("world", not self.away, self.away)]
@@ -75,6 +86,8 @@ class FakeEnvironments:
         return [self._scored(item) for item in items]
 
     def _scored(self, item: chat.Answered) -> chat.Scored:
+        if item.task.id in self.broken:
+            return chat.Scored(failure="this task is broken")
         if self.failures.get(item.task.id, 0) > 0:
             self.failures[item.task.id] -= 1
             return chat.Scored(failure="it broke")
@@ -85,6 +98,8 @@ class FakeEnvironments:
     @contextlib.asynccontextmanager
     async def episode(self, environment: str, task_id: str, *, seed: int = 0) -> AsyncIterator[Any]:
         self._check(environment)
+        if asyncio.get_running_loop().time() < self.back_at:
+            raise EnvironmentUnavailable("world is starting")
         self.open[task_id] += 1
         self.most_open = max(self.most_open, self.open.total())
         episode = _Episode(self, task_id, seed)
@@ -112,18 +127,30 @@ class _Episode:
         self._world = world
         self._task_id = task_id
         self._num_turns = int(task_id[1:]) or 1
+        self._life = world.deaths
         self.said: list[str] = []
-        self.first = chat.Response((chat.Message("user", f"{task_id}/{seed % 97}:0"),))
+        self.first = self._seen(0, f"{task_id}/{seed % 97}:0")
 
     async def act(self, action: chat.Message) -> chat.Response:
         self._world._check("world")
         await self._world._pause()
+        if self._life == self._world.deaths and self._task_id in self._world.deadly:
+            self._world.die()
+        if self._life != self._world.deaths:
+            raise EnvironmentUnavailable("world died")
+        if self._task_id in self._world.broken:
+            raise EnvironmentFailed("this task is broken")
         self.said.append(action.content)
         turn = len(self.said)
         reward = self._world.rewards.get(action.content, 0.0)
         if turn == self._num_turns:
             return chat.Response(reward=1.0 + reward, rewards={"end": 1.0}, done=True)
-        return chat.Response((chat.Message("user", f"{self._task_id}:{turn}"),), reward)
+        return replace(self._seen(turn, f"{self._task_id}:{turn}"), reward=reward)
+
+    def _seen(self, turn: int, text: str) -> chat.Response:
+        """In a turn of which the world `shows` something more, that too."""
+        more = (self._world.shows[turn],) if turn in self._world.shows else ()
+        return chat.Response((*more, chat.Message("user", text)))
 
     async def give_up(self) -> chat.Response | None:
         self._world.given_up.append(self._task_id)

@@ -68,6 +68,9 @@ async def test_a_student_comes_close_to_its_teacher_without_any_reward(
             {"loss": "ppo", "clip_low_threshold": 0.8, "clip_high_threshold": 1.28}, id="dapo"
         ),
         pytest.param({"loss": "gspo", "advantage": "reinforce"}, id="gspo"),
+        pytest.param(
+            {"loss": "stable_reinforce", "max_importance_ratio": 3}, id="stable_reinforce"
+        ),
     ],
 )
 async def test_a_job_with_dynamic_sampling_learns_a_little_in_a_few_steps(

@@ -26,7 +26,8 @@ FLOAT32S = st.floats(allow_nan=False, width=32)
 # Unix seconds to the microsecond: clocks in use here are no finer.
 TIMES = st.integers(0, 4 * 10**15).map(lambda microseconds: microseconds / 1e6)
 TEXTS = st.text(max_size=8)
-LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo")
+LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo",
+          "stable_reinforce")  # fmt: skip
 SPANS = st.builds(types.PolicySpan, COUNTS, INT64, TEXTS)
 SOURCES = st.builds(types.AdapterSource, TEXTS, INT64, TEXTS, TEXTS)
 LORAS = st.builds(
@@ -60,6 +61,7 @@ ROUND_TRIPS = {
             stop=tuples(TEXTS),
             stop_token_ids=tuples(INT32),
             ignore_eos=st.booleans(),
+            top_logprobs=st.none() | INT32,
         ),
     ),
     "chunk": (
@@ -92,6 +94,8 @@ ROUND_TRIPS = {
             max_importance_ratio=st.none() | FLOATS,
             entropy=st.booleans(),
             temperature=st.none() | FLOATS,
+            max_sequence_ratio=st.none() | FLOATS,
+            sampler_kl_coefficient=st.none() | FLOATS,
         ),
     ),
     "adam": (
@@ -338,6 +342,24 @@ def test_a_datum_without_its_tokens_is_refused():
     with pytest.raises(InvalidRequest) as caught:
         convert.data_from_pb([training_pb2.Datum()])
     assert caught.value.context["field"] == "data[0].token_ids.dtype"
+
+
+@pytest.mark.parametrize("num_top", [0, 1, 3])
+def test_the_likeliest_tokens_survive_the_wire_row_by_row(num_top):
+    ids = ((5, 3, -1)[:num_top], (7, 1, 2)[:num_top])
+    values = ((-0.5, -1.0, -math.inf)[:num_top], (-0.25, -2.0, -3.0)[:num_top])
+    chunk = types.CompletionChunk(
+        1, (4, 7), (-2.0, -0.25), (types.PolicySpan(2, 0, "d"),), None, None, ids, values
+    )
+    sent = convert.chunk_to_pb(chunk)
+    assert list(sent.top_token_ids.shape) == list(sent.top_logprobs.shape) == [2, num_top]
+    assert convert.chunk_from_pb(sent) == chunk
+
+
+def test_where_no_likeliest_were_asked_for_none_are_sent():
+    sent = convert.chunk_to_pb(types.CompletionChunk(0, (4,), (-2.0,), ()))
+    assert not sent.HasField("top_token_ids")
+    assert not sent.HasField("top_logprobs")
 
 
 def test_no_logprobs_are_no_logprobs():

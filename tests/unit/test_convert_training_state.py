@@ -45,6 +45,7 @@ DATA = st.lists(
             st.none() | vectors(np.float32, length),
             st.none() | vectors(np.float32, length),
             st.none() | vectors(np.float32, length),
+            st.none() | vectors(np.int32, length),
         )
     ),
     min_size=1,
@@ -55,8 +56,10 @@ BATCHES = st.builds(
     DATA,
     st.builds(
         types.LossConfig,
-        st.sampled_from(["cross_entropy", "importance_sampling"]),
+        st.sampled_from(["cross_entropy", "importance_sampling", "stable_reinforce"]),
         st.none() | FLOATS,
+        max_sequence_ratio=st.none() | FLOATS,
+        sampler_kl_coefficient=st.none() | FLOATS,
     ),
 )
 STEPS = st.builds(

@@ -8,7 +8,13 @@ from dataclasses import replace
 import pytest
 
 from rollmesh import chat
-from rollmesh.errors import EnvironmentUnavailable
+from rollmesh.errors import (
+    CapacityExhausted,
+    EnvironmentFailed,
+    EnvironmentUnavailable,
+    Overloaded,
+)
+from services.reward.environments.failures import told
 from tests.fakes.replicas import INFO, FakeServer, World, settled
 
 NOTICED_S = 1.5
@@ -385,3 +391,22 @@ def test_a_call_in_the_first_moment_waits_for_the_first_poll():
         assert len(await world.score("a")) == 1
 
     world.play(scenario)
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        ("SERVER: Received message larger than max (5134232 vs. 4194304)", EnvironmentFailed),
+        ("CLIENT: Sent message larger than max (5134232 vs. 4194304)", EnvironmentFailed),
+        ("grpc: received message larger than max (5134232 vs. 4194304)", EnvironmentFailed),
+        ("gRPC message exceeds maximum size 4194304: 5134232", EnvironmentFailed),
+        ("Received message exceeds the maximum configured message size.", EnvironmentFailed),
+        ("128 episodes are under way", Overloaded),
+        ("episodes exceed the maximum", Overloaded),
+    ],
+)
+def test_a_message_that_is_too_large_is_no_overload(message, kind):
+    error = CapacityExhausted(f"RESOURCE_EXHAUSTED: {message}")
+    found = told(error, environment="game", place="127.0.0.1:1", refusals=())
+    assert type(found) is kind
+    assert bool(found.retry_after_s) is (kind is Overloaded)

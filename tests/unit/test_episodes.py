@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from rollmesh.chat import Message
+from rollmesh.chat import Message, ToolCall
 from rollmesh.errors import (
     EnvironmentFailed,
     EnvironmentTimeout,
@@ -16,10 +16,17 @@ from rollmesh.errors import (
     Overloaded,
     Unavailable,
 )
-from rollmesh.job import Warned
+from rollmesh.job import EnvironmentSpec, Warned
 from services.coordinator.datasets import Task
 from services.coordinator.group_bytes import group_from_bytes
 from services.coordinator.retry import RETRY_FOR_S
+from services.coordinator.rollouts import TaskOrder
+from services.coordinator.tolerance import (
+    MAX_LOST,
+    MAX_LOST_BESIDE_OTHERS,
+    GaveUp,
+    Tolerance,
+)
 from tests.fakes.job_mesh import FIRST_TOKEN, Context, JobMesh, spec
 from tests.fakes.virtual_time import simulate
 from tests.fakes.worlds import FakeEnvironments, with_limits
@@ -154,8 +161,9 @@ def test_a_rollout_that_is_given_up_is_told_and_counted_and_its_group_is_of_anot
     assert step.metrics["rollouts_given_up"] == 1
     assert mesh.context.memory["tolerance"] == {"num_given_up": 1}
     assert len({read(datum)[:2] for data in mesh.data for datum in data}) == 1
-    tasks = [task for task, *_ in mesh.world.played]
-    assert len(set(tasks)) == 2
+    first = TaskOrder(mesh.tasks, mesh.context.spec.seed).choose(0, 0).id
+    assert first in warned.message
+    assert first not in [prompt[:2] for prompt in mesh.prompt_of.values()]
 
 
 def test_one_failure_more_than_the_job_puts_up_with_fails_it_and_says_what_failed():
@@ -166,6 +174,94 @@ def test_one_failure_more_than_the_job_puts_up_with_fails_it_and_says_what_faile
     ):
         simulate(mesh.run())
     assert mesh.world.open.total() == 0
+
+
+@pytest.mark.parametrize("has_episodes", [True, False], ids=["episodes", "single turns"])
+def test_a_task_that_is_broken_costs_one_rollout_however_large_its_group(has_episodes):
+    mesh = in_world(
+        has_episodes=has_episodes,
+        environment={"max_failures": 1},
+        algorithm={"groups_per_step": 1, "group_size": 32},
+        stop={"max_steps": 7},
+    )
+    mesh.world.broken = {"t2"}
+    assert simulate(mesh.run()).kind == "finished"
+    assert mesh.context.steps[-1].metrics["rollouts_given_up"] == 1
+    assert mesh.context.warnings == ["ENVIRONMENT_FAILED"]
+    assert mesh.world.open.total() == 0
+    assert all(step.metrics["num_rollouts"] == 32 for step in mesh.context.steps)
+
+
+def test_the_others_of_a_group_that_is_lost_are_not_played_on():
+    mesh = in_world(
+        environment={"max_retries": 0},
+        algorithm={"groups_per_step": 1, "group_size": 32},
+        stop={"max_steps": 1},
+    )
+    first = TaskOrder(mesh.tasks, mesh.context.spec.seed).choose(0, 0).id
+    faults = always(None, 32 + 3)  # As many as begin, and a few actions more.
+    mesh.world.faults = [*faults, EnvironmentFailed("it broke")]
+    assert simulate(mesh.run()).kind == "finished"
+    ended = [said for task, _, said in mesh.world.played if task == first]
+    assert len(ended) == 32
+    assert sum(map(len, ended)) <= 3
+
+
+def test_an_environment_that_one_task_kills_is_not_killed_for_ever_and_only_that_one_is_given_up():
+    mesh = in_world(algorithm={"group_size": 4, "max_staleness": 1}, stop={"max_steps": 4})
+    mesh.world.deadly = {"t2"}
+    assert simulate(mesh.run()).kind == "finished"
+    told = [event.message for event in mesh.context.events if isinstance(event, Warned)]
+    given_up = [message for message in told if "is given up" in message]
+    assert given_up
+    for message in given_up:
+        lost = f"an episode of task 't2' of world was lost {MAX_LOST} times after it had begun"
+        assert message == f"{lost} and is given up: world died"
+    assert mesh.context.memory["tolerance"] == {"num_given_up": len(given_up)}
+    of_group = MAX_LOST_BESIDE_OTHERS + 4 * (MAX_LOST - MAX_LOST_BESIDE_OTHERS)
+    assert mesh.world.deaths <= len(given_up) * of_group
+    assert mesh.world.open.total() == 0
+    assert mesh.context.problems == {}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_an_environment_that_is_killed_now_and_then_costs_no_rollout(seed):
+    mesh = in_world(seed=seed, environment={"max_retries": 0, "max_failures": 0})
+
+    async def kill():
+        while True:
+            await asyncio.sleep(mesh.rng.uniform(20, 60))
+            mesh.world.die()
+
+    async def scenario():
+        async with asyncio.TaskGroup() as tasks:
+            killing = tasks.create_task(kill())
+            outcome = await mesh.run()
+            killing.cancel()
+        return outcome
+
+    assert simulate(scenario()).kind == "finished"
+    assert mesh.world.deaths >= 2
+    assert mesh.context.memory["tolerance"] == {"num_given_up": 0}
+    assert set(mesh.context.warnings) <= {"ENVIRONMENT_UNAVAILABLE"}
+
+
+def test_a_group_that_is_cancelled_while_one_of_it_is_given_up_is_cancelled():
+    async def scenario():
+        tolerance = Tolerance(
+            EnvironmentSpec(name="world"), patience=None, warn=Context.pause_requested, memory={}
+        )
+
+        async def give_up():
+            group.cancel()
+            raise GaveUp("it broke")
+
+        group = asyncio.create_task(tolerance.group([give_up] * 2))
+        with pytest.raises(asyncio.CancelledError):
+            await group
+        assert tolerance.num_given_up == 0
+
+    simulate(scenario())
 
 
 def test_what_was_given_up_before_an_interruption_counts():
@@ -279,6 +375,36 @@ def test_a_successor_says_that_the_environment_has_other_tasks_and_goes_on():
     assert mesh.context.warnings == ["ENVIRONMENT_CHANGED"]
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_curriculum_goes_on_with_the_tasks_that_there_are(seed):
+    mesh = in_world(
+        seed=seed, curriculum={"max_reward": 0.99}, algorithm={"max_staleness": 1, "group_size": 2}
+    )
+
+    async def scenario():
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(mesh.rng.uniform(35, 70)):
+                await mesh.run()
+        kept = {group_from_bytes(body).task.id for body in mesh.context.kept.values()}
+        mesh.tasks = [task for task in mesh.tasks if task.id not in kept][:2]
+        return await mesh.run()
+
+    assert simulate(scenario()).kind == "finished"
+    told = [event for event in mesh.context.events if isinstance(event, Warned)]
+    (changed,) = [event for event in told if event.reason == "ENVIRONMENT_CHANGED"]
+    assert changed.message.endswith("the curriculum begins anew")
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+def test_a_tool_call_that_is_no_json_is_the_environments_failure(turn):
+    mesh = in_world(environment={"max_failures": 0, "max_retries": 0})
+    call = Message("assistant", "", (ToolCall("call_0", "add", "{oops"),))
+    mesh.world.shows = {turn: call}
+    with pytest.raises(EnvironmentFailed, match=r"a call of 'add' are no JSON: '{oops'"):
+        simulate(mesh.run())
+    assert mesh.world.open.total() == 0
+
+
 class TestSingleTurns:
     def test_an_environment_without_episodes_scores_single_turns(self):
         mesh = in_world(has_episodes=False, stop={"max_steps": 2})
@@ -318,9 +444,8 @@ class TestSingleTurns:
         )
         mesh.world.faults = [EnvironmentFailed("it broke")]
         simulate(mesh.run())
-        assert mesh.context.warnings == ["ENVIRONMENT_FAILED"] * 2
-        (body,) = [*mesh.context.kept.values()] or [None]
-        assert body is None
+        assert mesh.context.warnings == ["ENVIRONMENT_FAILED"]
+        assert mesh.context.steps[0].metrics["rollouts_given_up"] == 1
         assert len({item.task.id for item in mesh.world.scored}) == 1
 
     def test_an_environment_scores_a_jobs_own_tasks(self):

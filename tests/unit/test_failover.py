@@ -89,6 +89,45 @@ def drawn_of(seed, *indices):
     return [drawn(seed, index) for index in indices]
 
 
+@pytest.mark.parametrize("through", ["sample", "stream"])
+def test_the_likeliest_tokens_of_a_lost_sampler_are_kept(through):
+    async def scenario():
+        first, second = FakeSampler(), FakeSampler()
+        world = SamplingWorld(first, second)
+        params = replace(PARAMS, top_logprobs=2)
+        async with world.running() as tasks:
+            tasks.create_task(at(2.5, first.die))
+            completions = await draw(world, through, params=params)
+        assert len({span.sampler for c in completions for span in c.spans}) == 2
+        for completion in completions:
+            rows = tuple((token, token + 1) for token in completion.token_ids)
+            assert completion.top_token_ids == rows
+            assert completion.top_logprobs == tuple((-float(a), -float(b)) for a, b in rows)
+
+    simulate(scenario())
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"top_token_ids": (), "top_logprobs": ()},
+        {"top_logprobs": ()},
+        {"top_token_ids": ((1,),)},
+    ],
+)
+def test_a_sampler_that_leaves_out_the_likeliest_is_not_believed(lie):
+    async def scenario():
+        first, second = FakeSampler(), FakeSampler()
+        first.lie = lambda chunk: replace(chunk, **lie)
+        world = SamplingWorld(first, second)
+        async with world.running():
+            completions = await draw(world, "sample", params=replace(PARAMS, top_logprobs=2))
+        assert {span.sampler for c in completions for span in c.spans} == {second.instance_id}
+        assert {len(c.top_token_ids) for c in completions} == {5}
+
+    simulate(scenario())
+
+
 def test_prompt_logprobs_that_did_not_come_are_asked_for_again():
     async def scenario():
         first, second = FakeSampler(), FakeSampler()

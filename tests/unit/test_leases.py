@@ -34,8 +34,10 @@ class Writing(FakeTrainer):
         self.dies_before_writing = False
         self.keys: set[str] = set()
 
-    async def publish_adapter(self, name, *, epoch):
-        version = await super().publish_adapter(name, epoch=epoch)
+    async def publish_adapter(self, name, *, epoch, with_pending_gradients=False):
+        version = await super().publish_adapter(
+            name, epoch=epoch, with_pending_gradients=with_pending_gradients
+        )
         if version.export_key not in self.keys and not self.dies_before_writing:
             self.keys = {version.export_key}
             self.blobs.write(version.export_key, b"x")

@@ -37,6 +37,22 @@ async def urgent(world, count=1, **options):
     return asyncio.get_running_loop().time()
 
 
+def test_the_likeliest_tokens_of_what_had_come_are_kept():
+    async def scenario():
+        sampler = FakeSampler()
+        world = SamplingWorld(sampler, bound=2)
+        async with world.running() as tasks:
+            low = tasks.create_task(world.sample(2, replace(PARAMS, top_logprobs=1)))
+            await asyncio.sleep(2.5)
+            await tasks.create_task(urgent(world, 2))
+            completions = await low
+        assert "PREEMPTED" in actions(world)
+        for completion in completions:
+            assert completion.top_token_ids == tuple((token,) for token in completion.token_ids)
+
+    simulate(scenario())
+
+
 @pytest.mark.parametrize("through", ["sample", "stream"])
 @pytest.mark.parametrize("after_s", [0.5, 1.5, 2.5, 3.5])
 def test_what_had_come_is_kept_and_goes_on_as_if_nothing_had_happened(through, after_s):

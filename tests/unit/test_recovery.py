@@ -709,6 +709,31 @@ class TestOwnership:
             await train(core, 6, batch(6))
             assert trainer.chains[A] == await undisturbed([*OPS, batch(6)])
 
+    @pytest.mark.parametrize("snapshot", ["before the gradients", "with them", "after the version"])
+    async def test_a_version_published_while_gradients_are_pending_is_there_after_a_recovery(
+        self, store, blobs, trainer, snapshot
+    ):
+        async with running_core(store, blobs, {"t:1": trainer}, snapshot_every_ops=1000) as core:
+            await create(core)
+            await train_all(core, OPS[:2])
+            if snapshot == "before the gradients":
+                await core.snapshot(A)
+            await train(core, 3, OPS[2])
+            if snapshot == "with them":
+                await core.snapshot(A)
+            with pytest.raises(FailedPrecondition, match="pending"):
+                await core.publish_adapter(A)
+            published = await core.publish_adapter(A, with_pending_gradients=True)
+            if snapshot == "after the version":
+                await core.snapshot(A)
+            trainer.restart()
+            await train(core, 4, STEP)
+            _, source = await core.resolve(types.PolicyRef(adapter=A))
+            assert (source.policy_version, source.digest) == (1, published.digest)
+            assert trainer.published[A] == {1}
+            assert trainer.export_keys[A][1] == core.locate(source).export_key
+            assert trainer.chains[A] == await undisturbed([*OPS[:3], STEP])
+
     async def test_a_replay_that_comes_to_other_weights_is_told_and_goes_no_further(
         self, store, blobs, trainer, caplog
     ):

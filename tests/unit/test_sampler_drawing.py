@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.sampler.backends.base import Draw
-from services.sampler.backends.drawing import _at, _uniforms, drawn
+from services.sampler.backends.drawing import _at, _uniforms, drawn, likeliest
 
 V = 12
 
@@ -116,3 +118,32 @@ def test_a_token_of_probability_0_is_never_drawn_even_by_the_smallest_number_or_
     probs = torch.tensor([[0.0, 0.0, 0.5, 0.0, 0.5, 0.0]], dtype=torch.float64)
     assert _at([0.0], probs) == 2
     assert _at([1 - 2**-53], probs) == 4
+
+
+@pytest.mark.parametrize("kind", ["policy", "sampled"])
+@pytest.mark.parametrize(
+    ("changes", "num_drawable"),
+    [
+        ({"temperature": 0.7, "logit_bias": ((3, 5.0),)}, V),
+        ({"top_k": 3}, 3),
+        ({"temperature": 0.0, "logit_bias": ((3, 50.0),)}, 1),
+    ],
+)
+def test_the_likeliest_are_of_the_kind_and_no_more_than_can_be_drawn(changes, num_drawable, kind):
+    draw = draw_of(top_logprobs=5, logprobs_kind=kind, **changes)
+    logits = logits_of(2, V)
+    ids, values = likeliest(logits, draw)
+    token_ids, logprobs = drawn(logits, draw, [(0, 0), (1, 0)])
+    num_real = 5 if kind == "policy" else min(num_drawable, 5)
+    for row, (own_ids, own_values) in enumerate(zip(ids, values, strict=True)):
+        assert own_values == sorted(own_values, reverse=True)
+        assert own_ids[num_real:] == [-1] * (5 - num_real)
+        assert own_values[num_real:] == [-math.inf] * (5 - num_real)
+        assert len(set(own_ids[:num_real])) == num_real
+        # Of the token that was drawn, if it is among them, the same value as its own.
+        own = dict(zip(own_ids, own_values, strict=True))
+        assert own.get(token_ids[row], logprobs[row]) == pytest.approx(logprobs[row], abs=1e-6)
+        if kind == "policy":
+            best = logits[row].log_softmax(-1).topk(5)
+            assert own_ids == best.indices.tolist()
+            assert own_values == pytest.approx(best.values.tolist(), abs=1e-6)

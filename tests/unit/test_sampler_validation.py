@@ -69,6 +69,9 @@ def test_what_a_request_leaves_out_gets_the_defaults_of_the_protos():
         (SamplingParams(logprobs_kind="sampled"), "logprobs_kind", "sampled"),
         (SamplingParams(prompt_logprobs=0), "prompt_logprobs", 0),
         (SamplingParams(prompt_logprobs=20), "prompt_logprobs", 20),
+        (SamplingParams(), "top_logprobs", None),
+        (SamplingParams(top_logprobs=0), "top_logprobs", 0),
+        (SamplingParams(top_logprobs=20), "top_logprobs", 20),
         (SamplingParams(json_schema=nested(32)), "json_schema", nested(32)),
         (SamplingParams(regex="(" * 32 + ")" * 32), "regex", "(" * 32 + ")" * 32),
         (SamplingParams(regex="(a|b){1,1000}"), "regex", "(a|b){1,1000}"),
@@ -108,6 +111,8 @@ def test_what_a_request_says_is_taken_within_what_the_model_has(params, field, v
         (SamplingParams(regex="(" * 33 + "a" + ")" * 33), "params.regex", "a deeper one"),
         (SamplingParams(prompt_logprobs=-1), "params.prompt_logprobs", "-1"),
         (SamplingParams(prompt_logprobs=21), "params.prompt_logprobs", "21"),
+        (SamplingParams(top_logprobs=-1), "params.top_logprobs", "-1"),
+        (SamplingParams(top_logprobs=21), "params.top_logprobs", "21"),
     ],
 )
 def test_what_is_out_of_range_is_refused_by_its_field(params, field, value):

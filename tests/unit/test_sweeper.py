@@ -12,7 +12,14 @@ from rollmesh.blobs import Blobs
 from rollmesh.errors import FailedPrecondition, NotFound, Unavailable
 from rollmesh.job import JobSpec
 from services.coordinator import sweeper
-from services.coordinator.store import JournaledOp, NewJob, Origin, Request, open_store
+from services.coordinator.store import (
+    JournaledOp,
+    NewJob,
+    Origin,
+    Request,
+    StoredFuture,
+    open_store,
+)
 from services.coordinator.store.tables import adapters
 from services.coordinator.sweeper import GRACE_S, Sweeper
 
@@ -61,7 +68,7 @@ class World:
 
     @property
     def keys(self):
-        prefixes = ("snapshots", "ops", "versions")
+        prefixes = ("snapshots", "ops", "versions", "futures")
         return {key for prefix in prefixes for key, _ in self.blobs.keys(prefix)}
 
     def snapshot(self, number):
@@ -120,6 +127,24 @@ class TestBlobs:
         await world.sweep(GRACE_S - 1)
         assert world.keys == files(snapshot) | {"ops/a/1"}
         await world.sweep(1)
+        assert world.keys == set()
+
+    async def test_work_and_results_of_futures_stay_as_long_as_they_are_needed(self, world):
+        body, result, in_vain = (f"futures/{name * 32}" for name in "abc")
+        for key in (body, result, in_vain):
+            world.blobs.write(key, b"x")
+        name = f"{P}/futures/f"
+        future = StoredFuture(name, "p", "", 0, "d", "", world.now, body_key=body)
+        await world.store.futures.create(future, max_unfinished=9)
+        await world.sweep()
+        await world.store.futures.finish(name, None, result, now=world.now)
+        await world.sweep(GRACE_S)
+        assert world.keys == {body, result}  # whoever found the row before may still read it
+        await world.sweep(GRACE_S)
+        assert world.keys == {result}
+        await world.store.futures.expire(done_before=world.now, forget_before=0.0)
+        await world.sweep()
+        await world.sweep(GRACE_S)
         assert world.keys == set()
 
     async def test_what_a_row_of_any_kind_refers_to_stays(self, world):

@@ -566,6 +566,35 @@ async def test_new_weights_cannot_be_published_while_gradients_are_pending(adapt
         await publish(adapters)
 
 
+async def test_a_version_published_while_gradients_are_pending_has_none_of_them():
+    published, stepped = [], []
+    for early in (False, True):
+        async with with_a() as adapters:
+            adapter = adapters.get(A)
+            await forward_backward(adapters, 1, batch((4, 9)))
+            await optim_step(adapters, 2)
+            if early:
+                published.append(await publish(adapters))
+            await forward_backward(adapters, 3, batch((4, 9), seed=1))
+            before = adapter.view
+            assert before.has_pending_gradients
+            published.append(await adapter.publish(1, with_pending_gradients=True))
+            assert adapter.view == before
+            stepped.append((await optim_step(adapters, 4)).metrics["grad_norm"])
+            stepped.append((await publish(adapters)).digest)
+    async with with_a() as never:
+        await forward_backward(never, 1, batch((4, 9)))
+        await optim_step(never, 2)
+        await forward_backward(never, 3, batch((4, 9), seed=1))
+        expected = [
+            (await optim_step(never, 4)).metrics["grad_norm"],
+            (await publish(never)).digest,
+        ]
+    assert {(each.policy_version, each.digest) for each in published} == {(1, published[0].digest)}
+    assert published[1] == published[2]  # free, the second time
+    assert stepped == expected * 2
+
+
 async def test_the_newest_versions_are_kept_and_never_change(adapters):
     digests = [await train(adapters, A, 1, seed=step) for step in range(3)]
     assert adapters.version(A, 2).digest == digests[1]

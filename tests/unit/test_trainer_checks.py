@@ -13,6 +13,7 @@ from services.trainer.checks import check_adam, check_batch, check_loss, resolve
 
 NAN, INF = float("nan"), float("inf")
 CROSS_ENTROPY, SAMPLED = LossConfig("cross_entropy"), LossConfig("importance_sampling")
+STABLE = LossConfig("stable_reinforce")
 
 
 def ints(*values):
@@ -79,7 +80,7 @@ GOOD = Datum(ints(1, 2), ints(2, 3), floats(0, 1), floats(-1, 0), floats(0.5, -0
                 f"data[0].{name}",
                 id=f"{loss} {name}",
             )
-            for loss in ("ppo", "cispo", "dro", "gspo")
+            for loss in ("ppo", "cispo", "dro", "gspo", "stable_reinforce")
             for name in ("sampling_logprobs", "advantages")
         ),
         *(
@@ -90,8 +91,16 @@ GOOD = Datum(ints(1, 2), ints(2, 3), floats(0, 1), floats(-1, 0), floats(0.5, -0
                 ("NaN", PLAIN, floats(1, NAN), CROSS_ENTROPY),
                 *(
                     (f"negative of {loss}", GOOD, floats(1, -1), LossConfig(loss))
-                    for loss in ("ppo", "cispo", "dro", "gspo")
+                    for loss in ("ppo", "cispo", "dro", "gspo", "stable_reinforce")
                 ),
+            ]
+        ),
+        *(
+            pytest.param([replace(GOOD, sequence_ids=ids)], config, "data[0].sequence_ids", id=why)
+            for why, ids, config in [
+                ("sequences of another loss", ints(0, 0), LossConfig("gspo")),
+                ("short sequence_ids", ints(0), STABLE),
+                ("sequence -2", ints(0, -2), STABLE),
             ]
         ),
         pytest.param([PLAIN], LossConfig("dro", beta=-1), "loss_config.beta", id="wrong setting"),
@@ -111,6 +120,7 @@ TAKEN = {
     "cispo": {"clip_low_threshold", "clip_high_threshold"},
     "dro": {"beta"},
     "gspo": {"clip_low_threshold", "clip_high_threshold", "max_importance_ratio"},
+    "stable_reinforce": {"max_importance_ratio", "max_sequence_ratio", "sampler_kl_coefficient"},
 }
 # Within the range of each loss that takes it.
 GIVEN = {
@@ -118,6 +128,8 @@ GIVEN = {
     "clip_high_threshold": 1.5,
     "beta": 0.1,
     "max_importance_ratio": 2.0,
+    "max_sequence_ratio": 1.1,
+    "sampler_kl_coefficient": 0.0,
 }
 
 
@@ -155,6 +167,9 @@ def test_a_loss_refuses_exactly_the_options_that_it_does_not_take(loss, option):
                 ("importance_sampling", "max_importance_ratio", "finite, ≥ 0, > 0"),
                 ("ppo", "max_importance_ratio", "finite, ≥ 1.2, > 0"),
                 ("gspo", "max_importance_ratio", "finite, ≥ 1.0004, > 0"),
+                ("stable_reinforce", "max_importance_ratio", "finite, ≥ 1, > 0"),
+                ("stable_reinforce", "max_sequence_ratio", "finite, > 1"),
+                ("stable_reinforce", "sampler_kl_coefficient", "finite, ≥ 0"),
             ]
             for value in (NAN, INF, -INF, -0.1)
         ),
@@ -166,6 +181,8 @@ def test_a_loss_refuses_exactly_the_options_that_it_does_not_take(loss, option):
             "finite, ≥ 0, ≤ 2",
         ),
         (LossConfig("ppo", max_importance_ratio=1.1), "max_importance_ratio", "finite, ≥ 1.2, > 0"),
+        (replace(STABLE, max_importance_ratio=0.9), "max_importance_ratio", "finite, ≥ 1, > 0"),
+        (replace(STABLE, max_sequence_ratio=1.0), "max_sequence_ratio", "finite, > 1"),
         (
             LossConfig("cross_entropy", max_importance_ratio=0.0),
             "max_importance_ratio",
@@ -203,7 +220,11 @@ def test_a_setting_of_a_loss_out_of_range_is_refused(config, field, allowed):
         ),
         *(
             pytest.param([GOOD], LossConfig(loss), id=loss)
-            for loss in ("ppo", "cispo", "dro", "gspo")
+            for loss in ("ppo", "cispo", "dro", "gspo", "stable_reinforce")
+        ),
+        pytest.param([replace(GOOD, sequence_ids=ints(-1, 2**31 - 1))], STABLE, id="sequence_ids"),
+        pytest.param(
+            [GOOD], replace(STABLE, max_importance_ratio=1.0, max_sequence_ratio=1.0001), id="least"
         ),
         pytest.param(
             [GOOD],

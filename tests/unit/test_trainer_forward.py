@@ -23,6 +23,7 @@ CONFIGS = [
     LossConfig("cispo", 0.3),
     LossConfig("dro"),
     LossConfig("gspo", max_importance_ratio=1.5),
+    LossConfig("stable_reinforce", 0.1, max_sequence_ratio=9.0, sampler_kl_coefficient=0.1),
 ]
 each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.loss)
 

@@ -133,7 +133,7 @@ def train(model, tenants, steps=STEPS, budget=8192):
 
 def hostile(num_steps=STEPS, max_length=150):
     losses = st.sampled_from(
-        ["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo"]
+        ["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce"]
     )
     configs = st.builds(
         LossConfig,
@@ -169,6 +169,11 @@ OBSERVED = (
         "lengths": (5, 5, 100, 12),
     },
     {"config": LossConfig("gspo", 0.1, entropy=True), "backward": False, "measured": True},
+    {
+        "config": LossConfig(
+            "stable_reinforce", 0.1, max_sequence_ratio=9.0, sampler_kl_coefficient=0.1
+        )
+    },
 )
 
 

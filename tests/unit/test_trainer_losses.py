@@ -31,6 +31,13 @@ CONFIGS = {
     "gspo": LossConfig("gspo"),
     "gspo, wide": LossConfig("gspo", clip_low_threshold=0.5, clip_high_threshold=1.6),
     "gspo, truncated": LossConfig("gspo", clip_high_threshold=1.01, max_importance_ratio=1.3),
+    "stable_reinforce": LossConfig("stable_reinforce"),
+    "stable_reinforce, unguarded": LossConfig(
+        "stable_reinforce",
+        max_importance_ratio=1.4,
+        max_sequence_ratio=1e9,
+        sampler_kl_coefficient=0.3,
+    ),
 }
 CONFIGS |= {
     f"{name}, KL": replace(config, kl_coefficient=0.3)
@@ -73,6 +80,14 @@ def exp(value):
     return math.exp(value) if value < 709 else math.inf
 
 
+def stable_term(config, p, q, A, now):
+    """As `term`, of stable_reinforce."""
+    limit = 2.0 if config.max_importance_ratio is None else config.max_importance_ratio
+    r, kappa = min(exp(now - q), limit), config.sampler_kl_coefficient or 0.0
+    log_r = min(now - q, math.log(limit)) + (p - now)
+    return -r * p * A + kappa * (exp(log_r) - 1 - log_r), -r * A + kappa * (r - 1)
+
+
 def term(config, p, q, A, now, log_s):
     """One position's term and its derivative by p; `now` is p where no gradient flows."""
     if config.loss == "cross_entropy":
@@ -95,17 +110,32 @@ def term(config, p, q, A, now, log_s):
     return -clipped * A, 0.0
 
 
-def oracle(config, p, w, q, A, b, now=None):
+def left_out(config, ids, log_ratios):
+    """The sampled sequences whose geometric mean ratio is too far from 1."""
+    bound = 1.5 if config.max_sequence_ratio is None else config.max_sequence_ratio
+    means = {each: np.mean(log_ratios[ids == each]) for each in set(ids.tolist())}
+    return {each for each, mean in means.items() if not 1 / bound <= exp(mean) <= bound}
+
+
+def oracle(config, p, w, q, A, b, now=None, ids=None):
     """Losses [B] and their gradients by p [B, T]."""
+    ids = np.zeros(p.shape, np.int32) if ids is None else ids
     now = p if now is None else now
     found, gradients = np.zeros(len(p)), np.zeros(p.shape)
     for i in range(len(p)):
         counted = [t for t in range(p.shape[1]) if w[i, t] != 0]
+        if config.loss == "stable_reinforce":
+            counted = [t for t in counted if ids[i, t] >= 0]
+            out = left_out(config, ids[i, counted], now[i, counted] - q[i, counted])
+            counted = [t for t in counted if ids[i, t] not in out]
         log_s = sum(now[i, t] - q[i, t] for t in counted) / max(len(counted), 1)
         for t in counted:
             # Python's floats: they overflow without a warning.
             here = [values[i, t].item() for values in (p, q, A, now)]
-            value, gradient = term(config, *here, log_s)
+            if config.loss == "stable_reinforce":
+                value, gradient = stable_term(config, *here)
+            else:
+                value, gradient = term(config, *here, log_s)
             if config.kl_coefficient:
                 d = b[i, t] - p[i, t]
                 value += config.kl_coefficient * (math.exp(d) - d - 1)
@@ -115,7 +145,7 @@ def oracle(config, p, w, q, A, b, now=None):
     return found, gradients
 
 
-def computed(config, p, w, q, A, b):
+def computed(config, p, w, q, A, b, ids=None):
     """Losses [B] and their gradients by p [B, T]."""
     p = torch.tensor(p, requires_grad=True)
     found = losses(
@@ -125,6 +155,7 @@ def computed(config, p, w, q, A, b):
         sampling_logprobs_BT=torch.tensor(q),
         advantages_BT=torch.tensor(A),
         base_logprobs_BT=None if config.kl_coefficient is None else torch.tensor(b),
+        sequence_ids_BT=ids,
     )
     (gradients,) = torch.autograd.grad(found.sum(), p)
     return found.detach().numpy(), gradients.numpy()
@@ -246,6 +277,9 @@ def extreme(config, *, p, q, A, w=1.0):
         ("gspo", {"p": -1, "q": -1e4, "A": 1e30}, -1.0004e30, 0.0),
         ("gspo", {"p": -1, "q": -1e4, "A": 0}, 0.0, 0.0),
         ("gspo, truncated", {"p": -1, "q": -1e4, "A": -1}, 1.3, 1.3),
+        ("stable_reinforce", {"p": -1, "q": -1e4, "A": 1e30}, 0.0, 0.0),
+        ("stable_reinforce", {"p": -1, "q": -1, "A": 1e30}, 1e30, -1e30),
+        ("stable_reinforce, unguarded", {"p": -1, "q": -21, "A": -1e30}, -1.4e30, 1.4e30),
     ],
 )
 def test_where_the_true_value_is_finite_so_is_the_computed_one(config, values, loss, gradient):
@@ -328,6 +362,9 @@ RATIOS = {"kl_sampler", "ratio_mean", "ratio_max", "ess"}
         ("dro", RATIOS),
         ("gspo, wide", RATIOS | {"clip_fraction"}),
         ("gspo, truncated", RATIOS | {"clip_fraction", "truncated_fraction"}),
+        ("stable_reinforce", RATIOS | {"truncated_fraction", "guarded_fraction"}),
+        ("stable_reinforce, KL", RATIOS | {"truncated_fraction", "guarded_fraction", "kl_base"}),
+        ("stable_reinforce, unguarded", RATIOS | {"truncated_fraction", "guarded_fraction"}),
     ],
 )
 def test_metrics_are_those_of_the_contract(config, also):
@@ -363,8 +400,17 @@ def test_metrics_are_those_of_the_contract(config, also):
         "ratio_max": np.exp(d).max(),
         "ess": np.exp(d).sum() ** 2 / (np.exp(d) ** 2).sum() / n,
         "kl_base": (np.exp(d_base) - d_base - 1).mean(),
-        "truncated_fraction": (own[counts] > (config.max_importance_ratio or 0)).mean(),
+        "truncated_fraction": (own[counts] > (config.max_importance_ratio or 2)).mean(),
     }
+    if "guarded_fraction" in also:
+        difference, nothing = values["p"] - values["q"], np.zeros(20, np.int32)
+        out = [
+            bool(left_out(config, nothing[mask], row[mask]))
+            for row, mask in zip(difference, counts, strict=True)
+            if mask.any()
+        ]
+        expected["guarded_fraction"] = np.mean(out)
+        assert config.max_sequence_ratio or 0 < np.mean(out) < 1
     if "clip_fraction" in also:
         low, high = bounds(config)
         above, below, A = own > high, own < low, values["A"]

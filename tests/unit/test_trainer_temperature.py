@@ -24,6 +24,7 @@ CONFIGS = [
     LossConfig("cispo"),
     LossConfig("dro", 0.3),
     LossConfig("gspo"),
+    LossConfig("stable_reinforce", 0.1, max_sequence_ratio=1e6, sampler_kl_coefficient=0.1),
 ]
 
 

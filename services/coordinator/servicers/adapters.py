@@ -89,7 +89,9 @@ class AdapterServicer(AdapterServiceServicer):
         self, request: pb.PublishAdapterRequest, context: Context
     ) -> pb.PublishAdapterResponse:
         """Makes the current weights a version."""
-        version = await self._adapters.publish_adapter(request.name)
+        version = await self._adapters.publish_adapter(
+            request.name, with_pending_gradients=request.with_pending_gradients
+        )
         return pb.PublishAdapterResponse(
             policy=policy_pb2.PolicyRef(
                 adapter=request.name, policy_version=version.policy_version

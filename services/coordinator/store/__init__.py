@@ -1,7 +1,7 @@
 """What the coordinator must not forget.
 
 Jobs with their events, adapters with the journal of their ops, their versions and the leases on
-them, checkpoints, futures, request ids, records and keys.
+them, checkpoints, request ids, futures, records and keys.
 
 Every method is one small transaction. SQLite in a file by default, PostgreSQL by its URL.
 """

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import zstandard
 from starlette.responses import Response
 
-from rollmesh.errors import MeshError
-
 if TYPE_CHECKING:
     from starlette.requests import Request
 
-    from services.gateway.futures import Answer
+    from rollmesh.errors import MeshError
+    from services.gateway.answers import Answer
 
 JSON, PROTOBUF = "application/json", "application/x-protobuf"
 _COMPRESSED_FROM = 16 * 1024

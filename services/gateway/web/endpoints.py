@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
+    from services.gateway.answers import Answer
     from services.gateway.callers import Caller
-    from services.gateway.futures import Answer
     from services.gateway.gateway import Gateway
     from services.gateway.wire.bodies import BodyT
 
@@ -71,10 +72,7 @@ class Call:
         return (self.gateway.config.public_url or str(self.request.base_url)).rstrip("/")
 
 
-Endpoint = "Callable[[Call], Awaitable[Reply]]"
-
-
-async def healthz(call: Call) -> Reply:
+async def healthz(_: Call) -> Reply:
     return {"status": "ok"}
 
 
@@ -94,10 +92,9 @@ async def token(call: Call) -> Reply:
 
 
 async def telemetry(call: Call) -> Reply:
-    try:
+    # It is dropped either way.
+    with contextlib.suppress(InvalidRequest, TooLarge):
         await body(call.request, _MAX_TELEMETRY_BYTES)
-    except (InvalidRequest, TooLarge):
-        pass  # It is dropped either way.
     return {"status": "accepted"}
 
 
@@ -121,7 +118,7 @@ async def heartbeat(call: Call) -> Reply:
     return {"type": "session_heartbeat"}
 
 
-async def finish(call: Call) -> Reply:
+async def finish(call: Call) -> None:
     caller = await call.who()
     asked = await call.json(bodies.Finish)
     await call.gateway.sessions.finish(caller, call.part("session"), asked)
@@ -135,7 +132,7 @@ async def session(call: Call) -> Reply:
     return await call.gateway.sessions.tell(await call.who(), call.part("session"))
 
 
-async def assign(call: Call) -> Reply:
+async def assign(call: Call) -> None:
     caller = await call.who()
     asked = await call.json(bodies.OfProject)
     await call.gateway.sessions.assign(caller, call.part("session"), asked.project_id)
@@ -271,19 +268,19 @@ async def checkpoints(call: Call) -> Reply:
     return await call.gateway.listings.checkpoints(await call.who(), **call.page(100))
 
 
-async def delete_checkpoint(call: Call) -> Reply:
+async def delete_checkpoint(call: Call) -> None:
     await call.gateway.checkpoints.delete(await call.who(), call.checkpoint)
 
 
-async def publish(call: Call) -> Reply:
+async def publish(call: Call) -> None:
     await call.gateway.checkpoints.set_public(await call.who(), call.checkpoint, public=True)
 
 
-async def unpublish(call: Call) -> Reply:
+async def unpublish(call: Call) -> None:
     await call.gateway.checkpoints.set_public(await call.who(), call.checkpoint, public=False)
 
 
-async def set_ttl(call: Call) -> Reply:
+async def set_ttl(call: Call) -> None:
     caller = await call.who()
     asked = await call.json(bodies.SetTtl)
     await call.gateway.copies.set_ttl(caller, call.checkpoint, asked.ttl_seconds)
@@ -330,7 +327,7 @@ async def api_key(call: Call) -> Reply:
     return call.gateway.account.key(await call.who())
 
 
-async def delete_api_key(call: Call) -> Reply:
+async def delete_api_key(call: Call) -> None:
     await call.gateway.auth.forget(await call.who())
 
 

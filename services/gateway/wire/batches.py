@@ -16,7 +16,7 @@ from rollmesh.errors import InvalidRequest, Unimplemented
 from services.gateway.wire import tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
@@ -51,12 +51,12 @@ def data_of(
                 field=f"{path}.target_tokens",
             )
         columns.append(targets.shape[1] if targets.ndim == 2 else 0)
-        made = [_datum(tokens, column, loss, path) for column in _columns(inputs)]
-        for each in made:
-            each.sequence_ids.extend(_sequence_ids(datum)) if hasattr(
-                each, "sequence_ids"
-            ) else None
-        data += made
+        for column in _columns(inputs):
+            made = _datum(tokens, column, loss, path)
+            if loss.sequences and datum.loss_fn_input_spans:
+                samples = _samples(datum, len(tokens), path)
+                made.sequence_ids.CopyFrom(tensor_to_pb(samples, "<i4"))
+            data.append(made)
     return data, columns
 
 
@@ -106,7 +106,7 @@ def _check_shapes(inputs: Inputs, num_tokens: int, path: str) -> None:
             )
     if targets.ndim == 2 and not targets.shape[1]:
         raise InvalidRequest(f"{path}: target_tokens has no columns", field=path)
-    if targets.size and not (0 <= targets.min() and targets.max() < 2**31):
+    if targets.size and not (targets.min() >= 0 and targets.max() < 2**31):
         field = f"{path}.loss_fn_inputs.target_tokens"
         raise InvalidRequest(
             f"{field}: {targets.min()} … {targets.max()} are no tokens", field=field
@@ -141,9 +141,10 @@ def _datum(tokens: NDArray[np.int32], inputs: Inputs, loss: Loss, path: str) -> 
 def _weights(inputs: Inputs, loss: Loss, path: str) -> NDArray[np.float32] | None:
     """None: 1 everywhere."""
     if "weights" in inputs:
-        return inputs["weights"].astype("<f4")
+        weights: NDArray[np.float32] = inputs["weights"].astype("<f4")
+        return weights
     if "sequence_ratio_mask" in inputs:
-        mask = inputs["sequence_ratio_mask"] != 0
+        mask: NDArray[np.bool_] = inputs["sequence_ratio_mask"] != 0
         if (inputs["advantages"][~mask] != 0).any():
             field = f"{path}.loss_fn_inputs.sequence_ratio_mask"
             raise InvalidRequest(
@@ -152,14 +153,27 @@ def _weights(inputs: Inputs, loss: Loss, path: str) -> NDArray[np.float32] | Non
             )
         return mask.astype("<f4")
     if loss.masks_prompts:
-        counts = (inputs["logprobs"] != 0) | (inputs["advantages"] != 0)
+        counts: NDArray[np.bool_] = (inputs["logprobs"] != 0) | (inputs["advantages"] != 0)
         return None if counts.all() else counts.astype("<f4")
     return None
 
 
-def _sequence_ids(datum: pb.Datum) -> Sequence[str]:
-    return [
-        span.sampled_tokens.sequence_id
-        for span in datum.loss_fn_input_spans
-        if span.WhichOneof("span") == "sampled_tokens"
-    ]
+def _samples(datum: pb.Datum, num_tokens: int, path: str) -> NDArray[np.int32]:
+    """Which sample each target is of, counted within the datum; -1: of none."""
+    known: dict[str, int] = {}
+    samples = np.full(num_tokens, -1, "<i4")
+    end = 0
+    for span in datum.loss_fn_input_spans:
+        which = span.WhichOneof("span")
+        told = span.sampled_tokens if which == "sampled_tokens" else span.prompt_tokens
+        start, end = end, end + told.length
+        if told.length < 0 or end > num_tokens:
+            break
+        if which == "sampled_tokens":
+            samples[start:end] = known.setdefault(told.sequence_id, len(known))
+    if end != num_tokens:
+        field = f"{path}.loss_fn_input_spans"
+        raise InvalidRequest(
+            f"{field}: they do not cover the {num_tokens} targets exactly", field=field
+        )
+    return samples

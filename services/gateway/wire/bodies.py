@@ -1,4 +1,7 @@
-"""The JSON bodies that the SDK sends. Fields beyond these are let pass: newer SDKs may have some."""
+"""The JSON bodies that the SDK sends.
+
+Fields beyond these are let pass: newer SDKs may have some.
+"""
 
 from __future__ import annotations
 
@@ -282,7 +285,7 @@ class SearchSessions(Body):
     project_ids: list[Text] | None = Field(None, max_length=100)
     user_metadata: Labels = {}
     display_name: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
-    owner: Owner = Owner()
+    owner: Owner = Owner(type="own", owner_urns=[])
     statuses: list[StatusQuery] | None = None
     limit: Annotated[int, Field(ge=1, le=200)] = 50
     cursor: SearchCursor | None = None

@@ -29,7 +29,8 @@ class Loss:
     """A loss. `options`: of loss_fn_config, and what they are called in LossConfig.
 
     `needed`, `optional`: of loss_fn_inputs. `masks_prompts`: positions without an advantage and a
-    log-probability of the sampler, as prompts have them, count for nothing.
+    log-probability of the sampler, as prompts have them, count for nothing. `sequences`: it is told
+    which sample each position is of.
     """
 
     kind: training_pb2.Loss.ValueType
@@ -37,6 +38,7 @@ class Loss:
     optional: frozenset[str] = frozenset()
     options: Mapping[str, str] = field(default_factory=dict)
     masks_prompts: bool = False
+    sequences: bool = False
 
 
 LOSSES: dict[str, Loss] = {
@@ -51,6 +53,12 @@ LOSSES: dict[str, Loss] = {
     "dro": Loss(training_pb2.LOSS_DRO, options={"beta": "beta"}),
     "gspo": Loss(
         training_pb2.LOSS_GSPO, optional=frozenset({"sequence_ratio_mask"}), options=_CLIP
+    ),
+    SUBSTITUTE: Loss(
+        training_pb2.LOSS_STABLE_REINFORCE,
+        options={"kl_coeff": "sampler_kl_coefficient"},
+        masks_prompts=True,
+        sequences=True,
     ),
 }
 
@@ -82,7 +90,7 @@ def config_of(request: pb.ForwardBackwardRequest, loss: Loss) -> training_pb2.Lo
     given: dict[str, float | str] = dict(request.loss_fn_config)
     for name, value in request.loss_fn_config_v2.items():
         given[name] = value.number if value.WhichOneof("value") == "number" else value.text
-    settings: dict[str, float] = {}
+    config = training_pb2.LossConfig(loss=loss.kind)
     for name, number in sorted(given.items()):
         path = f"loss_fn_config.{name[:50]}"
         if name not in loss.options:
@@ -94,5 +102,5 @@ def config_of(request: pb.ForwardBackwardRequest, loss: Loss) -> training_pb2.Lo
             )
         if isinstance(number, str) or not np.isfinite(number):
             raise InvalidRequest(f"{path}: {number!r} is no finite number", field=path)
-        settings[loss.options[name]] = number
-    return training_pb2.LossConfig(loss=loss.kind, **settings)
+        setattr(config, loss.options[name], number)
+    return config

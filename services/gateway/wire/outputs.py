@@ -20,9 +20,18 @@ if TYPE_CHECKING:
     from rollmesh.api.common.v1 import tensor_pb2
 
 OUTPUT = "ArrayRecord"
+SUBSTITUTE = "stable_reinforce_substitute"
+"""1: the loss was this mesh's own in place of stable_reinforce."""
 _MAX_RUNS = 256
 
-REDUCTIONS = {"loss": "sum", "num_tokens": "sum", "ratio_max": "max"}
+REDUCTIONS = {
+    "loss": "sum",
+    "num_tokens": "sum",
+    "ratio_max": "max",
+    SUBSTITUTE: "max",
+    "queued_s": "max",
+    "run_s": "sum",
+}
 """How the SDK puts a metric of several chunks together; of all others it takes the mean."""
 
 

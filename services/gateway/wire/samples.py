@@ -14,7 +14,7 @@ from rollmesh.errors import InvalidRequest, Unimplemented
 from services.gateway.wire.bodies import Body, Metadata, Text
 
 if TYPE_CHECKING:
-    from rollmesh.api.common.v1 import policy_pb2
+    from rollmesh.api.common.v1 import policy_pb2, tensor_pb2
     from rollmesh.api.coordinator.v1 import future_service_pb2
 
 NO_TOKEN, NO_LOGPROB = 0, -99999.0
@@ -159,18 +159,18 @@ def _sequence(completion: sampling_pb2.CompletionChunk) -> pb.SampledSequence:
         tokens=np.array(completion.token_ids, "<i4").tobytes(),
         logprobs=completion.logprobs.data,
     )
-    if "top_token_ids" in completion.DESCRIPTOR.fields_by_name and completion.HasField("top_token_ids"):  # TODO
+    if completion.HasField("top_token_ids"):
         sequence.topk_sampled_logprobs.CopyFrom(
             _top(completion.top_token_ids, completion.top_logprobs, 0)
         )
     return sequence
 
 
-def _top(token_ids: object, logprobs: object, told: int) -> pb.TopkLogprobs:
+def _top(token_ids: tensor_pb2.Tensor, logprobs: tensor_pb2.Tensor, told: int) -> pb.TopkLogprobs:
     """The likeliest tokens [N, k]; none in the first `told` rows."""
-    length, k = token_ids.shape  # type: ignore[attr-defined]
-    ids = np.frombuffer(token_ids.data, "<i4").reshape(length, k).copy()  # type: ignore[attr-defined]
-    values = np.frombuffer(logprobs.data, "<f4").reshape(length, k).copy()  # type: ignore[attr-defined]
+    length, k = token_ids.shape
+    ids = np.frombuffer(token_ids.data, "<i4").reshape(length, k).copy()
+    values = np.frombuffer(logprobs.data, "<f4").reshape(length, k).copy()
     none = (ids < 0) | ~np.isfinite(values)
     none[:told] = True
     ids[none], values[none] = NO_TOKEN, NO_LOGPROB

@@ -58,7 +58,7 @@ def _dense(
     counts = np.diff(rows)
     if rows[0] != 0 or rows[-1] != len(values) or (counts < 0).any():
         raise _wrong(field, "crow_indices do not rise from 0 to the number of values")
-    if len(columns) and not (0 <= columns.min() and columns.max() < shape[1]):
+    if len(columns) and not (columns.min() >= 0 and columns.max() < shape[1]):
         raise _wrong(field, f"col_indices are not in [0, {shape[1]})")
     dense = np.zeros(shape, dtype)
     dense[np.repeat(np.arange(shape[0]), counts), columns] = values

@@ -7,6 +7,7 @@ where it finds fault with that, the fault is its own.
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import TYPE_CHECKING
 
 from rollmesh.errors import (
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 ITS_OWN = (EnvironmentFailed, EnvironmentTimeout, EnvironmentUnavailable)
 """What an environment is to blame for."""
 _KNOWN = ("field", "value", "allowed")
+_TOO_LARGE = re.compile(r"message (larger than|exceeds( the)?) max", re.IGNORECASE)
+"""How gRPC's libraries say with RESOURCE_EXHAUSTED that a message is too large (C++, Python, Go and
+Node; Java and .NET): no waiting makes it smaller."""
 
 
 def told(
@@ -41,7 +45,7 @@ def told(
         kind = EnvironmentUnavailable
     elif isinstance(error, DeadlineExceeded):
         kind = EnvironmentTimeout
-    elif error.status == "RESOURCE_EXHAUSTED":
+    elif error.status == "RESOURCE_EXHAUSTED" and not _TOO_LARGE.search(str(error)):
         kind = Overloaded
     # Of what an environment says only what is known: it may say anything.
     context = {key: value for key, value in error.context.items() if key in _KNOWN}

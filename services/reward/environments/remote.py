@@ -12,6 +12,7 @@ from rollmesh import chat
 from rollmesh.errors import InvalidRequest, MeshError, NotFound, Unimplemented
 from rollmesh.telemetry import record
 from services.reward.environments.admission import Admission
+from services.reward.environments.batches import cut_up
 from services.reward.environments.calls import Calls
 from services.reward.environments.episode import play
 from services.reward.environments.failures import first_of_several
@@ -133,20 +134,18 @@ class RemoteEnvironment:
 
         Raises:
             NotFound: a task does not exist, and the environment takes no others.
+            InvalidRequest: an item is larger than MAX_BATCH_BYTES.
         """
         with _measured(self.name, "Score"), first_of_several():
             info = await self._info()
             if not info.has_score:
                 raise self._unimplemented("single turns")
-            size = info.limits.max_score_batch or len(items)
+            batches = cut_up(items, info.limits.max_score_batch, environment=self.name)
             # Only one of the calls waits for its place at a time, so that a batch, however large,
             # is one of those that wait.
             turn = asyncio.Lock()
             async with asyncio.TaskGroup() as tasks:
-                parts = [
-                    tasks.create_task(self._score(items[first : first + size], turn))
-                    for first in range(0, len(items), size)
-                ]
+                parts = [tasks.create_task(self._score(batch, turn)) for batch in batches]
             return [scored for part in parts for scored in part.result()]
 
     async def play(self, start: chat.Start, requests: Requests, tell: Tell) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class Draw:
     regex: str | None = None
     logprobs_kind: LogprobsKind = "policy"
     prompt_logprobs: int | None = None
+    top_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,8 @@ class Delta:
 
     The token that ends it (end of sequence, stop token, last of a stop string) is among them.
     `logprobs`: of each token, of the draw's kind. `prompt_logprobs`: with one of a request's
-    deltas, where the draw asks for them.
+    deltas, where the draw asks for them. `top_token_ids`, `top_logprobs`: where it asks for them, a
+    row for each token, the likeliest first; -1 and -inf where fewer can be drawn.
     """
 
     index: int
@@ -90,6 +92,19 @@ class Delta:
     logprobs: Sequence[float]
     stop_reason: StopReason | None
     prompt_logprobs: PromptLogprobs | None = None
+    top_token_ids: Sequence[Sequence[int]] = ()
+    top_logprobs: Sequence[Sequence[float]] = ()
+
+    def part(self, places: slice, stop_reason: StopReason | None) -> Delta:
+        """Some of its tokens, with all that belongs to them."""
+        return replace(
+            self,
+            token_ids=self.token_ids[places],
+            logprobs=self.logprobs[places],
+            stop_reason=stop_reason,
+            top_token_ids=self.top_token_ids[places],
+            top_logprobs=self.top_logprobs[places],
+        )
 
 
 class Backend(Protocol):

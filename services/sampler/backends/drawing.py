@@ -45,6 +45,26 @@ def drawn(
     return token_ids_N1[:, 0].tolist(), logprobs_N1[:, 0].tolist()
 
 
+def likeliest(
+    logits_NV: torch.Tensor,  # noqa: N803
+    draw: Draw,
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Of each row the `top_logprobs` likeliest tokens, and their log-probabilities of its kind.
+
+    Where fewer can be drawn the rest is -1, with -inf.
+    """
+    if draw.logprobs_kind == "policy":
+        logprobs_NV = logits_NV.log_softmax(-1)  # noqa: N806
+    elif draw.temperature == 0:
+        biased_NV = _biased(logits_NV, draw)  # noqa: N806
+        logprobs_NV = torch.full_like(biased_NV, -math.inf)  # noqa: N806
+        logprobs_NV.scatter_(1, biased_NV.argmax(-1, keepdim=True), 0.0)
+    else:
+        logprobs_NV = _probs(_biased(logits_NV, draw), draw).log()  # noqa: N806
+    top = logprobs_NV.topk(draw.top_logprobs or 0)
+    return top.indices.masked_fill(top.values == -math.inf, -1).tolist(), top.values.tolist()
+
+
 def _biased(logits_NV: torch.Tensor, draw: Draw) -> torch.Tensor:  # noqa: N803
     """Float64 logits [N, V], so that no bias costs bits of what it is added to."""
     biased_NV = logits_NV.double()  # noqa: N806

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,7 @@ from rollmesh.digest import safetensors_digest
 from rollmesh.errors import DigestMismatch
 from rollmesh.types import PromptLogprobs
 from services.sampler.backends.base import Delta, Model
-from services.sampler.backends.drawing import drawn
+from services.sampler.backends.drawing import drawn, likeliest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -149,6 +149,12 @@ class Engine:
             group.token_ids[index].append(token_id)
             reason = self._stop_reason(group.token_ids[index], group.draw)
             deltas.append(Delta(index, [token_id], [logprob], reason))
+        if group.draw.top_logprobs is not None:
+            top = zip(deltas, *likeliest(group.next_logits_NV, group.draw), strict=True)
+            deltas = [
+                replace(delta, top_token_ids=[ids], top_logprobs=[values])
+                for delta, ids, values in top
+            ]
         going_on = [row for row, delta in enumerate(deltas) if delta.stop_reason is None]
         group.keep(going_on)
         if going_on:

@@ -4,11 +4,12 @@ A completion that another sampler continues goes on with the draws that it would
 neither the batch, nor a preemption, nor the order of requests changes a draw. vLLM's own
 generators, one for each request, can do none of that.
 
-Shapes: N rows of the batch, V tokens in the vocabulary.
+Shapes: N rows of the batch, V tokens in the vocabulary, K log-probabilities of a row.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -158,16 +159,42 @@ class CounterSampler(Sampler):  # type: ignore[misc]  # vLLM is untyped to mypy
         tokens_N: torch.Tensor,  # noqa: N803
         metadata: SamplingMetadata,
     ) -> LogprobsTensors:
-        """Of the drawn tokens alone, each of the kind that its row wants. Ranks nobody asks for."""
+        """Of the drawn tokens and the likeliest, of the kind of each row. Ranks nobody asks for."""
         assert policy_NV is not None  # noqa: S101 - computed where logprobs are wanted
-        tokens_N1 = tokens_N[:, None]  # noqa: N806
-        logprobs_N1 = policy_NV.gather(1, tokens_N1)  # noqa: N806
+        tokens_N1, num_top = tokens_N[:, None], metadata.max_num_logprobs  # noqa: N806
+        ids_NK, logprobs_NK = _with_likeliest(policy_NV, tokens_N1, num_top)  # noqa: N806
         if self.rows is not None and self.rows.sampled.any():
-            sampled_N1 = self.compute_logprobs(logits_NV).gather(1, tokens_N1)  # noqa: N806
-            greedy = metadata.temperature is None or metadata.temperature[:, None] < _GREEDY
-            sampled_N1 = sampled_N1.masked_fill(torch.as_tensor(greedy), 0.0)  # noqa: N806
+            sampled_NV = self.compute_logprobs(logits_NV)  # noqa: N806
+            of_sampled = list(_with_likeliest(sampled_NV, tokens_N1, num_top))
+            if not metadata.all_random:
+                # Of greedy rows: the one token, as the drawn and as the likeliest one.
+                greedy_N1 = torch.as_tensor(  # noqa: N806
+                    metadata.temperature is None or metadata.temperature[:, None] < _GREEDY,
+                    device=logits_NV.device,
+                )
+                alone_K = logprobs_NK.new_full((1 + num_top,), -math.inf)  # noqa: N806
+                alone_K[:2] = 0.0
+                greedy = tokens_N1, alone_K
+                of_sampled = [
+                    torch.where(greedy_N1, own, other)
+                    for own, other in zip(greedy, of_sampled, strict=True)
+                ]
             wants_N1 = torch.from_numpy(self.rows.sampled).to(logits_NV.device)[:, None]  # noqa: N806
-            logprobs_N1 = torch.where(wants_N1, sampled_N1, logprobs_N1)  # noqa: N806
+            ids_NK = torch.where(wants_N1, of_sampled[0], ids_NK)  # noqa: N806
+            logprobs_NK = torch.where(wants_N1, of_sampled[1], logprobs_NK)  # noqa: N806
         return LogprobsTensors(
-            tokens_N1.to(torch.int32), logprobs_N1, torch.zeros_like(tokens_N, dtype=torch.int32)
+            ids_NK.to(torch.int32), logprobs_NK, torch.zeros_like(tokens_N, dtype=torch.int32)
         )
+
+
+def _with_likeliest(
+    logprobs_NV: torch.Tensor,  # noqa: N803
+    tokens_N1: torch.Tensor,  # noqa: N803
+    num_top: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and log-probabilities [N, 1 + num_top]: of the drawn token, then the likeliest."""
+    drawn_N1 = logprobs_NV.gather(1, tokens_N1)  # noqa: N806
+    if not num_top:
+        return tokens_N1, drawn_N1
+    top = logprobs_NV.topk(num_top)
+    return torch.cat([tokens_N1, top.indices], 1), torch.cat([drawn_N1, top.values], 1)

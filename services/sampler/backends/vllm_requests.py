@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +73,8 @@ def params_of(draw: Draw, asked: Asked, *, chunk_tokens: int) -> SamplingParams:
         stop_token_ids=list(draw.stop_token_ids),
         # The end of sequence is how constrained text ends.
         ignore_eos=draw.ignore_eos and constraint is None,
-        # Of the drawn token alone.
-        logprobs=0,
+        # Of the drawn token, and of so many likeliest.
+        logprobs=draw.top_logprobs or 0,
         flat_logprobs=True,
         # Text is made only to look for stop strings, special tokens included.
         detokenize=bool(draw.stop),
@@ -147,11 +148,25 @@ def delta_of(piece: CompletionOutput, index: int, draw: Draw) -> Delta:
         if piece.finish_reason == "error" and constraint is not None:
             raise refused(constraint, "cannot be compiled")
         raise Unavailable(f"the engine broke off: {piece.finish_reason}")
-    return Delta(
+    delta = Delta(
         index=index,
         token_ids=piece.token_ids,
         logprobs=piece.logprobs.logprobs,
         stop_reason=_STOP_REASONS.get(piece.finish_reason),
+    )
+    return delta if draw.top_logprobs is None else _with_top(delta, piece, draw.top_logprobs)
+
+
+def _with_top(delta: Delta, piece: CompletionOutput, num_top: int) -> Delta:
+    """`delta` out of vLLM's flat rows: each token's own log-probability, then the top ones."""
+    logprobs = np.reshape(piece.logprobs.logprobs, (-1, 1 + num_top))
+    token_ids = np.reshape(piece.logprobs.token_ids, (-1, 1 + num_top)).astype(int)
+    token_ids[np.isneginf(logprobs)] = -1
+    return replace(
+        delta,
+        logprobs=logprobs[:, 0].tolist(),
+        top_token_ids=token_ids[:, 1:].tolist(),
+        top_logprobs=logprobs[:, 1:].tolist(),
     )
 
 
@@ -179,7 +194,7 @@ class StopStrings:
         if self._text.update(list(delta.token_ids), stop_terminated=False) is None:
             return delta
         kept = self._text.num_output_tokens() - before
-        return Delta(delta.index, delta.token_ids[:kept], delta.logprobs[:kept], "stop")
+        return delta.part(slice(kept), "stop")
 
 
 def withheld(delta: Delta, had: Sequence[int], num_seen: int) -> Delta:
@@ -194,9 +209,7 @@ def withheld(delta: Delta, had: Sequence[int], num_seen: int) -> Delta:
             f"completion {delta.index} cannot be continued: drawn again under its constraint, it "
             "is another one"
         )
-    return Delta(
-        delta.index, delta.token_ids[len(known) :], delta.logprobs[len(known) :], delta.stop_reason
-    )
+    return delta.part(slice(len(known), None), delta.stop_reason)
 
 
 def prompt_params(asked: Asked, num_top: int) -> SamplingParams:

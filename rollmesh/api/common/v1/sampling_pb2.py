@@ -26,7 +26,7 @@ from rollmesh.api.common.v1 import policy_pb2 as rollmesh_dot_api_dot_common_dot
 from rollmesh.api.common.v1 import tensor_pb2 as rollmesh_dot_api_dot_common_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%rollmesh/api/common/v1/sampling.proto\x12\x16rollmesh.api.common.v1\x1a#rollmesh/api/common/v1/policy.proto\x1a#rollmesh/api/common/v1/tensor.proto\"\xb4\x04\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\x05\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x12\n\x05min_p\x18\t \x01(\x01H\x06\x88\x01\x01\x12I\n\nlogit_bias\x18\n \x03(\x0b\x32\x35.rollmesh.api.common.v1.SamplingParams.LogitBiasEntry\x12\x15\n\x0bjson_schema\x18\x0b \x01(\tH\x00\x12\x0f\n\x05regex\x18\x0c \x01(\tH\x00\x12;\n\rlogprobs_kind\x18\r \x01(\x0e\x32$.rollmesh.api.common.v1.LogprobsKind\x12\x1c\n\x0fprompt_logprobs\x18\x0e \x01(\x05H\x07\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0c\n\nconstraintB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\x08\n\x06_min_pB\x12\n\x10_prompt_logprobs\"\xaf\x01\n\x0ePromptLogprobs\x12\x30\n\x08logprobs\x18\x01 \x01(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\x12\x35\n\rtop_token_ids\x18\x02 \x01(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\x12\x34\n\x0ctop_logprobs\x18\x03 \x01(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\"0\n\x0c\x43ontinuation\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\"\x92\x02\n\x0f\x43ompletionChunk\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x30\n\x08logprobs\x18\x03 \x01(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\x12\x31\n\x05spans\x18\x04 \x03(\x0b\x32\".rollmesh.api.common.v1.PolicySpan\x12\x37\n\x0bstop_reason\x18\x05 \x01(\x0e\x32\".rollmesh.api.common.v1.StopReason\x12?\n\x0fprompt_logprobs\x18\x06 \x01(\x0b\x32&.rollmesh.api.common.v1.PromptLogprobs*b\n\x0cLogprobsKind\x12\x1d\n\x19LOGPROBS_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14LOGPROBS_KIND_POLICY\x10\x01\x12\x19\n\x15LOGPROBS_KIND_SAMPLED\x10\x02*W\n\nStopReason\x12\x1b\n\x17STOP_REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10STOP_REASON_STOP\x10\x01\x12\x16\n\x12STOP_REASON_LENGTH\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%rollmesh/api/common/v1/sampling.proto\x12\x16rollmesh.api.common.v1\x1a#rollmesh/api/common/v1/policy.proto\x1a#rollmesh/api/common/v1/tensor.proto\"\xe0\x04\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\x05\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x12\n\x05min_p\x18\t \x01(\x01H\x06\x88\x01\x01\x12I\n\nlogit_bias\x18\n \x03(\x0b\x32\x35.rollmesh.api.common.v1.SamplingParams.LogitBiasEntry\x12\x15\n\x0bjson_schema\x18\x0b \x01(\tH\x00\x12\x0f\n\x05regex\x18\x0c \x01(\tH\x00\x12;\n\rlogprobs_kind\x18\r \x01(\x0e\x32$.rollmesh.api.common.v1.LogprobsKind\x12\x1c\n\x0fprompt_logprobs\x18\x0e \x01(\x05H\x07\x88\x01\x01\x12\x19\n\x0ctop_logprobs\x18\x0f \x01(\x05H\x08\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0c\n\nconstraintB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\x08\n\x06_min_pB\x12\n\x10_prompt_logprobsB\x0f\n\r_top_logprobs\"\xaf\x01\n\x0ePromptLogprobs\x12\x30\n\x08logprobs\x18\x01 \x01(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\x12\x35\n\rtop_token_ids\x18\x02 \x01(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\x12\x34\n\x0ctop_logprobs\x18\x03 \x01(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\"0\n\x0c\x43ontinuation\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\"\xff\x02\n\x0f\x43ompletionChunk\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x30\n\x08logprobs\x18\x03 \x01(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\x12\x31\n\x05spans\x18\x04 \x03(\x0b\x32\".rollmesh.api.common.v1.PolicySpan\x12\x37\n\x0bstop_reason\x18\x05 \x01(\x0e\x32\".rollmesh.api.common.v1.StopReason\x12?\n\x0fprompt_logprobs\x18\x06 \x01(\x0b\x32&.rollmesh.api.common.v1.PromptLogprobs\x12\x35\n\rtop_token_ids\x18\x07 \x01(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor\x12\x34\n\x0ctop_logprobs\x18\x08 \x01(\x0b\x32\x1e.rollmesh.api.common.v1.Tensor*b\n\x0cLogprobsKind\x12\x1d\n\x19LOGPROBS_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14LOGPROBS_KIND_POLICY\x10\x01\x12\x19\n\x15LOGPROBS_KIND_SAMPLED\x10\x02*W\n\nStopReason\x12\x1b\n\x17STOP_REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10STOP_REASON_STOP\x10\x01\x12\x16\n\x12STOP_REASON_LENGTH\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,18 +35,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_LOGPROBSKIND']._serialized_start=1211
-  _globals['_LOGPROBSKIND']._serialized_end=1309
-  _globals['_STOPREASON']._serialized_start=1311
-  _globals['_STOPREASON']._serialized_end=1398
+  _globals['_LOGPROBSKIND']._serialized_start=1364
+  _globals['_LOGPROBSKIND']._serialized_end=1462
+  _globals['_STOPREASON']._serialized_start=1464
+  _globals['_STOPREASON']._serialized_end=1551
   _globals['_SAMPLINGPARAMS']._serialized_start=140
-  _globals['_SAMPLINGPARAMS']._serialized_end=704
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=552
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=600
-  _globals['_PROMPTLOGPROBS']._serialized_start=707
-  _globals['_PROMPTLOGPROBS']._serialized_end=882
-  _globals['_CONTINUATION']._serialized_start=884
-  _globals['_CONTINUATION']._serialized_end=932
-  _globals['_COMPLETIONCHUNK']._serialized_start=935
-  _globals['_COMPLETIONCHUNK']._serialized_end=1209
+  _globals['_SAMPLINGPARAMS']._serialized_end=748
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=579
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=627
+  _globals['_PROMPTLOGPROBS']._serialized_start=751
+  _globals['_PROMPTLOGPROBS']._serialized_end=926
+  _globals['_CONTINUATION']._serialized_start=928
+  _globals['_CONTINUATION']._serialized_end=976
+  _globals['_COMPLETIONCHUNK']._serialized_start=979
+  _globals['_COMPLETIONCHUNK']._serialized_end=1362
 # @@protoc_insertion_point(module_scope)

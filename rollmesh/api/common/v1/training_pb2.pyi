@@ -41,6 +41,12 @@ class _LossEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Loss.ValueType],
     its positions of weight ≠ 0; the gradient at each position is that of s·exp(p − stop(p)).
     arXiv 2507.18071.
     """
+    LOSS_STABLE_REINFORCE: _Loss.ValueType  # 7
+    """−Σ w·g·min(r, C)·p·A + κ·Σ w·g·(min(r, C) − 1 − log min(r, C)), no gradient through the ratio of the
+    first sum; C is `max_importance_ratio`, κ `sampler_kl_coefficient`. g is 0 for every position of a
+    sampled sequence whose geometric mean ratio, exp of the mean of p − q over its positions of weight ≠ 0,
+    is outside 1/G to G, with G `max_sequence_ratio`, else 1. Our own.
+    """
 
 class Loss(_Loss, metaclass=_LossEnumTypeWrapper):
     """What a ForwardBackward minimises. p is the log-probability that the adapter gives a target,
@@ -66,6 +72,12 @@ LOSS_GSPO: Loss.ValueType  # 6
 its positions of weight ≠ 0; the gradient at each position is that of s·exp(p − stop(p)).
 arXiv 2507.18071.
 """
+LOSS_STABLE_REINFORCE: Loss.ValueType  # 7
+"""−Σ w·g·min(r, C)·p·A + κ·Σ w·g·(min(r, C) − 1 − log min(r, C)), no gradient through the ratio of the
+first sum; C is `max_importance_ratio`, κ `sampler_kl_coefficient`. g is 0 for every position of a
+sampled sequence whose geometric mean ratio, exp of the mean of p − q over its positions of weight ≠ 0,
+is outside 1/G to G, with G `max_sequence_ratio`, else 1. Our own.
+"""
 Global___Loss: _TypeAlias = Loss  # noqa: Y015
 
 @_typing.final
@@ -81,6 +93,7 @@ class Datum(_message.Message):
     WEIGHTS_FIELD_NUMBER: _builtins.int
     SAMPLING_LOGPROBS_FIELD_NUMBER: _builtins.int
     ADVANTAGES_FIELD_NUMBER: _builtins.int
+    SEQUENCE_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def token_ids(self) -> _tensor_pb2.Tensor:
         """int32 [T]: the tokens read. T is at least 1, and at most both the model's context
@@ -110,6 +123,12 @@ class Datum(_message.Message):
         refuses it.
         """
 
+    @_builtins.property
+    def sequence_ids(self) -> _tensor_pb2.Tensor:
+        """int32 [T], ≥ −1, only with stable_reinforce: which sampled sequence each position is of. Positions
+        with the same id are one; −1: of none, which counts as weight 0. Absent: the datum is one.
+        """
+
     def __init__(
         self,
         *,
@@ -118,10 +137,11 @@ class Datum(_message.Message):
         weights: _tensor_pb2.Tensor | None = ...,
         sampling_logprobs: _tensor_pb2.Tensor | None = ...,
         advantages: _tensor_pb2.Tensor | None = ...,
+        sequence_ids: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["advantages", b"advantages", "sampling_logprobs", b"sampling_logprobs", "target_token_ids", b"target_token_ids", "token_ids", b"token_ids", "weights", b"weights"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["advantages", b"advantages", "sampling_logprobs", b"sampling_logprobs", "sequence_ids", b"sequence_ids", "target_token_ids", b"target_token_ids", "token_ids", b"token_ids", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["advantages", b"advantages", "sampling_logprobs", b"sampling_logprobs", "target_token_ids", b"target_token_ids", "token_ids", b"token_ids", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advantages", b"advantages", "sampling_logprobs", b"sampling_logprobs", "sequence_ids", b"sequence_ids", "target_token_ids", b"target_token_ids", "token_ids", b"token_ids", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -141,6 +161,8 @@ class LossConfig(_message.Message):
     MAX_IMPORTANCE_RATIO_FIELD_NUMBER: _builtins.int
     ENTROPY_FIELD_NUMBER: _builtins.int
     TEMPERATURE_FIELD_NUMBER: _builtins.int
+    MAX_SEQUENCE_RATIO_FIELD_NUMBER: _builtins.int
+    SAMPLER_KL_COEFFICIENT_FIELD_NUMBER: _builtins.int
     loss: Global___Loss.ValueType
     """Which loss."""
     kl_coefficient: _builtins.float
@@ -164,7 +186,8 @@ class LossConfig(_message.Message):
     In importance_sampling, ppo and gspo the ratio becomes min(r, C), its gradient min(r, C)·∇p;
     cross_entropy becomes −Σ w·min(r, C)·p, no gradient through the ratio, and needs
     sampling_logprobs. Finite, > 0, and ≥ clip_high_threshold where there is one. cispo, whose
-    clip_high_threshold does the same, and dro, which has no ratio, refuse it. Absent: none.
+    clip_high_threshold does the same, and dro, which has no ratio, refuse it. In stable_reinforce it is
+    C, and ≥ 1. Absent: 2 for stable_reinforce, else none.
     """
     entropy: _builtins.bool
     """Whether to report the metric `entropy`, which costs a pass over the logits. Every loss takes it."""
@@ -173,6 +196,12 @@ class LossConfig(_message.Message):
     the completions were drawn at, where sampling_logprobs are of kind sampled. Every loss takes it.
     Absent: 1, the policy itself.
     """
+    max_sequence_ratio: _builtins.float
+    """G of stable_reinforce: a sampled sequence with a geometric mean ratio above it, or below 1 / G, is
+    left out. Finite, > 1. Absent: 1.5.
+    """
+    sampler_kl_coefficient: _builtins.float
+    """κ of stable_reinforce: of a penalty towards the policy that sampled. Finite, ≥ 0. Absent: 0."""
     def __init__(
         self,
         *,
@@ -184,10 +213,12 @@ class LossConfig(_message.Message):
         max_importance_ratio: _builtins.float | None = ...,
         entropy: _builtins.bool = ...,
         temperature: _builtins.float | None = ...,
+        max_sequence_ratio: _builtins.float | None = ...,
+        sampler_kl_coefficient: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_beta", b"_beta", "_clip_high_threshold", b"_clip_high_threshold", "_clip_low_threshold", b"_clip_low_threshold", "_kl_coefficient", b"_kl_coefficient", "_max_importance_ratio", b"_max_importance_ratio", "_temperature", b"_temperature", "beta", b"beta", "clip_high_threshold", b"clip_high_threshold", "clip_low_threshold", b"clip_low_threshold", "kl_coefficient", b"kl_coefficient", "max_importance_ratio", b"max_importance_ratio", "temperature", b"temperature"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_beta", b"_beta", "_clip_high_threshold", b"_clip_high_threshold", "_clip_low_threshold", b"_clip_low_threshold", "_kl_coefficient", b"_kl_coefficient", "_max_importance_ratio", b"_max_importance_ratio", "_max_sequence_ratio", b"_max_sequence_ratio", "_sampler_kl_coefficient", b"_sampler_kl_coefficient", "_temperature", b"_temperature", "beta", b"beta", "clip_high_threshold", b"clip_high_threshold", "clip_low_threshold", b"clip_low_threshold", "kl_coefficient", b"kl_coefficient", "max_importance_ratio", b"max_importance_ratio", "max_sequence_ratio", b"max_sequence_ratio", "sampler_kl_coefficient", b"sampler_kl_coefficient", "temperature", b"temperature"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta", b"_beta", "_clip_high_threshold", b"_clip_high_threshold", "_clip_low_threshold", b"_clip_low_threshold", "_kl_coefficient", b"_kl_coefficient", "_max_importance_ratio", b"_max_importance_ratio", "_temperature", b"_temperature", "beta", b"beta", "clip_high_threshold", b"clip_high_threshold", "clip_low_threshold", b"clip_low_threshold", "entropy", b"entropy", "kl_coefficient", b"kl_coefficient", "loss", b"loss", "max_importance_ratio", b"max_importance_ratio", "temperature", b"temperature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta", b"_beta", "_clip_high_threshold", b"_clip_high_threshold", "_clip_low_threshold", b"_clip_low_threshold", "_kl_coefficient", b"_kl_coefficient", "_max_importance_ratio", b"_max_importance_ratio", "_max_sequence_ratio", b"_max_sequence_ratio", "_sampler_kl_coefficient", b"_sampler_kl_coefficient", "_temperature", b"_temperature", "beta", b"beta", "clip_high_threshold", b"clip_high_threshold", "clip_low_threshold", b"clip_low_threshold", "entropy", b"entropy", "kl_coefficient", b"kl_coefficient", "loss", b"loss", "max_importance_ratio", b"max_importance_ratio", "max_sequence_ratio", b"max_sequence_ratio", "sampler_kl_coefficient", b"sampler_kl_coefficient", "temperature", b"temperature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__beta: _TypeAlias = _typing.Literal["beta"]  # noqa: Y015
     _WhichOneofArgType__beta: _TypeAlias = _typing.Literal["_beta", b"_beta"]  # noqa: Y015
@@ -199,6 +230,10 @@ class LossConfig(_message.Message):
     _WhichOneofArgType__kl_coefficient: _TypeAlias = _typing.Literal["_kl_coefficient", b"_kl_coefficient"]  # noqa: Y015
     _WhichOneofReturnType__max_importance_ratio: _TypeAlias = _typing.Literal["max_importance_ratio"]  # noqa: Y015
     _WhichOneofArgType__max_importance_ratio: _TypeAlias = _typing.Literal["_max_importance_ratio", b"_max_importance_ratio"]  # noqa: Y015
+    _WhichOneofReturnType__max_sequence_ratio: _TypeAlias = _typing.Literal["max_sequence_ratio"]  # noqa: Y015
+    _WhichOneofArgType__max_sequence_ratio: _TypeAlias = _typing.Literal["_max_sequence_ratio", b"_max_sequence_ratio"]  # noqa: Y015
+    _WhichOneofReturnType__sampler_kl_coefficient: _TypeAlias = _typing.Literal["sampler_kl_coefficient"]  # noqa: Y015
+    _WhichOneofArgType__sampler_kl_coefficient: _TypeAlias = _typing.Literal["_sampler_kl_coefficient", b"_sampler_kl_coefficient"]  # noqa: Y015
     _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
     _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
     @_typing.overload
@@ -211,6 +246,10 @@ class LossConfig(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kl_coefficient) -> _WhichOneofReturnType__kl_coefficient | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_importance_ratio) -> _WhichOneofReturnType__max_importance_ratio | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_sequence_ratio) -> _WhichOneofReturnType__max_sequence_ratio | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sampler_kl_coefficient) -> _WhichOneofReturnType__sampler_kl_coefficient | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
 

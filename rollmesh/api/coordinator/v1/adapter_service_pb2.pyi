@@ -311,16 +311,22 @@ class PublishAdapterRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    WITH_PENDING_GRADIENTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name `projects/{p}/adapters/{a}`."""
+    with_pending_gradients: _builtins.bool
+    """Whether to publish though gradients are pending. They stay so, for the next OptimStep, and are no
+    part of the version, which is what the newest op that changed the weights has made of them.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        with_pending_gradients: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "with_pending_gradients", b"with_pending_gradients"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -123,8 +123,8 @@ class AdapterServiceServicer:
         keeps it: the newest `kept_versions` of the trainer's configuration. An older one can be sampled
         while a sampler holds it, and is NOT_FOUND after that. Answers the same version again when nothing
         was trained since. NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: gradients are
-        pending, or the adapter
-        cannot be recovered. UNAVAILABLE: its trainer is away; try again.
+        pending and with_pending_gradients is false, or the adapter cannot be recovered. UNAVAILABLE: its
+        trainer is away; try again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

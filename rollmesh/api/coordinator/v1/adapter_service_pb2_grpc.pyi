@@ -60,8 +60,8 @@ class AdapterServiceStub:
     keeps it: the newest `kept_versions` of the trainer's configuration. An older one can be sampled
     while a sampler holds it, and is NOT_FOUND after that. Answers the same version again when nothing
     was trained since. NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: gradients are
-    pending, or the adapter
-    cannot be recovered. UNAVAILABLE: its trainer is away; try again.
+    pending and with_pending_gradients is false, or the adapter cannot be recovered. UNAVAILABLE: its
+    trainer is away; try again.
     """
     ExportAdapter: _grpc.UnaryStreamMultiCallable[_adapter_service_pb2.ExportAdapterRequest, _adapter_service_pb2.ExportAdapterResponse]
     """Streams a published version as a PEFT folder: header, chunks, trailer. NOT_FOUND: no such
@@ -100,8 +100,8 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     keeps it: the newest `kept_versions` of the trainer's configuration. An older one can be sampled
     while a sampler holds it, and is NOT_FOUND after that. Answers the same version again when nothing
     was trained since. NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: gradients are
-    pending, or the adapter
-    cannot be recovered. UNAVAILABLE: its trainer is away; try again.
+    pending and with_pending_gradients is false, or the adapter cannot be recovered. UNAVAILABLE: its
+    trainer is away; try again.
     """
     ExportAdapter: _aio.UnaryStreamMultiCallable[_adapter_service_pb2.ExportAdapterRequest, _adapter_service_pb2.ExportAdapterResponse]  # type: ignore[assignment]
     """Streams a published version as a PEFT folder: header, chunks, trailer. NOT_FOUND: no such
@@ -173,8 +173,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         keeps it: the newest `kept_versions` of the trainer's configuration. An older one can be sampled
         while a sampler holds it, and is NOT_FOUND after that. Answers the same version again when nothing
         was trained since. NOT_FOUND: there is no such adapter. FAILED_PRECONDITION: gradients are
-        pending, or the adapter
-        cannot be recovered. UNAVAILABLE: its trainer is away; try again.
+        pending and with_pending_gradients is false, or the adapter cannot be recovered. UNAVAILABLE: its
+        trainer is away; try again.
         """
 
     @_abc_1.abstractmethod

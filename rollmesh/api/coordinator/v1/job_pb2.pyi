@@ -656,7 +656,8 @@ class AlgorithmSpec(_message.Message):
     weight_decay: _builtins.float
     """AdamW's decoupled weight decay, ≥ 0. Absent: 0."""
     loss: _builtins.str
-    """The loss: "importance_sampling", "ppo", "cispo" or "gspo", as LossConfig has them. Empty:
+    """The loss: "importance_sampling", "ppo", "cispo", "gspo" or "stable_reinforce", as LossConfig has
+    them, each rollout being one sampled sequence. Empty:
     "importance_sampling".
     """
     clip_low_threshold: _builtins.float

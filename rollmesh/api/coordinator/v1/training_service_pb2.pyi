@@ -96,9 +96,10 @@ class ForwardBackwardResponse(_message.Message):
         `num_tokens` (positions of weight ≠ 0). With sampling_logprobs, r being exp(p − q) of a position:
         `kl_sampler` (mean of the k3 estimate between the sampling policy and this one), `ratio_mean`,
         `ratio_max`, `ess` (effective sample size, (Σr)² / (n·Σr²), in (0, 1]). ppo, cispo, gspo:
-        `clip_fraction` (share of positions where clipping acted). With max_importance_ratio:
-        `truncated_fraction` (share of positions above it). With kl_coefficient: `kl_base` (mean of the
-        k3 estimate). With entropy: `entropy` (mean, nats).
+        `clip_fraction` (share of positions where clipping acted). With max_importance_ratio, and of
+        stable_reinforce: `truncated_fraction` (share of positions above it). stable_reinforce:
+        `guarded_fraction` (share of sampled sequences left out, whose positions count in all means). With
+        kl_coefficient: `kl_base` (mean of the k3 estimate). With entropy: `entropy` (mean, nats).
         """
 
     def __init__(

@@ -826,19 +826,23 @@ class PublishAdapterRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    WITH_PENDING_GRADIENTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name `projects/{p}/adapters/{a}`."""
     epoch: _builtins.int
     """The fencing token, ≥ 1."""
+    with_pending_gradients: _builtins.bool
+    """Whether to publish though gradients are pending, which stay so and are no part of the version."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         epoch: _builtins.int = ...,
+        with_pending_gradients: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "name", b"name", "with_pending_gradients", b"with_pending_gradients"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

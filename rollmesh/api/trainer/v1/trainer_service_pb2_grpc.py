@@ -206,7 +206,7 @@ class TrainerServiceServicer:
 
     def PublishAdapter(self, request, context):
         """Makes the current weights an exportable version; repeating it for the same version is free.
-        FAILED_PRECONDITION: gradients are pending.
+        FAILED_PRECONDITION: gradients are pending, and with_pending_gradients is false.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -87,7 +87,7 @@ class TrainerServiceStub:
     """
     PublishAdapter: _grpc.UnaryUnaryMultiCallable[_trainer_service_pb2.PublishAdapterRequest, _trainer_service_pb2.PublishAdapterResponse]
     """Makes the current weights an exportable version; repeating it for the same version is free.
-    FAILED_PRECONDITION: gradients are pending.
+    FAILED_PRECONDITION: gradients are pending, and with_pending_gradients is false.
     """
     ExportAdapter: _grpc.UnaryStreamMultiCallable[_trainer_service_pb2.ExportAdapterRequest, _trainer_service_pb2.ExportAdapterResponse]
     """Streams a published version: header, chunks, trailer. NOT_FOUND: not published, or no longer
@@ -153,7 +153,7 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     """
     PublishAdapter: _aio.UnaryUnaryMultiCallable[_trainer_service_pb2.PublishAdapterRequest, _trainer_service_pb2.PublishAdapterResponse]  # type: ignore[assignment]
     """Makes the current weights an exportable version; repeating it for the same version is free.
-    FAILED_PRECONDITION: gradients are pending.
+    FAILED_PRECONDITION: gradients are pending, and with_pending_gradients is false.
     """
     ExportAdapter: _aio.UnaryStreamMultiCallable[_trainer_service_pb2.ExportAdapterRequest, _trainer_service_pb2.ExportAdapterResponse]  # type: ignore[assignment]
     """Streams a published version: header, chunks, trailer. NOT_FOUND: not published, or no longer
@@ -282,7 +282,7 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_service_pb2.PublishAdapterResponse, _abc.Awaitable[_trainer_service_pb2.PublishAdapterResponse]]:
         """Makes the current weights an exportable version; repeating it for the same version is free.
-        FAILED_PRECONDITION: gradients are pending.
+        FAILED_PRECONDITION: gradients are pending, and with_pending_gradients is false.
         """
 
     @_abc_1.abstractmethod
