@@ -33,7 +33,7 @@ def main() -> None:
             arguments.base_model, rank=RANK, seed=arguments.seed
         ).result()
         tokenizer = training.get_tokenizer()
-        rng = random.Random(arguments.seed)  # noqa: S311 - guards nothing
+        rng = random.Random(arguments.seed)
         rewards = []
         for step in range(1, arguments.steps + 1):
             # 1. The weights as they are now, to draw from.

@@ -30,7 +30,7 @@ def main() -> None:
             arguments.base_model, rank=RANK, seed=arguments.seed
         ).result()
         tokenizer = training.get_tokenizer()
-        rng = random.Random(arguments.seed)  # noqa: S311 - guards nothing
+        rng = random.Random(arguments.seed)
 
         def prompt_of(question: str) -> list[int]:
             messages = [{"role": "user", "content": question}]
