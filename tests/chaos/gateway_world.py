@@ -86,13 +86,20 @@ class Turns:
 
     Attributes:
         answered: how often each gateway answered, by address.
-        polled: by request id, which gateways have been asked for its result.
+        taken: by request id, which gateway took the request.
+        polled: by request id, which gateways were asked for its result.
     """
 
     def __init__(self, addresses: list[str]) -> None:
         self._next = itertools.cycle(addresses)
         self.answered: collections.Counter[str] = collections.Counter()
+        self.taken: dict[str, str] = {}
         self.polled: dict[str, list[str]] = collections.defaultdict(list)
+
+    async def until_answered(self, gateway: str) -> None:
+        """Return once `gateway` has answered something."""
+        while not self.answered[gateway]:
+            await asyncio.sleep(0.05)
 
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[str]:
@@ -102,7 +109,8 @@ class Turns:
             async def forward(request: Request) -> Response:
                 gateway, body = next(self._next), await request.body()
                 url = f"http://{gateway}{request.url.path}"
-                if request.url.path.endswith("/retrieve_future"):
+                polls = request.url.path.endswith("/retrieve_future")
+                if polls:
                     self.polled[json.loads(body)["request_id"]].append(gateway)
                 try:
                     given = await client.request(
@@ -115,6 +123,8 @@ class Turns:
                 except httpx.TransportError as error:
                     return JSONResponse({"detail": str(error)}, status_code=503)
                 self.answered[gateway] += 1
+                if not polls and given.is_success and b'"request_id"' in given.content:
+                    self.taken.setdefault(given.json()["request_id"], gateway)
                 told = {k: v for k, v in given.headers.items() if k not in _OF_THE_CONNECTION}
                 return Response(given.content, given.status_code, told)
 
