@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from typing import Any
 
 import tinker
 from tinker import types
@@ -68,9 +69,9 @@ def main() -> None:
                     if reward == mean:  # the whole group has it, and there is nothing to learn
                         continue
                     before = len(prompt_ids) - 1  # positions that predict the prompt itself
-                    inputs = {
+                    inputs: dict[str, Any] = {
                         "target_tokens": [0] * before + each.tokens,
-                        "logprobs": [0.0] * before + each.logprobs,
+                        "logprobs": [0.0] * before + (each.logprobs or []),
                         "advantages": [0.0] * before + [reward - mean] * len(each.tokens),
                     }
                     model_input = types.ModelInput.from_ints(prompt_ids + each.tokens[:-1])

@@ -37,7 +37,8 @@ def main() -> None:
             text = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
-            return tokenizer.encode(text, add_special_tokens=False)
+            tokens: list[int] = tokenizer.encode(text, add_special_tokens=False)
+            return tokens
 
         losses = []
         for step in range(1, arguments.steps + 1):
