@@ -21,11 +21,11 @@ async def serve(config: CoordinatorConfig) -> None:
     from rollmesh.client import EnvironmentClient, RewardClient, SamplerClient, TrainerClient
     from rollmesh.rpc.channel import channel
     from rollmesh.telemetry import telemetry
+    from rollmesh.tokenizer import ModelTokenizer, load_tokenizer
     from services.coordinator.assembly import coordinator
     from services.coordinator.play import playing
     from services.coordinator.standby import stand_by
     from services.coordinator.store import open_store
-    from services.coordinator.tokenizer import ModelTokenizer, load_tokenizer
 
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(telemetry("coordinator", config.telemetry))

@@ -6,10 +6,10 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from rollmesh.chat import Message
+from rollmesh.chat_template import template_messages, template_tools
 from rollmesh.errors import InvalidRequest, NotFound
 from rollmesh.names import parse_adapter
 from rollmesh.types import PolicyRef, ScoreItem
-from services.coordinator.chats import template_messages, template_tools
 from services.coordinator.judge import policy_of
 from services.coordinator.prompts import check_completions, fill
 from services.coordinator.supervised import check_lengths

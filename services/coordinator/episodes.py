@@ -13,8 +13,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rollmesh import telemetry
+from rollmesh.chat_template import answer_of, template_messages, template_tools
 from rollmesh.errors import EnvironmentFailed, EnvironmentUnavailable, InvalidRequest
-from services.coordinator.chats import answer_of, template_messages, template_tools
 from services.coordinator.groups import Group, Rollout, Turn, oldest_version
 from services.coordinator.rollouts import derived_seed
 from services.coordinator.tolerance import RolloutLost

@@ -6,9 +6,9 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from rollmesh import types
+from rollmesh.chat_template import template_messages
 from rollmesh.errors import InvalidRequest, NotFound
 from rollmesh.names import parse_adapter, parse_job
-from services.coordinator.chats import template_messages
 from services.coordinator.rollouts import derived_seed
 
 if TYPE_CHECKING:

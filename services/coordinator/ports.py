@@ -345,7 +345,7 @@ class Sampling(Protocol):
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back, for one base model: `services/coordinator/tokenizer.py`."""
+    """Text to token ids and back, for one base model: `rollmesh.tokenizer.ModelTokenizer`."""
 
     def render(
         self,

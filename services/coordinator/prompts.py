@@ -6,8 +6,8 @@ import string
 from typing import TYPE_CHECKING
 
 from rollmesh.chat import Message
+from rollmesh.chat_template import template_messages
 from rollmesh.errors import InvalidRequest
-from services.coordinator.chats import template_messages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -8,8 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from rollmesh import chat, types
+from rollmesh.chat_template import answer_of
 from rollmesh.errors import EnvironmentFailed, EnvironmentTimeout, InternalError
-from services.coordinator.chats import answer_of
 from services.coordinator.prompts import fill, task_messages
 
 if TYPE_CHECKING:

@@ -26,6 +26,7 @@ async def serve(config: GatewayConfig) -> None:
     from rollmesh.telemetry import log_fields, telemetry
     from services.gateway.app import app
     from services.gateway.gateway import gateway
+    from services.gateway.openai.mounted import openai_routes
     from services.gateway.ports import Mesh
     from services.gateway.server import many_sockets, serving
 
@@ -42,7 +43,8 @@ async def serve(config: GatewayConfig) -> None:
                 leases=client.sampling,
                 fleet=client.fleet,
             )
-            application = app(gateway(config, mesh, ending))
+            cores = gateway(config, mesh, ending)
+            application = app(cores, openai_routes(config, cores, client))
             async with serving(application, config.listen, drain_s=config.drain_s) as port:
                 with log_fields(port=port):
                     log.info("serving")

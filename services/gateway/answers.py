@@ -112,15 +112,12 @@ def _fields(ticket: TrainTicket, future: pb.Future) -> dict[str, Any]:
     raise NotFound(f"there is no request {ticket.future_id}", resource=ticket.future_id)
 
 
-def _trained(
-    ticket: TrainTicket,
-    result: Any,
-) -> Answer:
+def _trained(ticket: TrainTicket, result: Any) -> Answer:
     """Of a ForwardBackwardResponse or ForwardResponse."""
     metrics = dict(result.metrics)
     if ticket.note.get("substitute"):
         metrics[SUBSTITUTE] = 1.0
-    runs = _runs(ticket.note.get("runs"), len(result.logprobs))
+    runs = ticket.note.get("runs")
     return Answer(message=forward_backward_output(result.logprobs, metrics, runs))
 
 
@@ -128,17 +125,3 @@ def _failed(failure: pb.Failure) -> Answer:
     status = BY_REASON.get(failure.reason, MeshError).status
     user = status in _USER or failure.reason in {"CANCELLED", "QUOTA_EXCEEDED"}
     return Answer({"error": failure.message, "category": "user" if user else "server"})
-
-
-def _runs(note: object, num_logprobs: int) -> list[list[int]]:
-    """The note's, if it fits; else as if all data had been vectors."""
-    if isinstance(note, list) and all(
-        isinstance(run, list)
-        and len(run) == 2
-        and all(type(each) is int and 0 <= each <= num_logprobs for each in run)
-        for run in note
-    ):
-        runs: list[list[int]] = note
-        if sum(count * max(width, 1) for count, width in runs) == num_logprobs:
-            return runs
-    return []

@@ -19,7 +19,7 @@ from services.gateway.web.answering import failure, problem, respond
 from services.gateway.web.endpoints import ENDPOINTS, Call
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
 
     from starlette.requests import Request
     from starlette.responses import Response
@@ -33,13 +33,13 @@ PREFIX = "/api/v1/"
 log = logging.getLogger(__name__)
 
 
-def app(gateway: Gateway) -> Starlette:
-    """Its endpoints over HTTP."""
+def app(gateway: Gateway, others: Iterable[Route] = ()) -> Starlette:
+    """Its endpoints over HTTP, and `others`."""
     routes = [
         Route(PREFIX + path, partial(_answer, gateway, path, endpoint), methods=[method])
         for (method, path), endpoint in ENDPOINTS.items()
     ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: _no_such_path})
+    return Starlette(routes=[*routes, *others], exception_handlers={HTTPException: _no_such_path})
 
 
 async def _answer(

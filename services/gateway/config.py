@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, Pos
 
 from rollmesh.config import Address, Config, check_peer_address
 from rollmesh.telemetry import TelemetryConfig
+from services.gateway.openai.config import OpenAiConfig
 
 
 def _check_coordinators(addresses: str) -> str:
@@ -17,13 +18,13 @@ def _check_coordinators(addresses: str) -> str:
 
 
 class ServedModel(Config):
-    """What the SDK is told of a base model besides its name."""
+    """A base model whose tokenizer does not lie where its name says."""
 
     name: str = Field(min_length=1)
     """As trainers and samplers say it."""
     tokenizer: str = ""
-    """Folder or hub id that the SDK loads the tokenizer from, on its own machine. Empty: the
-    name."""
+    """Folder or hub id that the SDK, on its own machine, and the endpoints below /v1 load the
+    tokenizer from. Empty: the name."""
     max_context_length: PositiveInt | None = None
     """Tokens of a prompt and what is drawn after it, as get_server_capabilities tells it."""
 
@@ -51,7 +52,10 @@ class ClientConfig(Config):
 
 
 class GatewayConfig(Config):
-    """The gateway: serves the Tinker SDK. It keeps nothing: any number of them may run."""
+    """The gateway: serves the Tinker SDK, and OpenAI's wire for sampling.
+
+    It keeps nothing: any number of them may run.
+    """
 
     listen: Address = "127.0.0.1:7450"
     """Address to serve HTTP at, host:port. Port 0: a free one."""
@@ -89,6 +93,8 @@ class GatewayConfig(Config):
     """How long URLs of downloads last."""
     client: ClientConfig = ClientConfig()
     """What the SDK does."""
+    openai: OpenAiConfig = OpenAiConfig()
+    """The endpoints below /v1."""
     drain_s: NonNegativeFloat = 10.0
     """Seconds that requests under way get to finish when the gateway is told to end."""
     telemetry: TelemetryConfig = TelemetryConfig()

@@ -18,6 +18,7 @@ from services.gateway.downloads import Downloads
 from services.gateway.futures import Results
 from services.gateway.listings import Listings
 from services.gateway.models import Models
+from services.gateway.named import Named
 from services.gateway.policies import Policies
 from services.gateway.queues import Queues
 from services.gateway.sampling import Sampling
@@ -49,6 +50,7 @@ class Gateway:
     copies: Copies
     downloads: Downloads
     sampling: Sampling
+    named: Named
     results: Results
     capabilities: Capabilities
     account: Account
@@ -101,6 +103,7 @@ def gateway(
             lifetime_s=config.url_lifetime_s,
         ),
         sampling,
+        Named(checkpoints, policies, monotonic, lease_ttl_s=config.lease_ttl_s),
         Results(
             mesh.futures,
             Answers(queues, checkpoints, sampling),

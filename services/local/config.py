@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, PositiveFloat, model_validator
 
 from rollmesh.config import Config, PeerAddress
 from services.coordinator.config import CoordinatorConfig
-from services.gateway.config import GatewayConfig
+from services.gateway.config import GatewayConfig, ServedModel
 from services.reward.config import RewardConfig
 from services.reward.environments.config import EnvironmentConfig
 from services.sampler.config import SamplerConfig
@@ -16,7 +17,6 @@ from services.trainer.config import TrainerConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
 ServiceConfig = CoordinatorConfig | TrainerConfig | SamplerConfig | RewardConfig | GatewayConfig
 
@@ -148,5 +148,22 @@ def complete(
         reached = {"coordinator": addresses["coordinator"]}
         if config.given_addresses():
             reached["listen"] = config.gateway.listen
-        complete["gateway"] = complete["gateway"].model_copy(update=reached)
+        tokenizers = config.gateway.base_models or _tokenizers(config.coordinator)
+        complete["gateway"] = complete["gateway"].model_copy(
+            update={**reached, "base_models": tokenizers}
+        )
     return complete
+
+
+def _tokenizers(config: CoordinatorConfig) -> list[ServedModel]:
+    """Where the coordinator has them: clients on this machine find them there too."""
+    return [
+        ServedModel(
+            name=model.name,
+            tokenizer=str(Path(model.tokenizer).expanduser().absolute())
+            if Path(model.tokenizer).expanduser().is_dir()
+            else model.tokenizer,
+        )
+        for model in config.base_models
+        if model.tokenizer
+    ]

@@ -476,11 +476,12 @@ async def test_the_fleet_says_who_serves_what(mesh, fakes):
         ("trainer", "t:1", BASE_MODEL, True),
         ("sampler", "s:1", BASE_MODEL, True),
         ("reward", "r:1", "", True),
+        ("environment", "world", "", True),
     ]
     fakes.sampler.away = True
 
     async def told() -> bool:
-        (_, sampler, _) = (await mesh.client.fleet.get()).members
+        sampler = (await mesh.client.fleet.get()).members[1]
         return (sampler.serving, sampler.problem) == (False, "connection refused")
 
     await eventually(told)

@@ -134,6 +134,16 @@ class TestWork:
         assert fakes.trainer.num_ops == 3
         assert (await mesh.client.adapters.get(A)).next_sequence == 4
 
+    async def test_what_is_kept_amid_a_step_is_of_the_step_before_and_leaves_its_gradients(
+        self, tenant
+    ):
+        _, _, keeping, stepped, after = await tenant.do(
+            create_work(), batch_work(), keep_work(), step_work(), keep_work()
+        )
+        assert keeping.kept.policy.policy_version == 0
+        assert keeping.kept.digest == digest_of(A, 0)
+        assert stepped.optim_step.policy_version == after.kept.policy.policy_version == 1
+
     async def test_sampling_answers_whole_completions_by_index(self, mesh, tenant):
         await tenant.do(create_work(), keep_work())
         policy = types.PolicyRef(adapter=A, policy_version=0)

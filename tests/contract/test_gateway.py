@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import inspect
+import json
 import re
+import sqlite3
 from pathlib import Path
 
 import httpx
@@ -19,6 +22,8 @@ from services.gateway.web.endpoints import ENDPOINTS
 from tests.fakes.coordinator import Fakes
 from tests.fakes.gateway_world import PROTOBUF, batch, gateway_at, gateway_world
 
+# The SDK does not close what it opens.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 OPEN = {"healthz", "telemetry", "download/{token}/{name}"}
 """Endpoints that need no key."""
 
@@ -605,3 +610,85 @@ async def test_the_sdk_itself_trains_saves_and_samples(world, caller):
     found = await caller.post("sessions/search", {})
     assert found["sessions"][0]["status"]["reason"] == {"type": "success"}
     assert (await caller.get(f"training_runs/{model}"))["lora_rank"] == 4
+
+
+async def test_a_token_that_has_expired_is_told_so_and_another_can_be_had(tmp_path):
+    now = [1e9]
+    async with gateway_world(tmp_path, clock=lambda: now[0], token_lifetime_s=100) as world:
+        caller = world.caller()
+        key = caller.key
+        caller.key = (await caller.post("auth/token", {}))["jwt"]
+        assert (await caller.send("GET", "sessions")).status_code == 200
+        now[0] += 101
+        response = await caller.send("GET", "sessions")
+        assert response.status_code == 401
+        assert 'error="invalid_token"' in response.headers["www-authenticate"]
+        caller.key = key
+        fresh = (await caller.post("auth/token", {}))["jwt"]
+        # Another's signature, or none, is not believed.
+        caller.key = fresh[:-2] + ("AA" if fresh[-2:] != "AA" else "BB")
+        assert (await caller.send("GET", "sessions")).status_code == 401
+        # A token ends with its key.
+        caller.key = fresh
+        assert (await caller.send("DELETE", "auth/apikey/me")).status_code == 204
+        assert (await caller.send("GET", "sessions")).status_code == 401
+
+
+async def test_a_heartbeat_and_a_sample_keep_the_version_that_is_sampled(tmp_path):
+    now = [1e9]
+    async with gateway_world(
+        tmp_path, clock=lambda: now[0], lease_ttl_s=600, leases_per_session=1
+    ) as world:
+        caller = world.caller()
+        session = await caller.session()
+        model = await caller.model(session)
+        samplers = []
+        for seq in (1, 4):
+            await caller.step(model, seq)
+            body = {"model_id": model, "seq_id": seq + 2, "kind": "snapshot"}
+            saved = await caller.post("save_weights_for_sampler", body)
+            samplers.append((await caller.result(saved))["sampling_session_id"])
+        records = world.coordinator.client.records
+
+        async def ends():
+            """When the lease of each ends, which no call but this tells."""
+            leases = [
+                json.loads((await records.get("projects/p", f"samplers/{sampler}")).value)["lease"]
+                for sampler in samplers
+            ]
+            with contextlib.closing(sqlite3.connect(tmp_path / "coordinator.sqlite")) as store:
+                rows = dict(store.execute("SELECT name, expire_time FROM leases").fetchall())
+            return [rows[lease] for lease in leases]
+
+        first = await ends()
+        await caller.post("session_heartbeat", {"session_id": session})
+        second = await ends()
+        # The newest is kept by the session, the older one by whoever samples from it.
+        assert second[0] == first[0]
+        assert second[1] > first[1]
+        await sample(caller, samplers[0])
+        third = await ends()
+        assert third[0] > second[0]
+        # Not each time.
+        await caller.post("session_heartbeat", {"session_id": session})
+        await sample(caller, samplers[0], seq=1)
+        assert await ends() == third
+        now[0] += 300
+        await caller.post("session_heartbeat", {"session_id": session})
+        assert (await ends())[1] > third[1]
+
+
+async def test_the_sdk_waits_for_all_samples_of_a_client_at_once(tmp_path):
+    client = {"sample_use_retrieve_futures": True}
+    async with gateway_world(tmp_path, client=client) as world:
+        caller = world.caller()
+
+        def run():
+            service = tinker.ServiceClient(base_url=caller.url, api_key=caller.key)
+            sampling = service.create_sampling_client(base_model="arith").result()
+            params = tinker.SamplingParams(max_tokens=2)
+            prompt = tinker.ModelInput.from_ints([1])
+            futures = [sampling.sample(prompt, 1, params) for _ in range(40)]
+            assert all(len(future.result().sequences) == 1 for future in futures)
+
+        await asyncio.to_thread(run)

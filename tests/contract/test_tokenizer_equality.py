@@ -1,4 +1,4 @@
-"""The coordinator's tokenizer against transformers.AutoTokenizer, on the same files."""
+"""Our tokenizer against transformers.AutoTokenizer, on the same files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tokenizers import processors
 
-from services.coordinator.tokenizer import load_tokenizer
+from rollmesh.tokenizer import load_tokenizer
 from tests.fakes.tokenizers import CHATML, bpe_model
 
 transformers = pytest.importorskip("transformers")

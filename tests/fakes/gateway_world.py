@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from tests.fakes.coordinator import Fakes, running_coordinator
 from tests.fakes.mesh import BASE_MODEL, FakeSampler
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Mapping
     from pathlib import Path
 
     from tests.fakes.coordinator import Coordinator
@@ -151,8 +152,13 @@ class World:
 
 
 @contextlib.asynccontextmanager
-async def gateway_at(address: str, ending: asyncio.Event, **settings: Any) -> AsyncIterator[str]:
-    """A gateway of the coordinator at `address`: its URL."""
+async def gateway_at(
+    address: str,
+    ending: asyncio.Event,
+    clock: Callable[[], float] = time.time,
+    **settings: Any,
+) -> AsyncIterator[str]:
+    """A gateway of the coordinator at `address`, by whose `clock` also leases are due: its URL."""
     config = GatewayConfig.parse(
         {"coordinator": address, "key_cache_s": 0.0, **settings}, source="test"
     )
@@ -166,7 +172,7 @@ async def gateway_at(address: str, ending: asyncio.Event, **settings: Any) -> As
             leases=client.sampling,
             fleet=client.fleet,
         )
-        application = app(gateway(config, mesh, ending))
+        application = app(gateway(config, mesh, ending, clock=clock, monotonic=clock))
         async with serving(application, "127.0.0.1:0", drain_s=1.0) as port:
             yield f"http://127.0.0.1:{port}"
 

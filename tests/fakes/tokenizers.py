@@ -66,3 +66,14 @@ def bpe_model(folder, *, template, where="file", config=None, post_processor=Non
         ]
     (folder / "tokenizer_config.json").write_text(json.dumps(values))
     return folder
+
+
+TOOLED = """{% for tool in tools or [] %}{{ '<tool>' + (tool | tojson) + '</tool>' }}{% endfor %}
+{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}
+{%- if message.role == 'tool' %}{{ '<tool_response>' + message.content + '</tool_response>' }}
+{%- else %}{{ message.content }}{% endif %}
+{%- for call in message.tool_calls or [] %}
+{{- '\n<tool_call>\n' + (call.function | tojson) + '\n</tool_call>' }}
+{%- endfor %}{{ '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+"""Tells of tools, and of calls in the way of Hermes."""

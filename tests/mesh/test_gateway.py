@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import openai
 import pyrage
 import pytest
 import pytest_asyncio
@@ -35,19 +36,18 @@ ADAM = sdk.AdamParams(learning_rate=1e-2)
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def served(tmp_path_factory):
-    """URL of the gateway, and keys of two projects."""
+    """URL of the gateway, keys of two projects, the mesh and the loop that it runs in."""
     values = yaml.safe_load((ROOT / "examples" / "local.yaml").read_text())
     (sampler,) = values["samplers"]
     # What is drawn is the same; the engine is slow to start.
     sampler["backend"] = "transformers"
     sampler.pop("kv_cache_memory")
-    tokenizer = str(ROOT / "models" / "arith")
-    values["gateway"] = {"base_models": [{"name": "arith", "tokenizer": tokenizer}]}
+    values["gateway"] = {}
     config = LocalConfig.parse(values, source="test")
     async with running_mesh(config, tmp_path_factory.mktemp("gateway")) as mesh:
         async with Client(mesh.address) as client:
             keys = [(await client.keys.create(f"projects/{p}"))[1] for p in ("one", "two")]
-        yield mesh.gateway_url, *keys
+        yield mesh.gateway_url, *keys, mesh, asyncio.get_running_loop()
 
 
 def with_sdk(test):
@@ -396,3 +396,52 @@ def test_in_flight_a_sampling_client_follows_what_is_trained(served):
     after = sampled_logprobs(first)
     assert np.abs(after - before).max() > 0.01
     np.testing.assert_allclose(after, logprobs_of(training), atol=1e-4)
+
+
+@with_sdk
+def test_a_gateway_that_is_killed_costs_nothing_but_time(served):
+    undisturbed, training = model_of(served), model_of(served)
+    expected = train(undisturbed, 6)
+    mesh, loop = served[3:]
+    losses = []
+    for _ in range(2):
+        losses += train(training, 2)
+        forward = training.forward_backward([datum()], "cross_entropy")
+        loop.call_soon_threadsafe(mesh.kill, "gateway")
+        losses.append(forward.result().metrics["loss:sum"])
+        training.optim_step(ADAM).result()
+        asyncio.run_coroutine_threadsafe(mesh.serving(), loop).result()
+    assert losses == expected
+
+
+def test_the_same_policies_answer_over_openais_wire(served):
+    training = model_of(served, rank=4)
+    train(training, 3)
+    path = training.save_weights_for_sampler("agent").result().path
+    sampling = service_of(served).create_sampling_client(model_path=path).result()
+    drawn = sampling.sample(
+        sdk.ModelInput.from_ints(TOKENS), 1, sdk.SamplingParams(max_tokens=6, temperature=0)
+    ).result()
+    adapter = f"projects/one/adapters/{training.model_id.replace(':train:', '-')}"
+    train(training, 1)
+    with openai.OpenAI(base_url=f"{served[0]}/v1", api_key=served[1]) as agent:
+        listed = [model.id for model in agent.models.list()]
+        for model in (path, f"{adapter}/versions/3"):
+            answer = agent.completions.create(
+                model=model,
+                prompt=TOKENS,
+                max_tokens=6,
+                temperature=0,
+                extra_body={"return_token_ids": True},
+            )
+            assert answer.choices[0].token_ids == list(drawn.sequences[0].tokens)
+    assert {"arith", adapter} <= set(listed)
+    with openai.OpenAI(base_url=f"{served[0]}/v1", api_key=served[2]) as other:
+        for model in (path, adapter):
+            with pytest.raises(openai.NotFoundError):
+                other.completions.create(model=model, prompt=TOKENS, max_tokens=1)
+    with (
+        openai.OpenAI(base_url=f"{served[0]}/v1", api_key="tml-nobody") as nobody,
+        pytest.raises(openai.AuthenticationError),
+    ):
+        nobody.models.list()

@@ -311,6 +311,26 @@ def test_the_sdk_reads_the_logprobs_in_the_shape_of_the_targets(data):
         np.testing.assert_array_equal(outputs["logprobs"]._numpy.reshape(values.shape), values)
 
 
+@pytest.mark.parametrize(
+    "runs",
+    [
+        None,
+        "x",
+        [],
+        [[0, 5], [2, 0]],
+        [[1, 2]],
+        [[10**9, 10**9]],
+        [[2, 0], [1, 0]],
+        [[1], [1]],
+        [5],
+    ],
+)
+def test_a_forged_shape_is_not_believed(runs):
+    output = forward_backward_output([tensor_to_pb([1.0]), tensor_to_pb([1.0, 2.0])], {}, runs)
+    found = deserialize_forward_backward_output(output.SerializeToString())
+    assert [each["logprobs"].shape for each in found.loss_fn_outputs] == [[1], [2]]
+
+
 def matrix(rows, dtype="<f4"):
     return tensor_to_pb(np.array(rows), dtype)
 

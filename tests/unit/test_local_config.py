@@ -80,6 +80,20 @@ def test_an_environment_that_the_mesh_starts_is_one_that_the_reward_service_know
     assert RewardConfig.parse(yaml.safe_load(text), source="test") == reward
 
 
+def test_a_gateway_knows_the_tokenizers_of_the_coordinator_unless_it_has_its_own(tmp_path):
+    (tmp_path / "here").mkdir()
+    known = [{"name": "here", "tokenizer": str(tmp_path / "here")}, {"name": "hub/model"}]
+    for own, tokenizer in (([], str(tmp_path / "here")), ([{"name": "here"}], "here")):
+        values = {
+            **VALUES,
+            "coordinator": {"base_models": known},
+            "gateway": {"base_models": own},
+        }
+        config = LocalConfig.parse(values, source="test")
+        addresses = dict.fromkeys(config.members(), "127.0.0.1:1")
+        assert complete(config, addresses, tmp_path)["gateway"].tokenizer_of("here") == tokenizer
+
+
 @pytest.mark.parametrize(
     ("listen", "served_at", "reached_at"),
     [

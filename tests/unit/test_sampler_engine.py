@@ -165,16 +165,16 @@ async def test_log_probabilities_of_the_prompt_come_once():
 
 
 @in_virtual_time
-@pytest.mark.parametrize("num_top", [None, 0, 2])
-async def test_each_token_of_a_chunk_comes_with_its_likeliest(num_top):
+async def test_each_token_of_a_chunk_comes_with_its_likeliest():
     async with opened(FakeEngine()) as (sampler, _):
-        found = await chunks(sampler, 2, max_tokens=9, top_logprobs=num_top)
-    for chunk in found:
-        rows = [tuple(range(token, token + (num_top or 0))) for token in chunk.token_ids]
-        assert chunk.top_token_ids == (() if num_top is None else tuple(rows))
-        values = [tuple(-float(each) for each in row) for row in rows]
-        assert chunk.top_logprobs == (() if num_top is None else tuple(values))
-    assert max(len(chunk.token_ids) for chunk in found) > 1
+        for num_top in (None, 0, 2):
+            found = await chunks(sampler, 2, max_tokens=9, top_logprobs=num_top)
+            for chunk in found:
+                rows = [tuple(range(token, token + (num_top or 0))) for token in chunk.token_ids]
+                assert chunk.top_token_ids == (() if num_top is None else tuple(rows))
+                values = [tuple(-float(each) for each in row) for row in rows]
+                assert chunk.top_logprobs == (() if num_top is None else tuple(values))
+            assert max(len(chunk.token_ids) for chunk in found) > 1
 
 
 @in_virtual_time

@@ -55,6 +55,7 @@ def test_what_a_request_leaves_out_gets_the_defaults_of_the_protos():
         (SamplingParams(top_k=7000), "top_k", 50),
         (SamplingParams(top_p=1), "top_p", 1),
         (SamplingParams(seed=0), "seed", mixed(0)),
+        (SamplingParams(seed=-(2**63)), "seed", mixed(-(2**63))),
         (SamplingParams(stop=("a",)), "stop", ("a",)),
         (SamplingParams(ignore_eos=True), "ignore_eos", True),
         (SamplingParams(min_p=0.25), "min_p", 0.25),

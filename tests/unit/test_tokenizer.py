@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rollmesh.errors import InvalidRequest
-from services.coordinator.tokenizer import load_tokenizer
+from rollmesh.tokenizer import load_tokenizer
 from tests.fakes.tokenizers import CHATML, bpe_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +59,7 @@ def test_what_is_neither_a_folder_nor_a_hub_id_is_named():
 def test_it_works_without_torch_and_transformers():
     program = (
         "import sys\n"
-        "from services.coordinator.tokenizer import load_tokenizer\n"
+        "from rollmesh.tokenizer import load_tokenizer\n"
         "tokenizer = load_tokenizer('models/arith')\n"
         "tokenizer.render([{'role': 'user', 'content': '1+1'}])\n"
         "assert not {'torch', 'transformers'} & set(sys.modules), 'heavy imports'\n"

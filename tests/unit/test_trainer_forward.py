@@ -74,6 +74,17 @@ def test_losses_and_bare_logprobs_share_passes_and_keep_their_bits():
     assert [bool(metrics) for _, metrics in together] == [True] * len(CONFIGS) + [False]
 
 
+def test_a_loss_alone_costs_no_gradients():
+    model = tiny_model(max_batch_tokens=64)
+    config = LossConfig("ppo", 0.1)
+    request = model.request(random_weights(model), data_for(config), config, backward=False)
+    part = request.part(request.take())
+    [outcome] = model.run_pass([part])
+    assert outcome.losses_B is not None
+    assert outcome.gradient is None
+    assert not part.gradients
+
+
 @each_config
 async def test_an_adapter_is_as_it_was_and_its_next_batch_reports_the_same(config):
     data = data_for(config)

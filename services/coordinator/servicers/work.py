@@ -142,8 +142,9 @@ class MessageWorks:
             _check_checkpoint(keep)
         kept = pb.Kept()
         if keep.publish:
-            # Pending gradients: the core refuses them here until it takes them for no part of it.
-            version = await self._adapters.publish_adapter(keep.adapter)
+            version = await self._adapters.publish_adapter(
+                keep.adapter, with_pending_gradients=True
+            )
             policy = types.PolicyRef(adapter=keep.adapter, policy_version=version.policy_version)
             kept.policy.CopyFrom(convert.policy_to_pb(policy))
             kept.digest = version.digest

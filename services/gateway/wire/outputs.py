@@ -49,15 +49,31 @@ def runs_of(columns: Sequence[int]) -> list[list[int]]:
 def forward_backward_output(
     logprobs: Iterable[tensor_pb2.Tensor],
     metrics: Mapping[str, float],
-    runs: Sequence[Sequence[int]],
+    runs: object,
 ) -> pb.ForwardBackwardOutput:
-    """ForwardBackwardOutput; `runs` as of `runs_of`, none: all data were vectors."""
+    """ForwardBackwardOutput; `runs` as of `runs_of`: of anything else all data were vectors."""
     arrays = [np.frombuffer(tensor.data, "<f4") for tensor in logprobs]
+    checked = _checked(runs, [len(array) for array in arrays])
     return pb.ForwardBackwardOutput(
         loss_fn_output_type=OUTPUT,
-        loss_fn_outputs=list(_records(arrays, runs or [[len(arrays), 0]])),
+        loss_fn_outputs=list(_records(arrays, checked)),
         metrics=named_metrics(metrics),
     )
+
+
+def _checked(runs: object, lengths: list[int]) -> list[list[int]]:
+    """`runs`, which come back from a client, if they fit arrays of these lengths."""
+    fits = isinstance(runs, list) and bool(runs)
+    start = 0
+    for run in runs if isinstance(runs, list) else []:
+        fits = fits and isinstance(run, list) and [type(each) for each in run] == [int, int]
+        if not fits or run[0] < 1 or run[1] < 0 or run[0] * max(run[1], 1) > len(lengths):
+            return [[len(lengths), 0]]
+        for _ in range(run[0]):
+            together = lengths[start : start + max(run[1], 1)]
+            start += max(run[1], 1)
+            fits = fits and len(set(together)) == 1
+    return runs if fits and start == len(lengths) else [[len(lengths), 0]]  # type: ignore[return-value]
 
 
 def _records(

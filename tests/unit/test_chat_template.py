@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollmesh.chat import Message, Tool, ToolCall
+from rollmesh.chat_template import answer_of, template_messages, template_tools
 from rollmesh.errors import InvalidRequest
-from services.coordinator.chats import answer_of, template_messages, template_tools
-from services.coordinator.tokenizer import load_tokenizer
+from rollmesh.tokenizer import load_tokenizer
 from tests.fakes.tokenizers import CHATML, bpe_model
 
 HERMES = """{% for m in messages %}

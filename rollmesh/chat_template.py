@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rollmesh.chat import Message, ToolCall
 from rollmesh.errors import InvalidRequest
@@ -17,9 +17,22 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from rollmesh.chat import Tool
-    from services.coordinator.ports import Tokenizer
 
-_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+CALL_BEGINS, CALL_ENDS = "<tool_call>", "</tool_call>"
+_CALL = re.compile(rf"{CALL_BEGINS}(.*?)(?:{CALL_ENDS}|\Z)", re.DOTALL)
+
+
+class Decoder(Protocol):
+    """What of a tokenizer reads token ids: `rollmesh.tokenizer.ModelTokenizer` is one."""
+
+    @property
+    def special_tokens(self) -> Sequence[str]:
+        """As text."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text, without special tokens or with them."""
+        ...
 
 
 def template_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
@@ -47,7 +60,7 @@ def template_tools(tools: Iterable[Tool]) -> list[dict[str, Any]] | None:
     return found or None
 
 
-def answer_of(token_ids: Sequence[int], tokenizer: Tokenizer, *, num_calls: int = 0) -> Message:
+def answer_of(token_ids: Sequence[int], tokenizer: Decoder, *, num_calls: int = 0) -> Message:
     """What a model wrote, as the assistant's message: its text, and the tools that it calls.
 
     A call that is no JSON object with a name is not one, and stays in the text. `num_calls`: of the
@@ -56,7 +69,7 @@ def answer_of(token_ids: Sequence[int], tokenizer: Tokenizer, *, num_calls: int 
     calls: list[ToolCall] = []
 
     def take(match: re.Match[str]) -> str:
-        call = _call(match[1], num_calls + len(calls))
+        call = call_of(match[1], f"call_{num_calls + len(calls)}")
         if call is None:
             return match[0]
         calls.append(call)
@@ -64,16 +77,17 @@ def answer_of(token_ids: Sequence[int], tokenizer: Tokenizer, *, num_calls: int 
 
     # To some tokenizers the tags are special tokens too.
     text = tokenizer.decode(token_ids, skip_special_tokens=False)
-    if "<tool_call>" not in text:
+    if CALL_BEGINS not in text:
         return Message("assistant", tokenizer.decode(token_ids))
     for token in tokenizer.special_tokens:
-        if token not in {"<tool_call>", "</tool_call>"}:
+        if token not in {CALL_BEGINS, CALL_ENDS}:
             text = text.replace(token, "")
     content = _CALL.sub(take, text)
     return Message("assistant", content.strip() if calls else content, tuple(calls))
 
 
-def _call(text: str, number: int) -> ToolCall | None:
+def call_of(text: str, call_id: str) -> ToolCall | None:
+    """The call that a model wrote between the tags; None: it is no JSON object with a name."""
     try:
         call = json.loads(text)
     except (ValueError, RecursionError):
@@ -82,7 +96,7 @@ def _call(text: str, number: int) -> ToolCall | None:
         return None
     # JSON may escape half a character, which no text on the wire can hold; escaped it stays so.
     name = call["name"].encode(errors="replace").decode()
-    return ToolCall(f"call_{number}", name, json.dumps(call.get("arguments", {})))
+    return ToolCall(call_id, name, json.dumps(call.get("arguments", {})))
 
 
 def _template_message(message: Message) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -40,6 +41,7 @@ _NAMED = (
 )
 
 
+_TOOLS = re.compile(r"\btool(?:s|_calls)\b")
 _TURN = "what-was-said"
 """Stands for a turn whose text does not matter. Only the first place where it comes up is looked
 at, and that is before anything that an environment says."""
@@ -49,9 +51,18 @@ class ModelTokenizer:
     """The tokenizer of one base model. Safe to use from several threads."""
 
     def __init__(
-        self, tokenizer: Tokenizer, template: Template | None, named: dict[str, str]
+        self,
+        tokenizer: Tokenizer,
+        template: Template | None,
+        named: dict[str, str],
+        *,
+        has_tools: bool = False,
     ) -> None:
-        """`template` renders chats; `named` are the special tokens by name, for the template."""
+        """`template` renders chats; `named` are the special tokens by name, for the template.
+
+        `has_tools`: it tells the model of tools, or writes calls of them.
+        """
+        self.has_tools = has_tools
         self._tokenizer = tokenizer
         self._template = template
         self._named = named
@@ -108,6 +119,11 @@ class ModelTokenizer:
         return ids[1:] if ids[0] == last_token else ids
 
     @property
+    def special(self) -> Mapping[int, str]:
+        """The special tokens by id, as text."""
+        return self._special
+
+    @property
     def special_tokens(self) -> list[str]:
         """As text, longest first."""
         return sorted(self._special.values(), key=len, reverse=True)
@@ -135,7 +151,8 @@ class ModelTokenizer:
                 add_generation_prompt=add_generation_prompt,
                 **self._named,
             )
-        except TemplateError as error:
+        except Exception as error:
+            # A template is a program of the model's, which may take badly what it did not expect.
             raise InvalidRequest(
                 f"the base model's chat template refuses the messages: {error}",
                 field="prompt.messages",
@@ -226,7 +243,7 @@ def load_tokenizer(base_model: str) -> ModelTokenizer:
     )
     source = _template_source(folder, config)
     template = _environment().from_string(source) if source is not None else None
-    return ModelTokenizer(tokenizer, template, named)
+    return ModelTokenizer(tokenizer, template, named, has_tools=bool(_TOOLS.search(source or "")))
 
 
 def _fetched(base_model: str) -> Path:
