@@ -29,8 +29,8 @@ test: setup ## Run all tests
 	@$(BIN)/python -m pytest tests/contract tests/mesh tests/chaos
 
 .PHONY: chaos
-chaos: setup ## The long chaos runs: kill trainers and coordinator N times at random points (SEED=), and samplers
-	@CHAOS_KILLS=$(or $(N),60) CHAOS_COORDINATOR_KILLS=$(or $(N),30) CHAOS_SEED=$(or $(SEED),20) CHAOS_TOKENS=500000 CHAOS_ROUNDS=8 CHAOS_PUBLISHES=10000 CHAOS_SCHEDULES=100000 CHAOS_ENVIRONMENT_FAULTS=30 \
+chaos: setup ## The long chaos runs: kill trainers, coordinator and gateway N times at random points (SEED=), and samplers
+	@CHAOS_KILLS=$(or $(N),60) CHAOS_COORDINATOR_KILLS=$(or $(N),30) CHAOS_GATEWAY_KILLS=$(or $(N),40) CHAOS_SEED=$(or $(SEED),20) CHAOS_TOKENS=500000 CHAOS_ROUNDS=8 CHAOS_PUBLISHES=10000 CHAOS_SCHEDULES=100000 CHAOS_ENVIRONMENT_FAULTS=30 \
 		$(BIN)/python -m pytest -s tests/chaos
 
 .PHONY: check
