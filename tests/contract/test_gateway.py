@@ -201,6 +201,14 @@ async def test_other_bodies_that_are_too_large_are_refused(caller):
     assert "detail" in response.json()
 
 
+async def test_what_is_read_before_anybody_is_known_is_small(world):
+    nobody = world.caller()
+    nobody.key = ""
+    body = {"request_id": "x", "retrieved": "x" * 70_000}
+    response = await nobody.send("POST", "retrieve_future", json=body)
+    assert response.status_code == 413
+
+
 async def test_nothing_of_one_project_is_there_for_another(world, caller):
     stranger = world.caller("q")
     session = await caller.session()
