@@ -500,6 +500,19 @@ async def test_a_copy_is_another_run_and_made_once(caller):
     assert (await caller.send("POST", "copy_weights", json=other)).status_code == 400
 
 
+async def test_the_run_of_a_copy_is_not_trained(caller):
+    model = await caller.model()
+    saved = await caller.post("save_weights", {"model_id": model, "seq_id": 1, "path": "s"})
+    path = (await caller.result(saved))["path"]
+    copy = (await caller.post("copy_weights", {"source_path": path}))["tinker_path"]
+    run = copy.removeprefix("tinker://").partition("/")[0]
+    response = await caller.send(
+        "POST", "forward_backward", content=batch(run, 1), headers=PROTOBUF
+    )
+    assert response.status_code == 400
+    assert "load its checkpoint" in response.json()["detail"]
+
+
 async def test_an_old_sampling_session_keeps_its_version(world, caller):
     model = await caller.model()
     await caller.step(model, 1)

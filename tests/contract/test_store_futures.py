@@ -95,7 +95,6 @@ class TestCreating:
         await finish(store, "a")
         await create(store, "b", position=1, most=1)
 
-
     async def test_what_others_wait_for_is_taken_beyond_the_bound_and_nothing_else(self, store):
         await create(store, "b", position=1)
         await create(store, "c", position=2)
