@@ -168,8 +168,8 @@ class Futures:
             adapter=work.adapter,
             create_time=self._clock(),
         )
-        # A large body is not written for a repeat.
-        found = await self._store.find(future)
+        # A large body is not written for a repeat, or where there is no room.
+        found = await self._store.find(future, max_unfinished=self._max_unfinished)
         if found is not None:
             return found
         body, key = await self._bodies.put(work.body)

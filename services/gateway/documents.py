@@ -24,6 +24,8 @@ Fields = dict[str, Any]
 
 _ATTEMPTS = 8
 _CACHED = 10_000
+_CACHED_BYTES = 4096
+"""Of a document: larger ones, which only users' metadata makes, are read again each time."""
 _CACHE_S = 30.0
 
 
@@ -50,9 +52,7 @@ class Documents:
 
     async def get(self, project: str, key: str) -> Document:
         """As it is now. NotFound: there is none."""
-        document = _document(await self._records.get(project, key))
-        self._remember(project, document)
-        return document
+        return self._remember(project, await self._records.get(project, key))
 
     async def find(self, project: str, key: str) -> Document | None:
         """The same; None: there is none."""
@@ -78,9 +78,7 @@ class Documents:
                 if found is not None:
                     return found, False
             else:
-                document = _document(record)
-                self._remember(project, document)
-                return document, True
+                return self._remember(project, record), True
         raise Unavailable(f"{key} changes all the time", resource=key)
 
     async def change(
@@ -102,9 +100,7 @@ class Documents:
                 )
             except Conflict:
                 continue
-            document = _document(record)
-            self._remember(project, document)
-            return document
+            return self._remember(project, record)
         raise Unavailable(f"{key} changes all the time", resource=key)
 
     async def count(self, project: str, key: str) -> int:
@@ -140,11 +136,14 @@ class Documents:
         except Conflict:
             return
 
-    def _remember(self, project: str, document: Document) -> None:
-        self._seen[project, document.key] = (self._clock(), document)
-        self._seen.move_to_end((project, document.key))
-        if len(self._seen) > _CACHED:
-            self._seen.popitem(last=False)
+    def _remember(self, project: str, record: Record) -> Document:
+        document = _document(record)
+        self._seen.pop((project, record.key), None)
+        if len(record.value) <= _CACHED_BYTES:
+            self._seen[project, record.key] = (self._clock(), document)
+            if len(self._seen) > _CACHED:
+                self._seen.popitem(last=False)
+        return document
 
 
 def _bytes(fields: Fields) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import hashlib
 from typing import TYPE_CHECKING
 
@@ -57,11 +58,22 @@ class Policies:
         try:
             lease = await self._lease(caller, own, request_id)
         except NotFound:
-            return _held(await self._forked(caller, checkpoint))
+            return _held(await self._forked(caller, checkpoint, request_id))
         # An adapter that was deleted and made anew counts its versions anew.
         if lease.digest != checkpoint.digest:
-            return _held(await self._forked(caller, checkpoint))
+            return _held(await self._forked(caller, checkpoint, request_id))
         return _held(lease)
+
+    async def is_held(self, document: Document) -> bool:
+        """Whether the lease of a sampling session is still there; if it is, it lasts again."""
+        lease = document.fields.get("lease")
+        if not lease:
+            return False
+        try:
+            await self._mesh.leases.renew_lease(lease, ttl_s=self._lease_ttl_s)
+        except NotFound:
+            return False
+        return True
 
     async def renew(self, documents: list[Document]) -> None:
         """Make the leases of these sampling sessions last, where it is time to."""
@@ -100,12 +112,15 @@ class Policies:
         except MeshError:
             self._renewed.pop(lease, None)
 
-    async def _forked(self, caller: Caller, checkpoint: Checkpoint) -> Lease:
+    async def _forked(self, caller: Caller, checkpoint: Checkpoint, request_id: str) -> Lease:
         """A lease on the weights of a checkpoint as an adapter of their own."""
         digest = hashlib.sha256(f"{checkpoint.name} {checkpoint.create_time}".encode()).hexdigest()
         fork = f"f-{digest[:40]}"
-        for attempt in range(_FORK_ATTEMPTS):
-            try:
+        if request_id:
+            request_id += "-fork"
+        for _ in range(_FORK_ATTEMPTS):
+            # Not found: one that was made before, and has been idle for too long since.
+            with contextlib.suppress(NotFound):
                 await self._mesh.adapters.fork(
                     caller.adapter(fork),
                     checkpoint.name,
@@ -116,13 +131,11 @@ class Policies:
                 policy = PolicyRef(
                     adapter=caller.adapter(fork), policy_version=version.policy_version
                 )
-                return await self._lease(caller, policy, "")
-            except NotFound:
-                # One that was made before, and has been idle for too long since.
-                if attempt + 1 == _FORK_ATTEMPTS:
-                    raise
-                fork = f"f-{self._new_id()}"
-        raise AssertionError("unreachable")
+                # Other weights: somebody has trained it.
+                if version.digest == checkpoint.digest:
+                    return await self._lease(caller, policy, request_id)
+            fork, request_id = f"f-{self._new_id()}", ""
+        raise NotFound(f"{checkpoint.name} is gone", resource=checkpoint.name)
 
     async def _lease(self, caller: Caller, policy: PolicyRef, request_id: str) -> Lease:
         return await self._mesh.leases.create_lease(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rollmesh.api.coordinator.v1 import future_service_pb2 as pb
-from rollmesh.errors import InvalidRequest, MeshError, NotFound
+from rollmesh.errors import FailedPrecondition, InvalidRequest, MeshError, NotFound
 from rollmesh.rpc.channel import MAX_MESSAGE_BYTES
 from services.gateway.wire.tickets import TrainTicket
 
@@ -56,10 +56,15 @@ class Queues:
 
         Raises:
             NotFound: there is no such model.
+            FailedPrecondition: it is the run of a copy, whose order has no beginning.
             AlreadyExists: another request has that number.
             Overloaded: the project has too many unfinished futures.
         """
-        await self.run(caller, model)
+        if (await self.run(caller, model)).fields.get("copy"):
+            raise FailedPrecondition(
+                f"{model} is the run of a copy, not to be trained: load its checkpoint instead",
+                resource=model,
+            )
         note: Mapping[str, Any] = {}
         try:
             work, note = await make()

@@ -139,22 +139,39 @@ class Sampling:
         }
 
     async def revive(self, caller: Caller, sampler: SamplerId) -> bool:
-        """Have its version again, which was not found. False: there is nothing to make it of."""
+        """Have its version again, which was not found. False: its weights are nowhere any more.
+
+        Whoever else asks at the same moment is answered with the same version and lease.
+        """
         document = await self._documents.find(caller.project, sampler_key(sampler))
         path = document.fields.get("model_path") if document else None
-        if path is None:
+        if document is None or path is None:
             return False
+        if await self._policies.is_held(document):
+            return True
         try:
-            fields = await self._of_path(caller, CheckpointPath.parse(path), "")
+            fields = await self._of_path(
+                caller,
+                CheckpointPath.parse(path),
+                f"revive-{sampler}-{document.revision}",
+                digest=document.fields["digest"],
+            )
         except NotFound:
             return False
         await self._documents.change(
-            caller.project, sampler_key(sampler), lambda old: {**old, **fields}
+            caller.project,
+            sampler_key(sampler),
+            lambda old: None if old.get("lease") == fields["lease"] else {**old, **fields},
         )
         return True
 
-    async def _of_path(self, caller: Caller, path: CheckpointPath, request_id: str) -> Fields:
+    async def _of_path(
+        self, caller: Caller, path: CheckpointPath, request_id: str, *, digest: str | None = None
+    ) -> Fields:
+        """`digest`: of the weights that it must have; another checkpoint may have its name now."""
         checkpoint = await self._checkpoints.get(caller, path)
+        if digest not in {None, checkpoint.digest}:
+            raise NotFound(f"{path} has other weights by now", resource=path)
         held = await self._policies.hold(caller, checkpoint, request_id)
         return {"base_model": checkpoint.base_model, "model_path": str(path), **held}
 

@@ -50,7 +50,7 @@ from services.coordinator.servicers.checkpoints import CheckpointServicer
 from services.coordinator.servicers.training import TrainingServicer
 from services.coordinator.store import Origin, Request, open_store
 from tests.fakes.coordinator import Fakes, eventually, running_coordinator
-from tests.fakes.mesh import BASE_MODEL
+from tests.fakes.mesh import BASE_MODEL, digest_of
 
 P = "projects/p"
 A = f"{P}/adapters/a"
@@ -559,7 +559,8 @@ class TestWholeCoordinator:
         kept = fakes.trainer.chains[A]
         made = await whole.checkpoints.create(C)
         await self.train(whole, A, 3)
-        assert (made.policy_version, made.digest) == (1, kept)
+        assert (made.policy_version, made.digest) == (1, digest_of(A, 1))
+        assert kept in [chain for _, chain in fakes.trainer.snapshots.values()]
         assert made.lora == types.LoraConfig(rank=4, alpha=8.0)
         assert await whole.checkpoints.get(C) == made
 

@@ -551,6 +551,14 @@ class TestLargeOnes:
                 f"futures/{path.name}" for path in (tmp_path / "blobs" / "futures").iterdir()
             }
 
+    async def test_large_work_that_is_refused_writes_nothing(self, start, tmp_path):
+        async with start(max_futures=1) as mesh:
+            tenant = Tenant(mesh.client)
+            await tenant.create(1, step_work())
+            with pytest.raises(Overloaded):
+                await tenant.create(2, batch_work(length=MAX_ROW_BYTES // 4))
+            assert not list((tmp_path / "blobs").rglob("futures/*"))
+
 
 class TestExpiry:
     async def test_a_result_is_not_found_once_it_was_kept_for_long_enough(self, start):

@@ -12,10 +12,12 @@ import sqlite3
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 import tinker
 import zstandard
 
+from rollmesh import types
 from rollmesh.api.tinker.v1 import tinker_pb2
 from services.gateway.app import PREFIX
 from services.gateway.web.endpoints import ENDPOINTS
@@ -197,6 +199,14 @@ async def test_other_bodies_that_are_too_large_are_refused(caller):
     response = await caller.send("POST", "asample", content=b" " * 200_000)
     assert response.status_code == 413
     assert "detail" in response.json()
+
+
+async def test_what_is_read_before_anybody_is_known_is_small(world):
+    nobody = world.caller()
+    nobody.key = ""
+    body = {"request_id": "x", "retrieved": "x" * 70_000}
+    response = await nobody.send("POST", "retrieve_future", json=body)
+    assert response.status_code == 413
 
 
 async def test_nothing_of_one_project_is_there_for_another(world, caller):
@@ -490,6 +500,19 @@ async def test_a_copy_is_another_run_and_made_once(caller):
     assert (await caller.send("POST", "copy_weights", json=other)).status_code == 400
 
 
+async def test_the_run_of_a_copy_is_not_trained(caller):
+    model = await caller.model()
+    saved = await caller.post("save_weights", {"model_id": model, "seq_id": 1, "path": "s"})
+    path = (await caller.result(saved))["path"]
+    copy = (await caller.post("copy_weights", {"source_path": path}))["tinker_path"]
+    run = copy.removeprefix("tinker://").partition("/")[0]
+    response = await caller.send(
+        "POST", "forward_backward", content=batch(run, 1), headers=PROTOBUF
+    )
+    assert response.status_code == 400
+    assert "load its checkpoint" in response.json()["detail"]
+
+
 async def test_an_old_sampling_session_keeps_its_version(world, caller):
     model = await caller.model()
     await caller.step(model, 1)
@@ -581,6 +604,84 @@ async def test_a_version_that_is_gone_is_had_again_from_its_checkpoint(world, ca
     )
     _, ticket = await sample(caller, sampler["sampling_session_id"])
     assert await caller.result(ticket)
+
+
+async def named_sampler(world, caller):
+    """A sampling session of a named checkpoint, its model, and how to save under that name."""
+    session = await caller.session()
+    model = await caller.model(session)
+
+    async def save(seq):
+        await caller.step(model, seq)
+        body = {"model_id": model, "seq_id": seq + 2, "path": "s", "kind": "snapshot"}
+        return (await caller.result(await caller.post("save_weights_for_sampler", body)))["path"]
+
+    place = {"session_id": session, "sampling_session_seq_id": 0}
+    body = {**place, "model_path": await save(1)}
+    made = await caller.post("create_sampling_session", body)
+    return made["sampling_session_id"], model, save
+
+
+async def lose_version(world, model):
+    """The adapter goes, and its leases and versions with it; its checkpoints stay."""
+    name = f"projects/p/adapters/{model.replace(':train:', '-')}"
+    await world.coordinator.client.adapters.delete(name)
+
+
+async def settled(caller, ticket):
+    """The answer to a poll for what is done."""
+    async with asyncio.timeout(30):
+        while (response := await caller.poll(ticket)).status_code == 408:
+            pass
+    return response
+
+
+async def test_weights_that_took_over_a_name_are_not_sampled_in_place_of_those_lost(world, caller):
+    sampler, model, save = await named_sampler(world, caller)
+    await save(4)
+    await lose_version(world, model)
+    _, ticket = await sample(caller, sampler)
+    drawn = world.fakes.sampler.versions.copy()
+    response = await settled(caller, ticket)
+    assert (response.status_code, response.json()["category"]) == (200, "user")
+    _, ticket = await sample(caller, sampler, seq=1)
+    assert (await settled(caller, ticket)).json()["category"] == "user"
+    assert world.fakes.sampler.versions == drawn
+
+
+async def test_samples_whose_version_is_gone_have_it_again_with_one_lease(world, caller, tmp_path):
+    sampler, model, _ = await named_sampler(world, caller)
+    await lose_version(world, model)
+    asked = [await sample(caller, sampler, seq=seq) for seq in range(12)]
+    polls = await asyncio.gather(*(settled(caller, ticket) for _, ticket in asked))
+    assert {response.status_code for response in polls} == {410}
+    with contextlib.closing(sqlite3.connect(tmp_path / "coordinator.sqlite")) as store:
+        assert store.execute("SELECT count(*) FROM leases").fetchone() == (1,)
+    _, ticket = await sample(caller, sampler, seq=20)
+    assert await caller.result(ticket)
+
+
+async def test_a_fork_that_somebody_trained_is_not_sampled_for_its_checkpoint(world, caller):
+    sampler, model, _ = await named_sampler(world, caller)
+    await lose_version(world, model)
+    _, ticket = await sample(caller, sampler)
+    assert (await settled(caller, ticket)).status_code == 410
+    client = world.coordinator.client
+    records = await client.records.get("projects/p", f"samplers/{sampler}")
+    held = json.loads(records.value)
+    assert "/f-" in held["adapter"]
+    name, sequence = held["adapter"], (await client.adapters.get(held["adapter"])).next_sequence
+    tokens = np.arange(3, dtype=np.int32)
+    await client.training.forward_backward(
+        name, sequence, [types.Datum(tokens, tokens)], types.LossConfig("cross_entropy")
+    )
+    await client.training.optim_step(name, sequence + 1, types.AdamConfig(0.1))
+    place = {"session_id": sampler.partition(":")[0], "sampling_session_seq_id": 1}
+    other = await caller.post(
+        "create_sampling_session", {**place, "model_path": held["model_path"]}
+    )
+    found = await client.records.get("projects/p", f"samplers/{other['sampling_session_id']}")
+    assert json.loads(found.value)["digest"] == held["digest"]
 
 
 async def test_the_sdk_itself_trains_saves_and_samples(world, caller):

@@ -95,6 +95,17 @@ class TestCreating:
         await finish(store, "a")
         await create(store, "b", position=1, most=1)
 
+    async def test_what_others_wait_for_is_taken_beyond_the_bound_and_nothing_else(self, store):
+        await create(store, "b", position=1)
+        await create(store, "c", position=2)
+        for name, place in {"d": (3, "q"), "other": (0, "r"), "none": (0, "")}.items():
+            with pytest.raises(Overloaded):
+                await create(store, name, position=place[0], queue=place[1], most=2)
+        await create(store, "a", position=0, most=2)
+        assert (await store.futures.next("p", "q")).name == "projects/p/futures/a"
+        with pytest.raises(Overloaded):
+            await create(store, "d", position=3, most=2)
+
 
 class TestOrder:
     async def test_the_next_is_the_first_that_is_not_done_without_a_gap(self, store):

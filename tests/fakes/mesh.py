@@ -127,6 +127,7 @@ class FakeTrainer(Away):
             source, chain = self._snapshot(fork_of)
             lora = source.lora
             chain = _hash(chain, f"fork {with_optimizer}".encode())
+            self.digests[name, 0] = fork_of.weights_digest
         else:
             chain = _hash("", b"fresh")
         assert lora is not None
@@ -288,8 +289,9 @@ class FakeTrainer(Away):
             raise self.refuses_snapshots
         key = f"snapshots/{secrets.token_hex(16)}"
         self.snapshots[key] = held, self.chains[name]
+        weights_digest = self._digest(name, held.policy_version)
         return types.Snapshot(
-            key, self.chains[name], held.next_sequence, held.policy_version, 9, self.chains[name]
+            key, self.chains[name], held.next_sequence, held.policy_version, 9, weights_digest
         )
 
     async def publish_adapter(

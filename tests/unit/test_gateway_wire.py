@@ -23,7 +23,7 @@ from rollmesh.api.coordinator.v1 import future_service_pb2
 from rollmesh.api.tinker.v1 import tinker_pb2 as pb
 from rollmesh.convert.tensors import tensor_to_pb
 from rollmesh.errors import InvalidRequest, NotFound, Unimplemented
-from services.gateway.wire import bodies, ids, tensors, tickets
+from services.gateway.wire import batches, bodies, ids, tensors, tickets
 from services.gateway.wire.batches import data_of
 from services.gateway.wire.losses import config_of, loss_of
 from services.gateway.wire.outputs import forward_backward_output, runs_of
@@ -283,6 +283,29 @@ def test_what_cannot_be_is_refused_by_its_name(message, error, said):
 def test_an_array_that_does_not_fit_its_bytes_is_refused(tensor):
     with pytest.raises(InvalidRequest):
         tensors.decode(tensor, field="x", max_columns=8)
+
+
+def empty(rows, columns):
+    """A sparse array of nothing but 0."""
+    csr = pb.SparseCsr(crow_indices=bytes(8 * (rows + 1)))
+    return pb.Tensor(dtype=pb.DATA_TYPE_INT64, sparse_csr=csr, shape=[rows, columns])
+
+
+def test_few_bytes_do_not_become_many(monkeypatch):
+    assert tensors.decode(empty(2, 8), field="x", max_columns=8).shape == (2, 8)
+    monkeypatch.setattr(tensors, "MAX_CELLS", 15)
+    with pytest.raises(InvalidRequest, match="15 cells"):
+        tensors.decode(empty(2, 8), field="x", max_columns=8)
+
+
+def test_data_do_not_take_more_than_a_message_may(monkeypatch):
+    message = encoded([datum([1, 2], target_tokens=[2, 3])] * 3)
+    for each in message.data:
+        each.loss_fn_inputs["target_tokens"].CopyFrom(empty(2, 8))
+    assert len(read(message)[0]) == 24
+    monkeypatch.setattr(batches, "MAX_MESSAGE_BYTES", 8 * 2 * 20)
+    with pytest.raises(InvalidRequest, match="data: with their target columns"):
+        read(message)
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=8))

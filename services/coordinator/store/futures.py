@@ -64,33 +64,25 @@ class FutureStore:
         async with self._database.read() as connection:
             return await _get(connection, name)
 
-    async def find(self, future: StoredFuture) -> StoredFuture | None:
+    async def find(self, future: StoredFuture, *, max_unfinished: int) -> StoredFuture | None:
         """What was created before with the name of `future`; None: it may be created.
 
         Raises:
             AlreadyExists: the name, or the position of the queue, is taken by other work.
             FailedPrecondition: the position was done so long ago that it is not known how.
+            Overloaded: its project has `max_unfinished` that are not done, and none of them waits
+                for it in its queue.
         """
         async with self._database.read() as connection:
-            return await _find(connection, future)
+            return await _find(connection, future, max_unfinished)
 
     async def create(self, future: StoredFuture, *, max_unfinished: int) -> StoredFuture:
-        """`future`, once it is written down; or what was before, as `find`.
-
-        Raises:
-            Overloaded: its project has `max_unfinished` that are not done.
-        """
+        """`future`, once it is written down; or what was before, and errors, as `find`."""
 
         async def work(connection: AsyncConnection) -> StoredFuture:
-            found = await _find(connection, future)
+            found = await _find(connection, future, max_unfinished)
             if found is not None:
                 return found
-            unfinished = select(func.count()).where(
-                futures.c.project == future.project, futures.c.done.is_(False)
-            )
-            count = (await connection.execute(unfinished)).scalar_one()
-            if count >= max_unfinished:
-                raise too_many_futures(future.project, count, max_unfinished)
             await connection.execute(
                 insert(futures).values(
                     name=future.name,
@@ -230,13 +222,16 @@ def future_taken(name: str) -> AlreadyExists:
     return AlreadyExists(f"there is another {name}", resource=name, field="name", value=name)
 
 
-async def _find(connection: AsyncConnection, future: StoredFuture) -> StoredFuture | None:
+async def _find(
+    connection: AsyncConnection, future: StoredFuture, max_unfinished: int
+) -> StoredFuture | None:
     found = await _get(connection, future.name)
     if found is not None:
         if _identity(found) != _identity(future):
             raise future_taken(future.name)
         return found
     if not future.queue:
+        await _check_room(connection, future, max_unfinished, is_awaited=False)
         return None
     place = future.project, future.queue
     other = await _at(connection, *place, future.position)
@@ -253,7 +248,25 @@ async def _find(connection: AsyncConnection, future: StoredFuture) -> StoredFutu
             f"longer; next is {expected}",
             **context,
         )
+    is_next = future.position == expected
+    await _check_room(connection, future, max_unfinished, is_awaited=is_next)
     return None
+
+
+async def _check_room(
+    connection: AsyncConnection, future: StoredFuture, max_unfinished: int, *, is_awaited: bool
+) -> None:
+    unfinished = select(func.count()).where(
+        futures.c.project == future.project, futures.c.done.is_(False)
+    )
+    count = (await connection.execute(unfinished)).scalar_one()
+    if count < max_unfinished:
+        return
+    # What others wait for comes in all the same: else they would wait for it, and it for them. It
+    # is one for each queue, at most as many again.
+    behind = unfinished.where(futures.c.queue == future.queue)
+    if not is_awaited or not (await connection.execute(behind)).scalar_one():
+        raise too_many_futures(future.project, count, max_unfinished)
 
 
 def _identity(future: StoredFuture) -> tuple[object, ...]:

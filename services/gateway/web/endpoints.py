@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     Reply = dict[str, Any] | Answer | Response | None
 
 _MAX_TELEMETRY_BYTES = 2**20
+_MAX_RETRIEVE_BYTES = 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +224,9 @@ async def asample(call: Call) -> Reply:
 
 
 async def retrieve_future(call: Call) -> Reply:
-    return await call.gateway.results.retrieve(call.who, await call.json(bodies.Retrieve))
+    # It is read before it is known who asks.
+    asked = await json_of(call.request, bodies.Retrieve, _MAX_RETRIEVE_BYTES)
+    return await call.gateway.results.retrieve(call.who, asked)
 
 
 async def retrieve_futures(call: Call) -> Reply:

@@ -13,6 +13,7 @@ import numpy as np
 from rollmesh.api.common.v1 import training_pb2
 from rollmesh.convert.tensors import tensor_to_pb
 from rollmesh.errors import InvalidRequest, Unimplemented
+from rollmesh.rpc.channel import MAX_MESSAGE_BYTES
 from services.gateway.wire import tensors
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from services.gateway.wire.losses import Loss
 
     Inputs = dict[str, NDArray[Any]]
+
+_LEAST_BYTES = 8
+"""Of a position of a datum: token and target."""
 
 
 def data_of(
@@ -39,6 +43,7 @@ def data_of(
         raise InvalidRequest("data: empty; at least one datum is needed", field="data")
     data: list[training_pb2.Datum] = []
     columns: list[int] = []
+    num_bytes = 0
     for index, datum in enumerate(request.data):
         path = f"data[{index}]"
         tokens = _tokens(datum, path)
@@ -51,6 +56,14 @@ def data_of(
                 field=f"{path}.target_tokens",
             )
         columns.append(targets.shape[1] if targets.ndim == 2 else 0)
+        # Sparse targets are many times larger here than they came.
+        num_bytes += targets.size * _LEAST_BYTES
+        if num_bytes > MAX_MESSAGE_BYTES:
+            raise InvalidRequest(
+                f"data: with their target columns they take over {MAX_MESSAGE_BYTES} bytes",
+                field="data",
+                allowed=MAX_MESSAGE_BYTES,
+            )
         for column in _columns(inputs):
             made = _datum(tokens, column, loss, path)
             if loss.sequences and datum.loss_fn_input_spans:

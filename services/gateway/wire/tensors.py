@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+MAX_CELLS = 2**23
+"""Of a sparse array once it is dense: few bytes can ask for many."""
 _DTYPES: dict[int, np.dtype[Any]] = {
     pb.DATA_TYPE_FLOAT32: np.dtype("<f4"),
     pb.DATA_TYPE_INT64: np.dtype("<i8"),
@@ -49,10 +51,12 @@ def _dense(
 ) -> NDArray[Any]:
     if len(shape) != 2:
         raise _wrong(field, f"shape {list(shape)} of a sparse array is not that of a matrix")
+    if math.prod(shape) > MAX_CELLS:
+        raise _wrong(field, f"shape {list(shape)} has more than {MAX_CELLS} cells")
     values = _vector(csr.values, dtype, field)
     rows = _vector(csr.crow_indices, np.dtype("<i8"), field)
     columns = _vector(csr.col_indices, np.dtype("<i8"), field)
-    # As many row pointers must have come as there are rows: nobody asks for much with few bytes.
+    # As many row pointers must have come as there are rows.
     if len(rows) != shape[0] + 1 or len(columns) != len(values):
         raise _wrong(field, f"shape {list(shape)} does not fit the indices that came")
     counts = np.diff(rows)
