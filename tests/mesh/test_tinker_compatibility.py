@@ -29,7 +29,7 @@ async def test_every_method_of_the_oldest_sdk_of_this_wire_has_its_effect(mesh, 
     DONE[OLDEST] = done
 
 
-def test_the_page_says_what_was_seen():
+async def test_the_page_says_what_was_seen():
     missing = [version for version in (newest(), OLDEST) if version not in DONE]
     if missing:
         pytest.skip(f"there is no full run of the SDKs {', '.join(missing)}")
