@@ -1,6 +1,7 @@
 """Runs all exercises of the SDK that is first on the path, and writes down what came of each.
 
-`python -m tests.mesh.sdk.runner --url … --key … --project … --base-model … --folder … --out FILE`
+`python -m tests.mesh.sdk.runner --url … --key … --project … --base-model … --folder … --out FILE
+--clients CLASS …`
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("url", "key", "project", "base-model", "folder", "out"):
         parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--clients", nargs="+", required=True, help="classes of clients")
     parser.add_argument("--only", default="", help="methods whose names contain this")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
@@ -28,14 +30,14 @@ def main() -> None:
     import tinker  # noqa: PLC0415 - after the arguments are known to be right
 
     from tests.mesh.sdk import rest, sampling, service, training  # noqa: F401, PLC0415
-    from tests.mesh.sdk.calling import CLIENTS, methods  # noqa: PLC0415
+    from tests.mesh.sdk.calling import methods  # noqa: PLC0415
     from tests.mesh.sdk.world import World  # noqa: PLC0415
 
     world = World(
         arguments.url, arguments.key, arguments.project, arguments.base_model, arguments.folder
     )
     outcomes = []
-    for owner in CLIENTS:
+    for owner in arguments.clients:
         client = _client(tinker, owner)
         for method in methods(client) if client else ():
             if arguments.only in f"{owner}.{method}":

@@ -15,14 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rollmesh.client import Client
+from tests.mesh.sdk.calling import CLIENTS as PAGE_ORDER
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from services.local.mesh import Mesh
 
 ROOT = Path(__file__).resolve().parents[3]
 OLDEST = "0.25.0"
 """The first that sends forward_backward as protobuf always; before, JSON unless it was told to."""
-PROJECT = "exercises"
+CLIENTS = (("TrainingClient",), ("ServiceClient", "SamplingClient"), ("RestClient", "AdminClient"))
+"""Each group is exercised by a process and in a project of its own, at the same time: what takes long
+is waiting."""
 BASE_MODEL = "arith"
 FOLDERS = "TINKER_SDKS"
 """Environment variable: a folder with older SDKs, unpacked, each in one named by its version."""
@@ -39,28 +44,45 @@ def newest() -> str:
 
 async def runs(mesh: Mesh, folder: Path) -> list[dict[str, Any]]:
     """What came of the exercises: with the newest version and the oldest. `folder`: for files."""
-    done = []
-    for version in (newest(), OLDEST):
-        path = None if version == newest() else await fetched(version)
-        done.append(await run(mesh, version, path, folder))
-    return done
+    paths = {newest(): None, OLDEST: await fetched(OLDEST)}
+    async with asyncio.TaskGroup() as tasks:
+        running = [
+            tasks.create_task(run(mesh, version, path, folder)) for version, path in paths.items()
+        ]
+    return [each.result() for each in running]
 
 
 async def run(mesh: Mesh, version: str, path: Path | None, folder: Path) -> dict[str, Any]:
     """What came of the exercises with the SDK in `path`, None: the installed one."""
-    out = folder / f"tinker-{version}.json"
+    async with asyncio.TaskGroup() as tasks:
+        running = [
+            tasks.create_task(_run_some(mesh, version, path, folder, clients))
+            for clients in CLIENTS
+        ]
+    done = [each.result() for each in running]
+    assert {each["version"] for each in done} == {version}
+    outcomes = [outcome for each in done for outcome in each["outcomes"]]
+    outcomes.sort(key=lambda outcome: PAGE_ORDER.index(outcome["client"]))
+    return {"version": version, "outcomes": outcomes}
+
+
+async def _run_some(
+    mesh: Mesh, version: str, path: Path | None, folder: Path, clients: Sequence[str]
+) -> dict[str, Any]:
+    name = clients[0].lower()
+    out = folder / f"tinker-{version}-{name}.json"
+    project = f"{name}-{version.replace('.', '-')}"
     async with Client(mesh.address) as client:
-        key, secret = await client.keys.create(f"projects/{PROJECT}", "exercises")
+        key, secret = await client.keys.create(f"projects/{project}", "exercises")
         try:
             await _python(
                 "-m", "tests.mesh.sdk.runner", "--url", str(mesh.gateway_url), "--key", secret,
-                "--project", PROJECT, "--base-model", BASE_MODEL,
+                "--project", project, "--base-model", BASE_MODEL, "--clients", *clients,
                 "--folder", str(ROOT / "models" / "arith"), "--out", str(out), path=path,
             )  # fmt: skip
         finally:
             await client.keys.delete(key.name)
     done: dict[str, Any] = json.loads(out.read_text())
-    assert done["version"] == version, (done["version"], version)
     return done
 
 
