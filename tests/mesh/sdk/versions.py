@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[3]
 OLDEST = "0.25.0"
 """The first that sends forward_backward as protobuf always; before, JSON unless it was told to."""
 CLIENTS = (("TrainingClient",), ("ServiceClient", "SamplingClient"), ("RestClient", "AdminClient"))
-"""Each group is exercised by a process and in a project of its own, all at the same time: what takes
-long is waiting."""
+"""Each group is exercised by a process and in a project of its own, all at the same time: what
+takes long is waiting."""
 BASE_MODEL = "arith"
 FOLDERS = "TINKER_SDKS"
 """Environment variable: a folder with older SDKs, unpacked, each in one named by its version."""
