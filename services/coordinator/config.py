@@ -137,7 +137,8 @@ class CoordinatorConfig(Config):
     """Futures of sampling, of all projects together, that are not done."""
     max_sampling_bytes: Annotated[PositiveInt, Field(ge=2**27)] = 2**30
     """Memory for futures of sampling, of all projects together: what they ask, and what was drawn.
-    Beyond it the oldest results go before their time, and work is refused with OVERLOADED."""
+    Beyond it the oldest results go before their time, and work is refused with OVERLOADED; so it is
+    when what is not done takes half of it."""
     max_project_sampling_bytes: Annotated[PositiveInt, Field(ge=2**27)] = 2**28
     """The same, of one project."""
     event_retention_s: PositiveFloat = 30 * 86400.0

@@ -17,7 +17,7 @@ from services.coordinator.future_work import FutureState
 from services.coordinator.store import future_taken, too_many_futures
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from rollmesh import types
     from services.coordinator.future_work import Waits, Work, Works
@@ -28,6 +28,9 @@ MAX_DONE = 1000
 OVERHEAD_BYTES = 1024
 """What one takes besides its request or result, names and all, roughly."""
 LOOK_EVERY_S = 60.0
+FRESH_S = 30.0
+"""A result that nobody has read and that is no older makes no room for requests: whoever waits for
+it would draw again, and never come to an end."""
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +69,7 @@ class _Sample:
     # Under which the scheduler has it.
     subject: str = ""
     result: bytes | None = None
+    was_read: bool = False
     failed: bool = False
     done_time: float = 0.0
     # Of the order in which they came to be done; it grows across lives of the coordinator too.
@@ -104,6 +108,7 @@ class Samples:
         self._samples: dict[str, _Sample] = {}
         self._num_unfinished: Counter[str] = Counter()
         self._bytes: Counter[str] = Counter()
+        self._unfinished_bytes: Counter[str] = Counter()
         self._lines = Lines(bounds.max_begun)
         self._cursor = 0
         # By cursor, the oldest first: of all, of projects, and of groups.
@@ -140,6 +145,7 @@ class Samples:
         self._samples[name] = sample
         self._num_unfinished[project] += 1
         self._bytes[project] += sample.size
+        self._unfinished_bytes[project] += sample.size
         sample.task = self._tasks.create_task(self._draw(sample, work.body))
 
     def has(self, name: str) -> bool:
@@ -159,6 +165,8 @@ class Samples:
                 waiting = self._lines.waiting(sample.project, name, since=sample.create_time)
             if waiting is None and sample.subject:
                 waiting = self._why(sample.project, sample.subject)
+        else:
+            sample.was_read = True
         return FutureState(name, sample.create_time, sample.result, waiting)
 
     def done_since(self, project: str, group: str, after: int) -> list[tuple[int, str, bool]]:
@@ -199,12 +207,13 @@ class Samples:
         sample.result, sample.failed = result, failed
         sample.done_time, sample.cursor = now, self._cursor
         self._num_unfinished -= Counter([sample.project])
+        self._unfinished_bytes -= Counter({sample.project: sample.size})
         size = len(result) + OVERHEAD_BYTES
         self._bytes[sample.project] += size - sample.size
         sample.size = size
         for done in self._lists(sample):
             done[sample.cursor] = sample
-        self._make_room(sample.project, 0)
+        self._make_room(sample.project)
         self._changes.wake(sample.name, topic_of(sample.project, sample.group))
 
     def _check_bounds(self, sample: _Sample) -> None:
@@ -218,28 +227,49 @@ class Samples:
                 "max_sampling_futures",
                 allowed=bounds.max_of_all,
             )
-        if not self._make_room(project, sample.size):
+        if not self._has_room(project, sample.size):
             raise Overloaded(
-                "futures of sampling that are not done take max_sampling_bytes or, of this "
-                "project, max_project_sampling_bytes",
+                "futures of sampling that are not done take half of max_sampling_bytes or, of this "
+                "project, of max_project_sampling_bytes, or results that nobody has read yet take "
+                "the rest",
                 resource=f"projects/{project}",
                 value=self._bytes[project],
                 allowed=bounds.project_bytes,
             )
 
-    def _make_room(self, project: str, size: int) -> bool:
-        """Whether there is room for so many bytes more, once the oldest that are done are gone."""
+    def _has_room(self, project: str, size: int) -> bool:
+        """Whether a request of so many bytes has room, once results that may go are gone.
+
+        All requests take half of the bytes at most: the other half is for results, any of which is
+        smaller, so that one that has just come never goes for want of room.
+        """
+        bounds, unfinished = self._bounds, self._unfinished_bytes
+        if (
+            unfinished[project] + size > bounds.project_bytes // 2
+            or unfinished.total() + size > bounds.all_bytes // 2
+        ):
+            return False
+        fresh = self._clock() - FRESH_S
+        for sample in self._in_the_way(project, size):
+            if not sample.was_read and sample.done_time >= fresh:
+                return False
+            self._drop(sample)
+        return True
+
+    def _make_room(self, project: str) -> None:
+        """Drop the oldest results until the bounds hold."""
+        for sample in self._in_the_way(project, 0):
+            self._drop(sample)
+
+    def _in_the_way(self, project: str, size: int) -> Iterator[_Sample]:
+        """Results to drop, the oldest first, until there is room for so many bytes more."""
         bounds = self._bounds
         while self._bytes[project] + size > bounds.project_bytes and (
             done := self._done_of.get(project)
         ):
-            self._drop(next(iter(done.values())))
+            yield next(iter(done.values()))
         while self._bytes.total() + size > bounds.all_bytes and self._done:
-            self._drop(next(iter(self._done.values())))
-        return (
-            self._bytes[project] + size <= bounds.project_bytes
-            and self._bytes.total() + size <= bounds.all_bytes
-        )
+            yield next(iter(self._done.values()))
 
     def _drop_old(self) -> None:
         before = self._clock() - self._bounds.retention_s

@@ -16,7 +16,13 @@ from rollmesh.errors import (
     Unavailable,
 )
 from services.coordinator import future_samples
-from services.coordinator.future_samples import OVERHEAD_BYTES, SampleBounds, Samples, topic_of
+from services.coordinator.future_samples import (
+    FRESH_S,
+    OVERHEAD_BYTES,
+    SampleBounds,
+    Samples,
+    topic_of,
+)
 from services.coordinator.future_work import Waits, Work
 from services.coordinator.store import Changes
 
@@ -142,17 +148,50 @@ async def test_over_the_bytes_of_a_project_only_its_own_results_go(world):
         assert mesh.kept("other", *"abc") == ["other", "b", "c"]
 
 
-async def test_results_never_go_to_make_room_for_what_is_not_done_beyond_the_bound(world):
-    async with world(project_bytes=3 * OVERHEAD_BYTES) as mesh:
+async def test_what_is_not_done_takes_half_of_the_bytes_at_most(world):
+    size = OVERHEAD_BYTES + 1
+    async with world(project_bytes=4 * size, all_bytes=6 * size) as mesh:
         mesh.works.going.clear()
         mesh.create("a")
         mesh.create("b")
         with pytest.raises(Overloaded, match="max_project_sampling_bytes"):
             mesh.create("c")
         mesh.create("c", project="other")
+        with pytest.raises(Overloaded, match="max_sampling_bytes"):
+            mesh.create("d", project="other")
         mesh.samples.cancel("a")
-        mesh.create("d")  # the result of a has made room
-        assert mesh.kept(*"abcd") == [*"bcd"]
+        mesh.create("d")
+        assert mesh.kept(*"abcd") == [*"abcd"]
+
+
+@pytest.mark.parametrize("bound", ["project_bytes", "all_bytes"])
+async def test_a_result_that_has_just_come_is_there_whatever_else_is_under_way(world, bound):
+    room = 16 * OVERHEAD_BYTES
+    async with world(**{bound: room}) as mesh:
+        mesh.works.going.clear()
+        mesh.create("first", size=room // 3)
+        for index in range(7):
+            mesh.create(f"{index}")  # half of the room, with the first
+        changed = mesh.changes.next("first")
+        mesh.works.going.set()
+        await changed.wait()
+        assert mesh.samples.has("first")
+
+
+@pytest.mark.parametrize("gone_by", ["being read", "age"])
+async def test_no_request_takes_the_room_of_a_result_that_is_waited_for(world, gone_by):
+    async with world(project_bytes=4 * OVERHEAD_BYTES) as mesh:
+        changed = mesh.changes.next("a")
+        mesh.create("a", size=2 * OVERHEAD_BYTES)
+        await changed.wait()
+        with pytest.raises(Overloaded):
+            mesh.create("b")
+        if gone_by == "age":
+            mesh.now += FRESH_S + 1
+        else:
+            mesh.samples.state("a")
+        mesh.create("b")
+        assert mesh.kept(*"ab") == ["b"]
 
 
 @pytest.mark.parametrize("bound", ["max_of_project", "max_of_all"])

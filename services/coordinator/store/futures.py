@@ -6,7 +6,6 @@ old, without its result: it is how the queue knows where it is.
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from sqlalchemy import and_, delete, exists, func, insert, or_, select, update
 
 from rollmesh.errors import AlreadyExists, FailedPrecondition, Overloaded
 from services.coordinator.store.tables import futures
+from services.coordinator.store.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,8 +56,7 @@ class FutureStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        # One coordinator per database: whoever counts them here sees all of them.
-        self._counting = asyncio.Lock()
+        self._turns = Turns()
 
     async def get(self, name: str) -> StoredFuture | None:
         """One of them; None: there is none of that name."""
@@ -99,7 +98,7 @@ class FutureStore:
             )
             return future
 
-        async with self._counting:
+        async with self._turns.of(future.project):
             return await self._database.transact(work)
 
     async def next_position(self, project: str, queue: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import math
 from functools import partial
@@ -16,6 +15,7 @@ from rollmesh.names import lease_name, parse_job, parse_lease
 from services.coordinator.store import requests
 from services.coordinator.store.adapter_rows import is_open, kept_version, row_of
 from services.coordinator.store.tables import adapters, leases, versions
+from services.coordinator.store.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,8 +40,7 @@ class LeaseStore:
     def __init__(self, database: Database, request_retention_s: float) -> None:
         self._database = database
         self._request_retention_s = request_retention_s
-        # One coordinator per database: whoever counts leases here sees all of them.
-        self._counting = asyncio.Lock()
+        self._turns = Turns()
 
     async def create(
         self,
@@ -92,7 +91,7 @@ class LeaseStore:
                 )
             return types.Lease(name, adapter, version.policy_version, version.digest, expire_time)
 
-        async with self._counting:
+        async with self._turns.of(project):
             return await self._database.transact(work)
 
     async def renew(self, name: str, *, expire_time: float, now: float) -> types.Lease:
