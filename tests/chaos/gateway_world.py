@@ -158,22 +158,25 @@ class Storm:
             self._changed.notify_all()
 
     async def rage(self, rng: random.Random, kills: int) -> None:
-        """Kill, wait until both loops go on, kill again."""
+        """Kill, wait until both loops go on, kill again; after that, nobody waits for a turn."""
         deck: list[str] = []
-        for _ in range(kills):
-            # As cards are drawn: in each deal everybody's turn comes.
-            deck = deck or rng.sample(self._victims, len(self._victims))
-            await self._until_used(rng.randint(0, QUOTA))
-            await asyncio.sleep(rng.uniform(0, 0.4))  # anywhere in what runs now
-            if not self._running:
-                break
-            victim = deck.pop()
-            await self._kill(victim)
-            self.kills.append(victim)
-            await self._until_used(QUOTA)
-        async with self._changed:
-            self._over = True
-            self._changed.notify_all()
+        try:
+            for _ in range(kills):
+                # As cards are drawn: in each deal everybody's turn comes.
+                deck = deck or rng.sample(self._victims, len(self._victims))
+                await self._until_used(rng.randint(0, QUOTA))
+                await asyncio.sleep(rng.uniform(0, 0.4))  # anywhere in what runs now
+                if not self._running:
+                    break
+                victim = deck.pop()
+                await self._kill(victim)
+                self.kills.append(victim)
+                await self._until_used(QUOTA)
+        finally:
+            # Also where a loop has failed: the other one's thread must come to its end.
+            async with self._changed:
+                self._over = True
+                self._changed.notify_all()
 
     async def _turn(self, number: int) -> None:
         async with self._changed:
