@@ -25,8 +25,9 @@ demo-smollm2: setup ## The same with a pretrained model, SmolLM2-135M-Instruct; 
 
 .PHONY: test
 test: setup ## Run all tests
-	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/contract
-	@$(BIN)/python -m pytest tests/mesh tests/chaos
+	@$(BIN)/python -m pytest -n 2 tests/unit
+	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/contract
+	@$(BIN)/python -m pytest -n 2 --dist loadscope tests/mesh tests/chaos
 
 .PHONY: chaos
 chaos: setup ## The long chaos runs: kill trainers, coordinator and gateway N times at random points (SEED=), and samplers
