@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 from typing import TYPE_CHECKING
 
-from rollmesh.errors import MeshError, NotFound
+from rollmesh.errors import AlreadyExists, MeshError, NotFound
 from rollmesh.names import parse_checkpoint
 from rollmesh.types import PolicyRef
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from services.gateway.documents import Document, Fields
     from services.gateway.ports import Mesh
 
-_FORK_ATTEMPTS = 2
+_FORK_ATTEMPTS = 3
 _RENEWALS_AT_ONCE = 16
 _KNOWN = 10_000
 
@@ -114,27 +114,25 @@ class Policies:
 
     async def _forked(self, caller: Caller, checkpoint: Checkpoint, request_id: str) -> Lease:
         """A lease on the weights of a checkpoint as an adapter of their own."""
-        digest = hashlib.sha256(f"{checkpoint.name} {checkpoint.create_time}".encode()).hexdigest()
-        fork = f"f-{digest[:40]}"
         if request_id:
             request_id += "-fork"
-        for _ in range(_FORK_ATTEMPTS):
-            # Not found: one that was made before, and has been idle for too long since.
-            with contextlib.suppress(NotFound):
+        for attempt in range(_FORK_ATTEMPTS):
+            # The same names for all, so that all share a fork, also one that is made anew after an
+            # idle one has gone: a remembered request would only say that it has.
+            told = f"{checkpoint.name} {checkpoint.create_time} {attempt}"
+            fork = caller.adapter(f"f-{hashlib.sha256(told.encode()).hexdigest()[:40]}")
+            with contextlib.suppress(AlreadyExists):
                 await self._mesh.adapters.fork(
-                    caller.adapter(fork),
-                    checkpoint.name,
-                    f"fork-{fork}",
-                    idle_ttl_s=self._idle_ttl_s,
+                    fork, checkpoint.name, self._new_id(), idle_ttl_s=self._idle_ttl_s
                 )
-                version = await self._mesh.adapters.publish(caller.adapter(fork))
-                policy = PolicyRef(
-                    adapter=caller.adapter(fork), policy_version=version.policy_version
-                )
+            # Not found: it has gone since, or what this request leased before has.
+            with contextlib.suppress(NotFound):
+                version = await self._mesh.adapters.publish(fork)
+                policy = PolicyRef(adapter=fork, policy_version=version.policy_version)
                 # Other weights: somebody has trained it.
                 if version.digest == checkpoint.digest:
                     return await self._lease(caller, policy, request_id)
-            fork, request_id = f"f-{self._new_id()}", ""
+            request_id = ""
         raise NotFound(f"{checkpoint.name} is gone", resource=checkpoint.name)
 
     async def _lease(self, caller: Caller, policy: PolicyRef, request_id: str) -> Lease:

@@ -684,6 +684,24 @@ async def test_a_fork_that_somebody_trained_is_not_sampled_for_its_checkpoint(wo
     assert json.loads(found.value)["digest"] == held["digest"]
 
 
+async def test_a_fork_that_has_gone_is_made_anew_once_for_all(world, caller):
+    sampler, model, _ = await named_sampler(world, caller)
+    await lose_version(world, model)
+    client = world.coordinator.client
+    session = sampler.partition(":")[0]
+    found = await client.records.get("projects/p", f"samplers/{sampler}")
+    path = json.loads(found.value)["model_path"]
+    forks = []
+    for number in range(1, 4):
+        body = {"session_id": session, "sampling_session_seq_id": number, "model_path": path}
+        made = (await caller.post("create_sampling_session", body))["sampling_session_id"]
+        found = await client.records.get("projects/p", f"samplers/{made}")
+        forks.append(json.loads(found.value)["adapter"])
+        if number == 1:
+            await client.adapters.delete(forks[0])
+    assert len(set(forks)) == 1
+
+
 async def test_the_sdk_itself_trains_saves_and_samples(world, caller):
     def run():
         service = tinker.ServiceClient(base_url=caller.url, api_key=caller.key)
