@@ -166,7 +166,7 @@ async def test_what_is_not_done_takes_half_of_the_bytes_at_most(world):
 
 @pytest.mark.parametrize("bound", ["project_bytes", "all_bytes"])
 async def test_a_result_that_has_just_come_is_there_whatever_else_is_under_way(world, bound):
-    room = 16 * OVERHEAD_BYTES
+    room = 16 * OVERHEAD_BYTES + 100
     async with world(**{bound: room}) as mesh:
         mesh.works.going.clear()
         mesh.create("first", size=room // 3)

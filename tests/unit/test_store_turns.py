@@ -19,15 +19,14 @@ async def test_one_project_waits_for_itself_alone_and_nothing_is_left():
         async with turns.of(project):
             order.append(name)
 
-    async with asyncio.TaskGroup() as tasks:
-        async with turns.of("a"):
-            tasks.create_task(take("a", "second"))
-            given_up = tasks.create_task(take("a", "given up"))
-            await asyncio.wait_for(take("b", "other"), 20)
-            given_up.cancel()
-            await asyncio.sleep(0)
-            order.append("first")
-            assert len(turns) == 1
+    async with asyncio.TaskGroup() as tasks, turns.of("a"):
+        tasks.create_task(take("a", "second"))
+        given_up = tasks.create_task(take("a", "given up"))
+        await asyncio.wait_for(take("b", "other"), 20)
+        given_up.cancel()
+        await asyncio.sleep(0)
+        order.append("first")
+        assert len(turns) == 1
     assert order == ["other", "first", "second"]
     assert len(turns) == 0
 
