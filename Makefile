@@ -23,11 +23,17 @@ demo-smollm2: setup ## The same with a pretrained model, SmolLM2-135M-Instruct; 
 	@bash scripts/fetch_smollm2.sh
 	@$(BIN)/python -m examples.demo --config examples/smollm2.yaml --job examples/jobs/smollm2.yaml
 
+TINKER := tests/mesh/test_tinker_compatibility.py tests/mesh/tinker tests/mesh/test_gateway_fuzz.py
+
 .PHONY: test
-test: setup ## Run all tests
+test: setup ## Run the tests, but those of test-tinker
 	@$(BIN)/python -m pytest -n 2 tests/unit
 	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/contract
-	@$(BIN)/python -m pytest -n 2 --dist loadscope tests/mesh tests/chaos
+	@$(BIN)/python -m pytest tests/mesh tests/chaos $(TINKER:%=--ignore=%)
+
+.PHONY: test-tinker
+test-tinker: setup ## Run the long tests of the gateway: every method of the Tinker SDK, recipes of its cookbook
+	@$(BIN)/python -m pytest $(TINKER)
 
 .PHONY: chaos
 chaos: setup ## The long chaos runs: kill trainers, coordinator and gateway N times at random points (SEED=), and samplers
