@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rollmesh.api.coordinator.v1 import future_service_pb2 as pb
 from rollmesh.convert.values import duration_to_pb
-from rollmesh.errors import AlreadyExists, NotFound
+from rollmesh.errors import AlreadyExists, NotFound, Unavailable
 from rollmesh.names import checkpoint_name, parse_checkpoint
 from services.gateway.queues import run_key
 from services.gateway.wire import bodies
@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 
 _MAX_ENTRIES = 64
 """Of a document: older ones are let go of."""
+_ATTEMPTS = 8
+_COMING_S = 60.0
+"""How long after its entry the future of a save may come: the gateway that wrote the one down makes
+the other next, or never."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,19 +250,28 @@ class Checkpoints:
         document, ours = await self._documents.create(
             caller.project, key, {"public": False, "entries": [entry]}
         )
-        if not ours and all(old["seq"] != entry["seq"] for old in document.fields["entries"]):
+        for _ in range(_ATTEMPTS):
+            if ours or _has(document.fields, entry):
+                break
             if not overwrite and await self._is_taken(caller, document, path):
                 raise AlreadyExists(
                     f"there is a checkpoint {path} already; overwrite it, or choose another name",
                     resource=path,
                 )
+            looked_at = document.fields["entries"]
 
-            def added(fields: Fields) -> Fields | None:
-                entries = [old for old in fields["entries"] if old["seq"] != entry["seq"]]
+            def added(fields: Fields, looked_at: list[Fields] = looked_at) -> Fields | None:
+                entries = fields["entries"]
+                # Another save that has come since may have taken the name.
+                if _has(fields, entry) or (not overwrite and entries != looked_at):
+                    return None
                 kept = sorted([*entries, entry], key=lambda each: each["seq"])[-_MAX_ENTRIES:]
                 return {**fields, "entries": kept}
 
-            await self._documents.change(caller.project, key, added)
+            document = await self._documents.change(caller.project, key, added)
+            ours = overwrite
+        else:
+            raise Unavailable(f"{path} is saved to all the time", resource=path)
         keep = pb.Keep(adapter=adapter, checkpoint=name)
         if entry["ttl"] is not None:
             keep.checkpoint_ttl.CopyFrom(duration_to_pb(entry["ttl"]))
@@ -266,17 +279,19 @@ class Checkpoints:
 
     async def _is_taken(self, caller: Caller, document: Document, path: CheckpointPath) -> bool:
         """Whether the name stands for something, or will once what is under way is done."""
-        if await self._newest(document, path):
-            return True
+        now = self._clock()
         for entry in document.fields["entries"]:
             ticket = TrainTicket(path.model, entry["seq"])
             try:
                 future = await self._mesh.futures.wait(caller.future(ticket.future_id), 0)
             except NotFound:
+                if now - entry["time"] < _COMING_S:
+                    return True
                 continue
             if not future.done:
                 return True
-        return False
+        # Only now: what was under way until a moment ago is there.
+        return await self._newest(document, path) is not None
 
     async def _newest(self, document: Document, path: CheckpointPath) -> Saved | None:
         for entry in reversed(document.fields["entries"]):
@@ -292,6 +307,10 @@ class Checkpoints:
             await self._mesh.checkpoints.delete(name)
         except NotFound:
             return
+
+
+def _has(fields: Fields, entry: Fields) -> bool:
+    return any(old["seq"] == entry["seq"] for old in fields["entries"])
 
 
 def newest_of(document: Document, existing: dict[str, Checkpoint]) -> Saved | None:

@@ -9,6 +9,7 @@ import inspect
 import json
 import re
 import sqlite3
+import time
 from pathlib import Path
 
 import httpx
@@ -441,6 +442,28 @@ async def test_a_name_is_overwritten_only_where_that_is_asked_for(world, caller)
     assert response.status_code == 204
     assert await names(caller, model) == []
     assert (await save(caller, model, 6, "a"))["path"] == path
+
+
+async def test_a_save_under_way_elsewhere_has_its_name_before_its_future_is_there(world, caller):
+    model = await caller.model()
+    adapter = f"projects/p/adapters/{model.replace(':train:', '-')}"
+    # As another gateway writes it down, which has not come to make the future yet.
+    entry = {
+        "seq": 1,
+        "ttl": None,
+        "user_metadata": None,
+        "checkpoint": f"{adapter}/checkpoints/w-1",
+        "time": time.time(),
+    }
+    await world.coordinator.client.records.put(
+        "projects/p",
+        f"checkpoints/{model}/weights/a",
+        json.dumps({"public": False, "entries": [entry]}).encode(),
+        expected_revision=0,
+    )
+    second = await caller.post("save_weights", {"model_id": model, "seq_id": 2, "path": "a"})
+    assert (await save(caller, model, 1, "a"))["path"] == f"tinker://{model}/weights/a"
+    assert "overwrite" in (await caller.result(second))["error"]
 
 
 async def test_what_the_coordinator_has_no_longer_is_not_listed(world, caller):
