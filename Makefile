@@ -23,16 +23,17 @@ demo-smollm2: setup ## The same with a pretrained model, SmolLM2-135M-Instruct; 
 	@bash scripts/fetch_smollm2.sh
 	@$(BIN)/python -m examples.demo --config examples/smollm2.yaml --job examples/jobs/smollm2.yaml
 
-TINKER := tests/mesh/test_tinker_compatibility.py tests/mesh/tinker tests/mesh/test_gateway_fuzz.py
+TINKER := tests/contract/test_gateway_fuzz.py tests/mesh/test_gateway_fuzz.py tests/mesh/test_tinker_compatibility.py \
+	tests/mesh/tinker tests/chaos/test_gateway_kills.py
 
 .PHONY: test
 test: setup ## Run the tests, but those of test-tinker
 	@$(BIN)/python -m pytest -n 2 tests/unit
-	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/contract
+	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/contract $(TINKER:%=--ignore=%)
 	@$(BIN)/python -m pytest tests/mesh tests/chaos $(TINKER:%=--ignore=%)
 
 .PHONY: test-tinker
-test-tinker: setup ## Run the long tests of the gateway: every method of the Tinker SDK, recipes of its cookbook
+test-tinker: setup ## Run the long tests of the gateway: every method of the Tinker SDK, recipes of its cookbook, fuzz, kills
 	@$(BIN)/python -m pytest $(TINKER)
 
 .PHONY: chaos

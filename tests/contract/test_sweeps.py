@@ -400,9 +400,9 @@ async def test_tasks_are_checked_again_only_where_they_may_be_others(running, ra
     checked = []
     real = Jobs._check_tasks
 
-    async def check_tasks(self, spec):
+    async def check_tasks(self, project, spec):
         checked.append((spec.seed, spec.sampling.temperature))
-        await real(self, spec)
+        await real(self, project, spec)
 
     monkeypatch.setattr(Jobs, "_check_tasks", check_tasks)
     async with running() as coordinator:
