@@ -23,7 +23,7 @@ demo-smollm2: setup ## The same with a pretrained model, SmolLM2-135M-Instruct; 
 	@bash scripts/fetch_smollm2.sh
 	@$(BIN)/python -m examples.demo --config examples/smollm2.yaml --job examples/jobs/smollm2.yaml
 
-TINKER := tests/contract/test_gateway_fuzz.py tests/mesh/test_gateway_fuzz.py tests/mesh/test_tinker_compatibility.py \
+TINKER := tests/contract/test_gateway_fuzz.py tests/contract/test_openai_fuzz.py tests/mesh/test_gateway_fuzz.py tests/mesh/test_local_gateway.py tests/mesh/test_tinker_compatibility.py \
 	tests/mesh/tinker tests/chaos/test_gateway_kills.py
 
 .PHONY: test
