@@ -23,8 +23,9 @@ demo-smollm2: setup ## The same with a pretrained model, SmolLM2-135M-Instruct; 
 	@bash scripts/fetch_smollm2.sh
 	@$(BIN)/python -m examples.demo --config examples/smollm2.yaml --job examples/jobs/smollm2.yaml
 
-TINKER := tests/contract/test_gateway_fuzz.py tests/contract/test_openai_fuzz.py tests/mesh/test_gateway_fuzz.py tests/mesh/test_local_gateway.py tests/mesh/test_tinker_compatibility.py \
-	tests/mesh/tinker tests/chaos/test_gateway_kills.py
+TINKER := $(addprefix tests/contract/,test_gateway_fuzz.py test_openai_fuzz.py) tests/mesh/tinker \
+	$(addprefix tests/mesh/,test_gateway.py test_gateway_fuzz.py test_local_gateway.py test_openai.py test_tinker_compatibility.py) \
+	tests/chaos/test_gateway_kills.py
 
 .PHONY: test
 test: setup ## Run the tests, but those of test-tinker
@@ -33,7 +34,7 @@ test: setup ## Run the tests, but those of test-tinker
 	@$(BIN)/python -m pytest tests/mesh tests/chaos $(TINKER:%=--ignore=%)
 
 .PHONY: test-tinker
-test-tinker: setup ## Run the long tests of the gateway: every method of the Tinker SDK, recipes of its cookbook, fuzz, kills
+test-tinker: setup ## Run the gateway's long tests: on a mesh, every method of the Tinker SDK, its cookbook, fuzz, kills
 	@$(BIN)/python -m pytest $(TINKER)
 
 .PHONY: chaos
