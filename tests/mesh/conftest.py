@@ -88,7 +88,8 @@ async def mesh(collector, tmp_path_factory) -> AsyncIterator[Mesh]:
     values["gateway"] = {}
     values["trainers"][0]["max_adapters"] = MANY_ADAPTERS
     telemetry = {"otlp_endpoint": collector[1], "metrics_interval_s": 1.0}
-    sections = [values["coordinator"], values["reward"], *values["trainers"], *values["samplers"]]
+    services = (values["coordinator"], values["reward"], values["gateway"])
+    sections = [*services, *values["trainers"], *values["samplers"]]
     for section in sections:
         section["telemetry"] = telemetry
     values["coordinator"]["projects"] = [
