@@ -28,6 +28,7 @@ _MAX_STEPS = 50_000_000
 """Of SQLite's virtual machine, for one query: under a second, and on any machine the same."""
 _STEPS_BETWEEN = 1_000_000
 _MAX_HEAP_BYTES = 256 << 20
+"""Of SQLite in this process, from the first query on: the process is one for functions alone."""
 _MAX_VALUE_BYTES = 1 << 20
 _READS = frozenset(
     {
