@@ -15,11 +15,11 @@ from rollmesh.rpc.server import serving
 from services.coordinator.adapters import Adapters, Durability
 from services.coordinator.admission import Admission
 from services.coordinator.base_models import BaseModels
+from services.coordinator.bodies import Bodies
 from services.coordinator.checkpoints import Checkpoints
 from services.coordinator.checks import Checks
 from services.coordinator.explaining import Explaining
 from services.coordinator.fleet.static import StaticFleet
-from services.coordinator.future_bodies import Bodies
 from services.coordinator.future_queues import Queues
 from services.coordinator.future_samples import SampleBounds, Samples
 from services.coordinator.future_work import Waits
@@ -254,7 +254,7 @@ def _futures(
     scheduler: Scheduler,
 ) -> Futures:
     changes, waits = Changes(), Waits(time.time)
-    bodies = Bodies(blobs, new_id=lambda: secrets.token_hex(16))
+    bodies = Bodies(blobs, "futures", new_id=lambda: secrets.token_hex(16))
 
     async def next_sequence(adapter: str) -> int:
         return (await adapters.get_adapter(adapter)).next_sequence

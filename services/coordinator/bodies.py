@@ -1,4 +1,4 @@
-"""Bytes of futures: in their rows, or where they are large in the blob store.
+"""Bytes of ops and futures: in their rows, or where they are large in the blob store.
 
 A blob is written before the row that refers to it. One whose row did not come to be, or does not
 need it any more, is the sweeper's.
@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from services.coordinator.journal import MAX_ROW_BYTES
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rollmesh.blobs import Blobs
+
+MAX_ROW_BYTES = 256 * 1024
+"""What is larger goes into the blob store."""
 
 
 class Bodies:
@@ -22,11 +23,13 @@ class Bodies:
 
     Args:
         blobs: what is larger than MAX_ROW_BYTES.
+        folder: of their keys.
         new_id: 32 hexadecimal digits that were never used.
     """
 
-    def __init__(self, blobs: Blobs, *, new_id: Callable[[], str]) -> None:
+    def __init__(self, blobs: Blobs, folder: str, *, new_id: Callable[[], str]) -> None:
         self._blobs = blobs
+        self._folder = folder
         self._new_id = new_id
 
     async def put(self, body: bytes) -> tuple[bytes | None, str | None]:
@@ -37,7 +40,7 @@ class Bodies:
         """
         if len(body) <= MAX_ROW_BYTES:
             return body, None
-        key = f"futures/{self._new_id()}"
+        key = f"{self._folder}/{self._new_id()}"
         await asyncio.to_thread(self._blobs.write, key, body)
         return None, key
 

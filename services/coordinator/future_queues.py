@@ -20,7 +20,7 @@ from services.coordinator.store import Changes
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-    from services.coordinator.future_bodies import Bodies
+    from services.coordinator.bodies import Bodies
     from services.coordinator.future_work import Waits, Works
     from services.coordinator.store import FutureStore, StoredFuture
 

@@ -17,7 +17,7 @@ from services.coordinator.store import StoredFuture, future_taken
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from services.coordinator.future_bodies import Bodies
+    from services.coordinator.bodies import Bodies
     from services.coordinator.future_queues import Queues
     from services.coordinator.future_samples import Samples
     from services.coordinator.future_work import Waits, Work

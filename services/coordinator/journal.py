@@ -6,7 +6,6 @@ row did not come to be is the sweeper's.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import hashlib
 import logging
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 from rollmesh import types
 from rollmesh.errors import NotFound, Unavailable
+from services.coordinator.bodies import MAX_ROW_BYTES, Bodies
 from services.coordinator.store import JournaledOp
 
 if TYPE_CHECKING:
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from services.coordinator.store import OpStore, StoredAdapter
 
 log = logging.getLogger(__name__)
-
-MAX_ROW_BYTES = 256 * 1024
-"""A larger body or result goes into the blob store."""
 
 
 class Journal:
@@ -50,10 +47,9 @@ class Journal:
         new_id: Callable[[], str],
     ) -> None:
         self._ops = ops
-        self._blobs = blobs
+        self._bodies = Bodies(blobs, "ops", new_id=new_id)
         self._codec = codec
         self._clock = clock
-        self._new_id = new_id
 
     def entry(self, adapter: str, sequence: int, op: types.TrainingOp) -> JournaledOp:
         """The entry of an op, which `append` may put into the journal."""
@@ -71,16 +67,13 @@ class Journal:
             found = await self._ops.find(entry, job=job)
             if isinstance(found, JournaledOp):
                 return found
-            key = await self._write(body)
-            entry = dataclasses.replace(entry, body=None, body_key=key)
+            row_body, key = await self._bodies.put(body)
+            entry = dataclasses.replace(entry, body=row_body, body_key=key)
         return await self._ops.append(entry, job=job, now=self._clock())
 
     async def record(self, entry: JournaledOp, result: types.TrainingResult, *, epoch: int) -> None:
         """The tail is done. Fenced: the trainer under `epoch` is not its owner any more."""
-        body: bytes | None = self._codec.result_to_bytes(result)
-        key = None
-        if body is not None and len(body) > MAX_ROW_BYTES:
-            key, body = await self._write(body), None
+        body, key = await self._bodies.put(self._codec.result_to_bytes(result))
         await self._ops.record(
             entry,
             epoch=epoch,
@@ -111,7 +104,7 @@ class Journal:
             Unavailable: the blob store does not have it, or something else.
         """
         try:
-            body = await self._read(entry.body, entry.body_key)
+            body = await self._bodies.get(entry.body, entry.body_key)
         except NotFound as error:
             raise _not_as_written(entry) from error
         if _digest(entry.kind, body) != entry.digest:
@@ -120,19 +113,8 @@ class Journal:
 
     async def result_of(self, entry: JournaledOp) -> types.TrainingResult:
         """What a done op answered."""
-        body = await self._read(entry.result, entry.result_key)
+        body = await self._bodies.get(entry.result, entry.result_key)
         return self._codec.result_from_bytes(_kind(entry), body)
-
-    async def _write(self, body: bytes) -> str:
-        key = f"ops/{self._new_id()}"
-        await asyncio.to_thread(self._blobs.write, key, body)
-        return key
-
-    async def _read(self, body: bytes | None, key: str | None) -> bytes:
-        if key is not None:
-            return await asyncio.to_thread(self._blobs.read, key)
-        assert body is not None  # noqa: S101 - the rows that are asked for have one
-        return body
 
 
 def _digest(kind: str, body: bytes) -> str:

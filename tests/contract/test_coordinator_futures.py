@@ -18,7 +18,7 @@ from rollmesh.errors import (
     NotFound,
     Overloaded,
 )
-from services.coordinator.journal import MAX_ROW_BYTES
+from services.coordinator.bodies import MAX_ROW_BYTES
 from tests.fakes.coordinator import Fakes, eventually, running_coordinator
 from tests.fakes.databases import emptied, postgresql_server
 from tests.fakes.futures import (

@@ -13,8 +13,8 @@ import numpy as np
 from rollmesh import convert, types
 from rollmesh.api.coordinator.v1 import future_service_pb2 as pb
 from rollmesh.convert.values import duration_to_pb
+from services.coordinator.bodies import Bodies
 from services.coordinator.checkpoints import Checkpoints
-from services.coordinator.future_bodies import Bodies
 from services.coordinator.future_queues import Queues
 from services.coordinator.future_work import Waits
 from services.coordinator.leases import Leases
@@ -121,7 +121,7 @@ async def running_queues(
     life = life or Life()
     changes = Changes()
     futures: Any = Mortal(store.futures, life)
-    bodies: Any = Mortal(Bodies(blobs, new_id=lambda: secrets.token_hex(16)), life)
+    bodies: Any = Mortal(Bodies(blobs, "futures", new_id=lambda: secrets.token_hex(16)), life)
     async with running_core(store, blobs, {"t:1": trainer}, life) as core:
         checkpoints = Checkpoints(
             cast("Any", Mortal(store.checkpoints, life)),

@@ -118,7 +118,7 @@ async def outlived(work, life):
 
 @pytest.mark.timeout(600)
 async def test_a_coordinator_killed_at_any_step_does_all_work_once(store, blobs, monkeypatch):
-    monkeypatch.setattr("services.coordinator.future_bodies.MAX_ROW_BYTES", 60)  # both ways
+    monkeypatch.setattr("services.coordinator.bodies.MAX_ROW_BYTES", 60)  # both ways
     chains = set()
     for number in itertools.count(1):
         trainer, life = FakeTrainer(), Life(number)
@@ -202,7 +202,7 @@ async def test_an_op_whose_sequence_went_to_another_is_done_with_the_next(store,
 async def test_work_that_is_lost_or_fails_by_a_bug_fails_and_lets_the_next_go_on(
     store, blobs, monkeypatch
 ):
-    monkeypatch.setattr("services.coordinator.future_bodies.MAX_ROW_BYTES", 1)
+    monkeypatch.setattr("services.coordinator.bodies.MAX_ROW_BYTES", 1)
     async with running_queues(store, blobs, FakeTrainer()) as (queues, bodies, futures, changes):
         lost = await put(None, bodies, futures, "lost", create_work(), queue="q")
         blobs.delete((await store.futures.get(lost)).body_key)
