@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import collections
 import hashlib
 import json
 import re
 from typing import TYPE_CHECKING, Any
+
+from cachetools import TLRUCache
 
 from rollmesh.errors import InvalidRequest, MeshError, NotFound
 from services.gateway.callers import Caller
@@ -55,9 +56,9 @@ class Auth:
         self._clock = clock
         self._cache_s = cache_s
         self._token_s = token_s
-        # By what was shown, hashed, oldest first.
-        self._known: collections.OrderedDict[bytes, tuple[float, Caller]] = (
-            collections.OrderedDict()
+        # By what was shown, hashed: until when it is believed, and who that is.
+        self._known: TLRUCache[bytes, tuple[float, Caller]] = TLRUCache(
+            _CACHED, lambda _shown, known, _now: known[0], timer=clock
         )
 
     async def caller(self, shown: str) -> Caller:
@@ -67,14 +68,10 @@ class Auth:
             Unauthenticated: nobody.
         """
         hashed = hashlib.sha256(shown.encode()).digest()
-        until, caller = self._known.get(hashed, (0.0, None))
-        if caller is None or until < self._clock():
-            self._known.pop(hashed, None)
-            until, caller = await self._ask(shown)
-            self._known[hashed] = until, caller
-            if len(self._known) > _CACHED:
-                self._known.popitem(last=False)
-        return caller
+        known = self._known.get(hashed)
+        if known is None:
+            known = self._known[hashed] = await self._ask(shown)
+        return known[1]
 
     async def token(self, caller: Caller) -> str:
         """A token of the caller's, a JWT."""
@@ -95,9 +92,9 @@ class Auth:
     async def forget(self, caller: Caller) -> None:
         """Delete the caller's key; nobody is let in by it from now on."""
         await self._keys.delete(caller.key)
-        self._known = collections.OrderedDict(
-            (hashed, known) for hashed, known in self._known.items() if known[1].key != caller.key
-        )
+        for hashed, (_, known) in list(self._known.items()):
+            if known.key == caller.key:
+                del self._known[hashed]
 
     async def _ask(self, shown: str) -> tuple[float, Caller]:
         until = self._clock() + self._cache_s

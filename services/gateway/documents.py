@@ -6,11 +6,12 @@ checkpoints/{model_id}/{kind}/{name}, joins/{sampling_session_id} and gateway/se
 
 from __future__ import annotations
 
-import collections
 import json
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from cachetools import TTLCache
 
 from rollmesh.errors import Conflict, NotFound, Unavailable
 
@@ -44,11 +45,8 @@ class Documents:
 
     def __init__(self, records: Records, clock: Callable[[], float] = time.monotonic) -> None:
         self._records = records
-        self._clock = clock
-        # What others of this gateway's requests saw a moment ago, oldest first.
-        self._seen: collections.OrderedDict[tuple[str, str], tuple[float, Document]] = (
-            collections.OrderedDict()
-        )
+        # What others of this gateway's requests saw a moment ago.
+        self._seen: TTLCache[tuple[str, str], Document] = TTLCache(_CACHED, _CACHE_S, timer=clock)
 
     async def get(self, project: str, key: str) -> Document:
         """As it is now. NotFound: there is none."""
@@ -63,10 +61,7 @@ class Documents:
 
     async def seen(self, project: str, key: str) -> Document:
         """As it is now or was up to 30 s ago, for what hardly changes. NotFound: there is none."""
-        at, document = self._seen.get((project, key), (0.0, None))
-        if document is None or self._clock() - at > _CACHE_S:
-            return await self.get(project, key)
-        return document
+        return self._seen.get((project, key)) or await self.get(project, key)
 
     async def create(self, project: str, key: str, fields: Fields) -> tuple[Document, bool]:
         """Write it unless there is one: what is there now, and whether it is ours."""
@@ -140,9 +135,7 @@ class Documents:
         document = _document(record)
         self._seen.pop((project, record.key), None)
         if len(record.value) <= _CACHED_BYTES:
-            self._seen[project, record.key] = (self._clock(), document)
-            if len(self._seen) > _CACHED:
-                self._seen.popitem(last=False)
+            self._seen[project, record.key] = document
         return document
 
 

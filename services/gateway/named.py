@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import collections
 from typing import TYPE_CHECKING
+
+from cachetools import TTLCache
 
 from rollmesh.errors import NotFound
 from rollmesh.types import PolicyRef
@@ -32,12 +33,8 @@ class Named:
     ) -> None:
         self._checkpoints = checkpoints
         self._policies = policies
-        self._clock = clock
-        self._lease_ttl_s = lease_ttl_s
-        # By the checkpoint's name, oldest first: until when no other lease is needed.
-        self._held: collections.OrderedDict[str, tuple[float, PolicyRef]] = (
-            collections.OrderedDict()
-        )
+        # By the checkpoint's name, for as long as no other lease is needed.
+        self._held: TTLCache[str, PolicyRef] = TTLCache(_KNOWN, lease_ttl_s / 2, timer=clock)
 
     async def policy(self, project: str, path: str) -> tuple[str, PolicyRef]:
         """The base model, and the version with the weights of a path, leased.
@@ -51,13 +48,9 @@ class Named:
             raise NotFound(f"model: {path} is not for sampling", resource=path)
         caller = Caller(project, key="")
         checkpoint = await self._checkpoints.get(caller, found)
-        until, policy = self._held.get(checkpoint.name, (0.0, None))
-        if policy is None or until < self._clock():
-            self._held.pop(checkpoint.name, None)
-            until = self._clock() + self._lease_ttl_s / 2
+        policy = self._held.get(checkpoint.name)
+        if policy is None:
             held = await self._policies.hold(caller, checkpoint, "")
             policy = PolicyRef(adapter=held["adapter"], policy_version=held["version"])
-            self._held[checkpoint.name] = until, policy
-            if len(self._held) > _KNOWN:
-                self._held.popitem(last=False)
+            self._held[checkpoint.name] = policy
         return checkpoint.base_model, policy

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
 import hashlib
 from typing import TYPE_CHECKING
+
+from cachetools import TTLCache
 
 from rollmesh.errors import AlreadyExists, MeshError, NotFound
 from rollmesh.names import parse_checkpoint
@@ -38,12 +39,11 @@ class Policies:
         idle_ttl_s: float,
     ) -> None:
         self._mesh = mesh
-        self._clock = clock
         self._new_id = new_id
         self._lease_ttl_s = lease_ttl_s
         self._idle_ttl_s = idle_ttl_s
-        # When this gateway renewed what, oldest first: each renews for itself, which costs little.
-        self._renewed: collections.OrderedDict[str, float] = collections.OrderedDict()
+        # What this gateway renewed lately: each renews for itself, which costs little.
+        self._renewed: TTLCache[str, bool] = TTLCache(_KNOWN, lease_ttl_s / 3, timer=clock)
 
     async def hold(self, caller: Caller, checkpoint: Checkpoint, request_id: str) -> Fields:
         """A lease on a version that has exactly the weights of `checkpoint`.
@@ -95,13 +95,9 @@ class Policies:
 
     def _is_due(self, what: str) -> bool:
         """Whether it is time; if it is, the next time begins now."""
-        now = self._clock()
-        if now - self._renewed.get(what, -1e9) < self._lease_ttl_s / 3:
+        if what in self._renewed:
             return False
-        self._renewed[what] = now
-        self._renewed.move_to_end(what)
-        if len(self._renewed) > _KNOWN:
-            self._renewed.popitem(last=False)
+        self._renewed[what] = True
         return True
 
     async def _renew(self, lease: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import collections
 from typing import TYPE_CHECKING, Any
+
+from cachetools import TTLCache
 
 from rollmesh.errors import InvalidRequest, NotFound
 from services.gateway.wire.ids import session_id
@@ -54,8 +55,8 @@ class Sessions:
         self._policies = policies
         self._clock = clock
         self._new_id = new_id
-        # When this gateway last wrote down that a session lives, oldest first.
-        self._noted: collections.OrderedDict[str, float] = collections.OrderedDict()
+        # Of which this gateway wrote down a moment ago that they live.
+        self._noted: TTLCache[str, bool] = TTLCache(_KNOWN, SEEN_EVERY_S, timer=clock)
 
     async def create(self, caller: Caller, body: bodies.CreateSession) -> Fields:
         """A new session."""
@@ -93,12 +94,9 @@ class Sessions:
     async def heartbeat(self, caller: Caller, session: str) -> None:
         """It lives: so do the versions of its newest sampling sessions."""
         await self.get(caller, session)
-        now = self._clock()
-        if now - self._noted.get(session, 0.0) >= SEEN_EVERY_S:
-            self._noted[session] = now
-            self._noted.move_to_end(session)
-            if len(self._noted) > _KNOWN:
-                self._noted.popitem(last=False)
+        if session not in self._noted:
+            self._noted[session] = True
+            now = self._clock()
             await self._documents.change(
                 caller.project, session_key(session), lambda fields: {**fields, "seen": now}
             )
