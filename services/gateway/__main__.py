@@ -34,16 +34,7 @@ async def serve(config: GatewayConfig) -> None:
     ending = asyncio.Event()
     with telemetry("gateway", config.telemetry):
         async with Client(config.coordinator) as client:
-            mesh = Mesh(
-                futures=client.futures,
-                records=client.records,
-                keys=client.keys,
-                adapters=client.adapters,
-                checkpoints=client.checkpoints,
-                leases=client.sampling,
-                fleet=client.fleet,
-            )
-            cores = gateway(config, mesh, ending)
+            cores = gateway(config, Mesh.of(client), ending)
             application = app(cores, openai_routes(config, cores, client))
             async with serving(application, config.listen, drain_s=config.drain_s) as port:
                 with log_fields(port=port):

@@ -81,8 +81,9 @@ class Checkpoints:
     async def save(self, caller: Caller, body: bytes) -> dict[str, str]:
         """save_weights: the ticket."""
         place = bodies.parse(bodies.Sequenced, body)
+        model = ModelId.parse(place.model_id)
 
-        async def make(model: ModelId) -> tuple[pb.Work, dict[str, Any]]:
+        async def make() -> tuple[pb.Work, dict[str, Any]]:
             request = bodies.parse(bodies.SaveWeights, body)
             # Without a name it is the request's number, as it stands in its place of the order.
             name = request.path if request.path is not None else f"{place.seq_id:06d}"
@@ -99,8 +100,7 @@ class Checkpoints:
             )
             return pb.Work(keep=keep), {"path": str(path)}
 
-        model = ModelId.parse(place.model_id)
-        return await self._queues.put(caller, model, place.seq_id, lambda: make(model))
+        return await self._queues.put(caller, model, place.seq_id, make)
 
     async def save_for_sampler(self, caller: Caller, body: bytes) -> dict[str, str]:
         """save_weights_for_sampler: the ticket."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from rollmesh.errors import AlreadyExists, InvalidRequest, NotFound
+from rollmesh.errors import InvalidRequest, NotFound
 from rollmesh.names import checkpoint_name
-from services.gateway.queues import run_key
+from services.gateway.queues import begin_run
 from services.gateway.sessions import check_project, session_key
 from services.gateway.wire.ids import ModelId, session_id
 from services.gateway.wire.paths import CheckpointPath
@@ -56,12 +56,14 @@ class Copies:
         saved = await self._checkpoints.find(caller, source)
         model = await self._model(caller, body, request_id)
         shape = await self._checkpoints.shape(caller, source, saved.checkpoint)
-        run = {**shape, "user_metadata": None, "loaded_from": str(source), "copy": True}
-        found, ours = await self._documents.create(
-            caller.project, run_key(model), {**run, "time": self._clock()}
-        )
-        if not ours and {**found.fields, "time": 0} != {**run, "time": 0}:
-            raise AlreadyExists(f"{model} is another model", resource=model)
+        run = {
+            **shape,
+            "user_metadata": None,
+            "loaded_from": str(source),
+            "copy": True,
+            "time": self._clock(),
+        }
+        await begin_run(self._documents, caller.project, model, run)
         path = CheckpointPath(model, source.kind, source.name)
         try:
             await self._checkpoints.find(caller, path)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rollmesh.api.common.v1 import policy_pb2
 from rollmesh.api.coordinator.v1 import adapter_service_pb2
 from rollmesh.api.coordinator.v1 import future_service_pb2 as pb
 from rollmesh.convert.values import duration_to_pb
-from rollmesh.errors import AlreadyExists, InvalidRequest, Unimplemented
-from services.gateway.queues import run_key
+from rollmesh.errors import InvalidRequest, Unimplemented
+from services.gateway.queues import begin_run
 from services.gateway.wire.ids import ModelId, session_id
 from services.gateway.wire.paths import CheckpointPath
 from services.gateway.wire.tickets import TrainTicket
@@ -66,6 +66,7 @@ class Models:
             "train_mlp": lora.train_mlp if lora else True,
             "train_unembed": lora.train_unembed if lora else True,
             "user_metadata": body.user_metadata,
+            "time": self._clock(),
         }
         _check_rank(run["rank"])
         request = adapter_service_pb2.CreateAdapterRequest(
@@ -79,7 +80,7 @@ class Models:
             ),
             idle_ttl=duration_to_pb(self._config.model_idle_ttl_s),
         )
-        await self._record(caller, model, run)
+        await begin_run(self._documents, caller.project, model, run)
         return await self._queues.take(
             caller, TrainTicket(model, 0), pb.Work(create_adapter=request)
         )
@@ -105,8 +106,13 @@ class Models:
                 allowed=checkpoint.base_model,
             )
         shape = await self._checkpoints.shape(caller, path, checkpoint)
-        run = {**shape, "user_metadata": body.user_metadata, "loaded_from": str(path)}
-        await self._record(caller, model, run)
+        run = {
+            **shape,
+            "user_metadata": body.user_metadata,
+            "loaded_from": str(path),
+            "time": self._clock(),
+        }
+        await begin_run(self._documents, caller.project, model, run)
         request = adapter_service_pb2.ForkAdapterRequest(
             name=model.adapter(caller.project),
             checkpoint=checkpoint.name,
@@ -153,15 +159,6 @@ class Models:
                 field="lora_config",
             )
         return targets
-
-    async def _record(self, caller: Caller, model: ModelId, run: Fields) -> None:
-        """Write down what the model is, before anybody hears of it."""
-        found, ours = await self._documents.create(
-            caller.project, run_key(model), {**run, "time": self._clock()}
-        )
-        told: dict[str, Any] = {**found.fields, "time": 0}
-        if not ours and told != {**run, "time": 0}:
-            raise AlreadyExists(f"{model} is another model", resource=model)
 
 
 def _check_optimizer(optimizer: bodies.Optimizer) -> None:

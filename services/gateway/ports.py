@@ -6,13 +6,14 @@ Every method raises the MeshError that the coordinator raised.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
 
     from rollmesh import types
     from rollmesh.api.coordinator.v1 import future_service_pb2 as pb
+    from rollmesh.client import Client
 
 
 class Futures(Protocol):
@@ -113,7 +114,7 @@ class Members(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """The coordinator."""
+    """The coordinator; `Mesh.of` a client of it."""
 
     futures: Futures
     records: Records
@@ -122,3 +123,16 @@ class Mesh:
     checkpoints: Checkpoints
     leases: Leases
     fleet: Members
+
+    @classmethod
+    def of(cls, client: Client) -> Self:
+        """What `client` calls."""
+        return cls(
+            futures=client.futures,
+            records=client.records,
+            keys=client.keys,
+            adapters=client.adapters,
+            checkpoints=client.checkpoints,
+            leases=client.sampling,
+            fleet=client.fleet,
+        )

@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rollmesh.api.coordinator.v1 import future_service_pb2 as pb
-from rollmesh.errors import FailedPrecondition, InvalidRequest, MeshError, NotFound
+from rollmesh.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidRequest,
+    MeshError,
+    NotFound,
+)
 from rollmesh.rpc.channel import MAX_MESSAGE_BYTES
 from services.gateway.wire.tickets import TrainTicket
 
@@ -14,7 +20,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from services.gateway.callers import Caller
-    from services.gateway.documents import Document, Documents
+    from services.gateway.documents import Document, Documents, Fields
     from services.gateway.ports import Futures
     from services.gateway.wire.ids import ModelId
 
@@ -25,6 +31,17 @@ _SAID_BYTES = 1000
 def run_key(model: ModelId) -> str:
     """Key of its document."""
     return f"runs/{model}"
+
+
+async def begin_run(documents: Documents, project: str, model: ModelId, run: Fields) -> None:
+    """Write down what a model is, before anybody hears of it. `run`: with the `time` of now.
+
+    Raises:
+        AlreadyExists: another model is called so.
+    """
+    found, ours = await documents.create(project, run_key(model), run)
+    if not ours and {**found.fields, "time": 0} != {**run, "time": 0}:
+        raise AlreadyExists(f"{model} is another model", resource=model)
 
 
 class Queues:

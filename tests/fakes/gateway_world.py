@@ -163,16 +163,8 @@ async def gateway_at(
         {"coordinator": address, "key_cache_s": 0.0, **settings}, source="test"
     )
     async with Client(address) as client:
-        mesh = Mesh(
-            futures=client.futures,
-            records=client.records,
-            keys=client.keys,
-            adapters=client.adapters,
-            checkpoints=client.checkpoints,
-            leases=client.sampling,
-            fleet=client.fleet,
-        )
-        application = app(gateway(config, mesh, ending, clock=clock, monotonic=clock))
+        cores = gateway(config, Mesh.of(client), ending, clock=clock, monotonic=clock)
+        application = app(cores)
         async with serving(application, "127.0.0.1:0", drain_s=1.0) as port:
             yield f"http://127.0.0.1:{port}"
 
