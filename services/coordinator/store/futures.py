@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import and_, delete, exists, func, insert, or_, select, update
 
 from rollmesh.errors import AlreadyExists, FailedPrecondition, Overloaded
+from services.coordinator.store.database import serialize
 from services.coordinator.store.tables import futures
-from services.coordinator.store.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,7 +56,6 @@ class FutureStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._turns = Turns()
 
     async def get(self, name: str) -> StoredFuture | None:
         """One of them; None: there is none of that name."""
@@ -79,6 +78,8 @@ class FutureStore:
         """`future`, once it is written down; or what was before, and errors, as `find`."""
 
         async def work(connection: AsyncConnection) -> StoredFuture:
+            # Else two who come at the same time would both find the last place.
+            await serialize(connection, f"futures {future.project}")
             found = await _find(connection, future, max_unfinished)
             if found is not None:
                 return found
@@ -98,8 +99,7 @@ class FutureStore:
             )
             return future
 
-        async with self._turns.of(future.project):
-            return await self._database.transact(work)
+        return await self._database.transact(work)
 
     async def next_position(self, project: str, queue: str) -> int:
         """The position of a queue that is to be done next, whether it has come or not."""

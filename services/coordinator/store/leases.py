@@ -14,8 +14,8 @@ from rollmesh.errors import NotFound, Overloaded
 from rollmesh.names import lease_name, parse_job, parse_lease
 from services.coordinator.store import requests
 from services.coordinator.store.adapter_rows import is_open, kept_version, row_of
+from services.coordinator.store.database import serialize
 from services.coordinator.store.tables import adapters, leases, versions
-from services.coordinator.store.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,7 +40,6 @@ class LeaseStore:
     def __init__(self, database: Database, request_retention_s: float) -> None:
         self._database = database
         self._request_retention_s = request_retention_s
-        self._turns = Turns()
 
     async def create(
         self,
@@ -63,6 +62,8 @@ class LeaseStore:
         project, _ = parse_lease(name)
 
         async def work(connection: AsyncConnection) -> types.Lease:
+            # Before the adapter's row, as all do: else two would wait in a ring.
+            await serialize(connection, f"leases {project}")
             if request is not None:
                 made = await requests.find(connection, request)
                 if made is not None:
@@ -91,8 +92,7 @@ class LeaseStore:
                 )
             return types.Lease(name, adapter, version.policy_version, version.digest, expire_time)
 
-        async with self._turns.of(project):
-            return await self._database.transact(work)
+        return await self._database.transact(work)
 
     async def renew(self, name: str, *, expire_time: float, now: float) -> types.Lease:
         """Let a lease end at `expire_time`. NotFound: it has expired, or was deleted."""
