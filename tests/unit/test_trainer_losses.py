@@ -291,9 +291,10 @@ def test_where_the_true_value_is_finite_so_is_the_computed_one(config, values, l
 @each_config
 @settings(max_examples=40, deadline=None)
 @given(
-    p=st.floats(-1e4, 0, width=32),
-    q=st.floats(-1e4, 0, width=32),
-    A=st.floats(-(2.0**100), 2.0**100, width=32),
+    # No subnormals: whether a process takes them for zero is for its libraries to say.
+    p=st.floats(-1e4, 0, width=32, allow_subnormal=False),
+    q=st.floats(-1e4, 0, width=32, allow_subnormal=False),
+    A=st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False),
     w=st.sampled_from([0.0, 1e-30, 1.0, 1e5]),
 )
 def test_a_finite_value_is_computed_whatever_the_inputs(config, p, q, A, w):
@@ -306,7 +307,9 @@ def test_a_finite_value_is_computed_whatever_the_inputs(config, p, q, A, w):
     if not math.isfinite(expected) or abs(expected_gradient) > 3e38:
         return
     found, gradient = extreme(config, p=p, q=q, A=A, w=w)
-    assert found == pytest.approx(expected, rel=1e-9, abs=1e-300)
+    # Where p and q are nearly the same, terms of order one cancel: their rounding is what is left.
+    rounding = 1e-15 * w
+    assert found == pytest.approx(expected, rel=1e-9, abs=rounding)
     assert gradient == pytest.approx(expected_gradient, rel=1e-6, abs=1e-37)
 
 

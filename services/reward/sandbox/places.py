@@ -265,7 +265,7 @@ def _kill(process: Process) -> None:
     """End the sandbox that `process` makes or has made.
 
     With its group: what bubblewrap has forked waits for it at first, for ever, and only later dies
-    with it. By then it has left the group, and the program was never in it.
+    with it. The first process of the sandbox is in the group, and with that ends all in it.
     """
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):

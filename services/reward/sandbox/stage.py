@@ -16,6 +16,8 @@ def _taken_in() -> str:
     import resource
     import sys
 
+    # Else its signals to its group would reach what made the sandbox.
+    os.setsid()
     socket = int(sys.argv[1])
     os.write(socket, b"r")
     with open(socket, "rb", closefd=False) as order:

@@ -118,6 +118,7 @@ ALLOWED: dict[str, Numbers] = {
     "rseq": (334, 293),
     "sched_getaffinity": (204, 123),
     "sched_yield": (24, 124),
+    "setsid": (112, 157),
     "set_robust_list": (273, 99),
     "set_tid_address": (218, 96),
     "wait4": (61, 260),

@@ -3,6 +3,8 @@
 Both get new user, PID, network, mount, IPC, UTS and cgroup namespaces, an unprivileged user
 without capabilities who can gain none, no environment but Runtime's, the runtime as its root,
 read-only, and one bounded folder to write in; both end with the service, and so does all in them.
+Neither leaves the group of processes that it is started in, so that who ends this misses nothing,
+however far the sandbox has come; the program itself leaves it, in stage.py.
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ class Bubblewrap:
                 self._unshare, "--user", "--map-root-user", "--mount", "--",
                 self._shell, "-c", self._mounting, "sh", self._mount, _of_folder(limits), work,
                 self._bwrap, "--unshare-all", "--unshare-user", "--uid", USER, "--gid", USER,
-                "--cap-drop", "ALL", "--die-with-parent", "--new-session", "--hostname", "sandbox",
+                "--cap-drop", "ALL", "--die-with-parent", "--hostname", "sandbox",
                 "--clearenv", *_each("--setenv", self._runtime.environment.items()),
                 "--ro-bind", root, "/", "--bind", work, "/work",
                 *_each("--dev-bind", ((path, path) for path in DEVICES)),
@@ -112,6 +114,7 @@ class Nsjail:
         # fmt: off
         arguments = [
             *as_user(self._setpriv, user), self._nsjail, "--mode", "o", "--quiet",
+            "--skip_setsid",
             "--user", USER, "--group", USER, "--disable_rlimits", "--hostname", "sandbox",
             "--time_limit", str(round(limits.wall_s) + 1), *_each("--env", environment),
             "--chroot", str(self._runtime.root), "--disable_proc",
