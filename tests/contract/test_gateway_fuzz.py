@@ -123,7 +123,6 @@ def test_whatever_comes_is_answered_as_documented(endpoint, world, http, own, ne
         database=None,
         # A request says what is wrong with it as it is; to make it smaller takes minutes.
         phases=[Phase.generate],
-        derandomize="FUZZ_EXAMPLES" not in os.environ,
         suppress_health_check=list(HealthCheck),
     )
     @given(st.data())

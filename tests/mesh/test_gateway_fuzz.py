@@ -48,7 +48,6 @@ def fuzz(url: str, keys: dict[str, str]) -> None:
             max_examples=EXAMPLES,
             deadline=None,
             database=None,
-            derandomize="FUZZ_EXAMPLES" not in os.environ,
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         )
