@@ -254,8 +254,14 @@ async def _connect_to_sqlite(path: str) -> aiosqlite.Connection:
     connection = _SqliteConnection(
         lambda: sqlite3.connect(path, check_same_thread=False), iter_chunk_size=64
     )
-    connection._thread.daemon = True  # noqa: SLF001 - as SQLAlchemy does with one of its own
-    return await connection
+    thread = connection._thread  # noqa: SLF001 - as SQLAlchemy does with one of its own
+    thread.daemon = True
+    try:
+        return await connection
+    except BaseException:
+        # It ends, and says so to this loop, which may be closed as soon as this is told.
+        await asyncio.to_thread(thread.join)
+        raise
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
