@@ -38,12 +38,15 @@ async def unsilenced(call: Call[Message_co]) -> AsyncIterator[Message_co]:
     loop = asyncio.get_running_loop()
     silent_ticks = 0
     waiting = True
+    # For good: what had come when the call was cancelled is still read, and then nothing is.
+    silenced = False
     ticking: asyncio.TimerHandle
 
     def tick() -> None:
-        nonlocal silent_ticks, ticking
+        nonlocal silent_ticks, silenced, ticking
         silent_ticks += waiting
         if silent_ticks > SILENCE_S / HEARTBEAT_S:
+            silenced = True
             call.cancel()
         else:
             ticking = loop.call_later(HEARTBEAT_S, tick)
@@ -58,7 +61,7 @@ async def unsilenced(call: Call[Message_co]) -> AsyncIterator[Message_co]:
     except asyncio.CancelledError:
         task = asyncio.current_task()
         cancelled = task is not None and task.cancelling()
-        if silent_ticks > SILENCE_S / HEARTBEAT_S and not cancelled:
+        if silenced and not cancelled:
             raise Unavailable(f"nothing came for {SILENCE_S:g} s") from None
         raise
     finally:

@@ -74,6 +74,29 @@ def test_a_stream_that_is_silent_is_cancelled_and_lost(num_messages):
     simulate(scenario())
 
 
+def test_a_message_that_came_while_the_call_was_cancelled_is_told_and_then_the_loss():
+    class Racing(FakeCall):
+        async def __aiter__(self):
+            self._waiting = asyncio.get_running_loop().create_future()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._waiting
+            yield "late"
+            raise asyncio.CancelledError
+
+    async def scenario():
+        came = []
+
+        async def listen():
+            async for message in unsilenced(Racing()):
+                came.append(message)  # noqa: PERF401 - what had come counts
+
+        with pytest.raises(Unavailable, match=r"nothing came for 1\.5 s"):
+            await listen()
+        assert came == ["late"]
+
+    simulate(scenario())
+
+
 def test_a_reader_that_takes_its_time_and_a_loop_that_is_busy_are_not_silence():
     async def scenario():
         call = FakeCall(*[0.9] * 10)
