@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 _MAX_ENTRIES = 64
 """Of a document: older ones are let go of."""
 _ATTEMPTS = 8
+NAMED_LEASE_S = 60.0
+"""In which a sampling session of a new checkpoint finds its version where it was trained; later it
+has the same weights from the checkpoint."""
 _COMING_S = 60.0
 """How long after its entry the future of a save may come: the gateway that wrote the one down makes
 the other next, or never."""
@@ -125,7 +128,7 @@ class Checkpoints:
                 overwrite=True,
             )
             keep.publish = True
-            keep.lease_ttl.CopyFrom(lease)
+            keep.lease_ttl.CopyFrom(duration_to_pb(NAMED_LEASE_S))
             return pb.Work(keep=keep), {"path": str(path)}
 
         return await self._queues.put(caller, model, place.seq_id, make)

@@ -63,11 +63,18 @@ class Documents:
         """As it is now or was up to 30 s ago, for what hardly changes. NotFound: there is none."""
         return self._seen.get((project, key)) or await self.get(project, key)
 
-    async def create(self, project: str, key: str, fields: Fields) -> tuple[Document, bool]:
-        """Write it unless there is one: what is there now, and whether it is ours."""
+    async def create(
+        self, project: str, key: str, fields: Fields, *, ttl_s: float | None = None
+    ) -> tuple[Document, bool]:
+        """Write it unless there is one: what is there now, and whether it is ours.
+
+        It is kept for `ttl_s` seconds from its last change on; None: until it is deleted.
+        """
         for _ in range(_ATTEMPTS):
             try:
-                record = await self._records.put(project, key, _bytes(fields), expected_revision=0)
+                record = await self._records.put(
+                    project, key, _bytes(fields), expected_revision=0, ttl_s=ttl_s
+                )
             except Conflict:
                 found = await self.find(project, key)
                 if found is not None:
@@ -77,9 +84,16 @@ class Documents:
         raise Unavailable(f"{key} changes all the time", resource=key)
 
     async def change(
-        self, project: str, key: str, change: Callable[[Fields], Fields | None]
+        self,
+        project: str,
+        key: str,
+        change: Callable[[Fields], Fields | None],
+        *,
+        ttl_s: float | None = None,
     ) -> Document:
         """Replace what is there by `change` of it, None: leave it; again if somebody else did too.
+
+        What has a time to live needs it again.
 
         Raises:
             NotFound: there is none.
@@ -91,16 +105,16 @@ class Documents:
                 return found
             try:
                 record = await self._records.put(
-                    project, key, _bytes(fields), expected_revision=found.revision
+                    project, key, _bytes(fields), expected_revision=found.revision, ttl_s=ttl_s
                 )
             except Conflict:
                 continue
             return self._remember(project, record)
         raise Unavailable(f"{key} changes all the time", resource=key)
 
-    async def count(self, project: str, key: str) -> int:
-        """From 1: how often this was called."""
-        return (await self._records.put(project, key, b"{}")).revision
+    async def count(self, project: str, key: str, *, ttl_s: float) -> int:
+        """From 1: how often this was called, with no more than `ttl_s` seconds in between."""
+        return (await self._records.put(project, key, b"{}", ttl_s=ttl_s)).revision
 
     async def page(
         self, project: str, prefix: str, *, limit: int = 100, offset: int = 0, newest: bool = True

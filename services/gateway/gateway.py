@@ -80,7 +80,15 @@ def gateway(
     checkpoints = Checkpoints(config, mesh, documents, queues, clock)
     capabilities = Capabilities(config, mesh.fleet, monotonic)
     sampling = Sampling(
-        mesh.futures, documents, sessions, checkpoints, policies, capabilities, clock
+        mesh.futures,
+        documents,
+        sessions,
+        checkpoints,
+        policies,
+        capabilities,
+        clock,
+        monotonic,
+        leases_per_session=config.leases_per_session,
     )
     listings = Listings(config, mesh, documents, checkpoints)
     return Gateway(

@@ -64,9 +64,20 @@ class Policies:
             return _held(await self._forked(caller, checkpoint, request_id))
         return _held(lease)
 
-    async def is_held(self, document: Document) -> bool:
-        """Whether the lease of a sampling session is still there; if it is, it lasts again."""
-        lease = document.fields.get("lease")
+    async def hold_again(self, caller: Caller, document: Document) -> Fields:
+        """A lease on the version of a sampling session that has none; nothing: it is gone."""
+        policy = PolicyRef(
+            adapter=document.fields["adapter"], policy_version=document.fields["version"]
+        )
+        try:
+            lease = await self._lease(caller, policy, "")
+        except NotFound:
+            return {}
+        # Of an adapter that was deleted and made anew.
+        return {"lease": lease.name} if lease.digest == document.fields["digest"] else {}
+
+    async def is_held(self, lease: str) -> bool:
+        """Whether a lease is still there; if it is, it lasts again. Empty: none."""
         if not lease:
             return False
         try:
@@ -92,6 +103,14 @@ class Policies:
     def is_due(self, session: str) -> bool:
         """Whether the leases of a session were last looked at a while ago."""
         return self._is_due(f"session {session}")
+
+    def forget(self, session: str) -> None:
+        """They could not be looked at."""
+        self._renewed.pop(f"session {session}", None)
+
+    async def release(self, lease: str) -> None:
+        """Let go of a version; one that is let go of is fine."""
+        await self._mesh.leases.delete_lease(lease)
 
     def _is_due(self, what: str) -> bool:
         """Whether it is time; if it is, the next time begins now."""

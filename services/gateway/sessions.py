@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from cachetools import TTLCache
 
-from rollmesh.errors import InvalidRequest, NotFound
+from rollmesh.errors import InvalidRequest, MeshError, NotFound
 from services.gateway.wire.ids import session_id
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 SEEN_EVERY_S = 60.0
 ALIVE_S = 300.0
 """A session that was not heard of for so long is no longer known to be running."""
+SESSION_TTL_S = 90 * 86400.0
+"""For so long after its last sign of life a session is listed; its runs and checkpoints stay."""
 _KNOWN = 10_000
 _LISTED = 10_000
 
@@ -75,6 +77,7 @@ class Sessions:
                 "time": now,
                 "seen": now,
             },
+            ttl_s=SESSION_TTL_S,
         )
         answer: Fields = {"type": "create_session", "session_id": session}
         if not self._config.unembedding:
@@ -95,15 +98,23 @@ class Sessions:
         """It lives: so do the versions of its newest sampling sessions."""
         await self.get(caller, session)
         if session not in self._noted:
-            self._noted[session] = True
             now = self._clock()
             await self._documents.change(
-                caller.project, session_key(session), lambda fields: {**fields, "seen": now}
+                caller.project,
+                session_key(session),
+                lambda fields: {**fields, "seen": now},
+                ttl_s=SESSION_TTL_S,
             )
+            # Only now: what failed is done with the next sign of life.
+            self._noted[session] = True
         if self._policies.is_due(session):
-            samplers, _ = await self._documents.page(
-                caller.project, f"samplers/{session}:", limit=self._config.leases_per_session
-            )
+            try:
+                samplers, _ = await self._documents.page(
+                    caller.project, f"samplers/{session}:", limit=self._config.leases_per_session
+                )
+            except MeshError:
+                self._policies.forget(session)
+                raise
             await self._policies.renew(samplers)
 
     async def finish(self, caller: Caller, session: str, body: bodies.Finish) -> None:
@@ -111,7 +122,10 @@ class Sessions:
         await self.get(caller, session)
         finished = {"reason": body.reason.type, "detail": body.detail}
         await self._documents.change(
-            caller.project, session_key(session), lambda fields: {**fields, "finished": finished}
+            caller.project,
+            session_key(session),
+            lambda fields: {**fields, "finished": finished},
+            ttl_s=SESSION_TTL_S,
         )
 
     async def tell(self, caller: Caller, session: str) -> Fields:

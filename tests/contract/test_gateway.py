@@ -10,6 +10,7 @@ import json
 import re
 import sqlite3
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -20,7 +21,13 @@ import zstandard
 
 from rollmesh import types
 from rollmesh.api.tinker.v1 import tinker_pb2
+from rollmesh.errors import Unavailable
 from services.gateway.app import PREFIX
+from services.gateway.callers import Caller
+from services.gateway.config import GatewayConfig
+from services.gateway.gateway import gateway
+from services.gateway.named import BELIEVED_S
+from services.gateway.ports import Mesh
 from services.gateway.web.endpoints import ENDPOINTS
 from tests.fakes.coordinator import Fakes
 from tests.fakes.gateway_world import PROTOBUF, batch, gateway_at, gateway_world
@@ -834,3 +841,131 @@ async def test_the_sdk_waits_for_all_samples_of_a_client_at_once(tmp_path):
             assert all(len(future.result().sequences) == 1 for future in futures)
 
         await asyncio.to_thread(run)
+
+
+def leases_in(folder):
+    """How many leases there are, by the policy version that they hold."""
+    with contextlib.closing(sqlite3.connect(folder / "coordinator.sqlite")) as db:
+        found = db.execute("SELECT policy_version, count(*) FROM leases GROUP BY 1").fetchall()
+    return dict(found)
+
+
+async def unnamed_saves(caller, model, count, first=1):
+    """Sampling sessions of so many versions, each of a step of its own, and the next number."""
+    samplers, seq = [], first
+    for _ in range(count):
+        await caller.step(model, seq)
+        body = {"model_id": model, "seq_id": seq + 2, "kind": "snapshot"}
+        result = await caller.result(await caller.post("save_weights_for_sampler", body))
+        samplers.append(result["sampling_session_id"])
+        seq += 3
+    return samplers, seq
+
+
+async def test_who_saves_often_holds_the_newest_versions_and_those_in_use(tmp_path):
+    now = time.time()
+    async with gateway_world(tmp_path, leases_per_session=2, clock=lambda: now) as world:
+        caller = world.caller()
+        model = await caller.model()
+        samplers, seq = await unnamed_saves(caller, model, 3)
+        assert leases_in(tmp_path) == {1: 1, 2: 1, 3: 1}, "all were in use a moment ago"
+        now += 61
+        _, ticket = await sample(caller, samplers[0])
+        assert await caller.result(ticket)
+        now += 20
+        more, seq = await unnamed_saves(caller, model, 2, seq)
+        assert leases_in(tmp_path) == {1: 1, 4: 1, 5: 1}
+        now += 61
+        _, seq = await unnamed_saves(caller, model, 1, seq)
+        assert leases_in(tmp_path) == {5: 1, 6: 1}
+        # The mesh has this one still: it is held again once it is sampled from.
+        _, ticket = await sample(caller, more[0])
+        assert await caller.result(ticket)
+        assert leases_in(tmp_path) == {4: 1, 5: 1, 6: 1}
+        assert world.fakes.sampler.versions == [1, 4]
+
+
+async def test_what_a_session_leaves_behind_is_forgotten_in_time(caller, tmp_path):
+    session = await caller.session()
+    model = await caller.model(session)
+    (sampler,), _ = await unnamed_saves(caller, model, 1)
+    await caller.post("join_sampling_session", {"sampling_session_id": sampler})
+    days = {}
+    with contextlib.closing(sqlite3.connect(tmp_path / "coordinator.sqlite")) as db:
+        for key, ends in db.execute("SELECT key, expire_time FROM records"):
+            days[key.partition("/")[0]] = ends and round((ends - time.time()) / 86400)
+    assert days == {"joins": 90, "runs": None, "samplers": 30, "sessions": 90}
+
+
+async def test_a_checkpoint_that_is_named_with_each_request_is_held_once_and_had_again(
+    world, caller, tmp_path
+):
+    _, model, save = await named_sampler(world, caller)
+    path = await save(4)
+    client, now = world.coordinator.client, 0.0
+    config = GatewayConfig(coordinator="127.0.0.1:1")
+    named = gateway(config, Mesh.of(client), asyncio.Event(), monotonic=lambda: now).named
+    before = sum(leases_in(tmp_path).values())
+
+    async def asked():
+        found = await asyncio.gather(*(named.policy("projects/p", path) for _ in range(20)))
+        assert len(set(found)) == 1
+        return found[0][1]
+
+    own = await asked()
+    assert await asked() == own
+    now += BELIEVED_S + 1
+    assert await asked() == own
+    assert sum(leases_in(tmp_path).values()) == before + 1
+    await lose_version(world, model)
+    now += BELIEVED_S + 1
+    fork = await asked()
+    assert fork.adapter != own.adapter
+    assert sum(leases_in(tmp_path).values()) == 1
+
+
+async def test_a_caller_that_goes_away_leaves_the_others_what_they_wait_for(world, caller):
+    _, _, save = await named_sampler(world, caller)
+    path = await save(4)
+    mesh = Mesh.of(world.coordinator.client)
+    config = GatewayConfig(coordinator="127.0.0.1:1")
+    named = gateway(config, mesh, asyncio.Event()).named
+    first, second = (asyncio.ensure_future(named.policy("projects/p", path)) for _ in range(2))
+    async with asyncio.timeout(20):
+        while not named._found:
+            await asyncio.sleep(0)
+        first.cancel()
+        assert (await second)[1].adapter
+    assert first.cancelled()
+
+
+async def test_a_sign_of_life_that_could_not_be_noted_is_noted_with_the_next(world, caller):
+    session = await caller.session()
+    fakes = Mesh.of(world.coordinator.client)
+    failing = FailingOnce(fakes.records)
+    config = GatewayConfig(coordinator="127.0.0.1:1")
+    mesh = replace(fakes, records=failing)
+    cores = gateway(config, mesh, asyncio.Event(), clock=lambda: 7.0)
+    who = Caller(project="projects/p", key="")
+    with pytest.raises(Unavailable):
+        await cores.sessions.heartbeat(who, session)
+    await cores.sessions.heartbeat(who, session)
+    document = await fakes.records.get("projects/p", f"sessions/{session}")
+    assert json.loads(document.value)["seen"] == 7.0
+
+
+class FailingOnce:
+    """Records of which the first is not written."""
+
+    def __init__(self, records):
+        self.records = records
+        self.failed = False
+
+    def __getattr__(self, name):
+        return getattr(self.records, name)
+
+    async def put(self, *arguments, **options):
+        if not self.failed:
+            self.failed = True
+            raise Unavailable("the store is away")
+        return await self.records.put(*arguments, **options)
