@@ -924,19 +924,44 @@ async def test_a_checkpoint_that_is_named_with_each_request_is_held_once_and_had
     assert sum(leases_in(tmp_path).values()) == 1
 
 
+class Waiting:
+    """A port whose `call` begins to work only when it is let go; `num_done`: how often it did."""
+
+    def __init__(self, port, call):
+        self.port, self.call = port, call
+        self.let_go = asyncio.Event()
+        self.num_done = 0
+
+    def __getattr__(self, name):
+        work = getattr(self.port, name)
+
+        async def waiting(*arguments, **options):
+            await self.let_go.wait()
+            result = await work(*arguments, **options)
+            self.num_done += 1
+            return result
+
+        return waiting if name == self.call else work
+
+
 async def test_a_caller_that_goes_away_leaves_the_others_what_they_wait_for(world, caller):
     _, _, save = await named_sampler(world, caller)
     path = await save(4)
     mesh = Mesh.of(world.coordinator.client)
-    config = GatewayConfig(coordinator="127.0.0.1:1")
-    named = gateway(config, mesh, asyncio.Event()).named
+    checkpoints, leases = Waiting(mesh.checkpoints, "get"), Waiting(mesh.leases, "create_lease")
+    checkpoints.let_go.set()
+    mesh = replace(mesh, checkpoints=checkpoints, leases=leases)
+    named = gateway(GatewayConfig(coordinator="127.0.0.1:1"), mesh, asyncio.Event()).named
     first, second = (asyncio.ensure_future(named.policy("projects/p", path)) for _ in range(2))
     async with asyncio.timeout(20):
-        while not named._found:
-            await asyncio.sleep(0)
+        while checkpoints.num_done < 2:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)
         first.cancel()
+        leases.let_go.set()
         assert (await second)[1].adapter
     assert first.cancelled()
+    assert leases.num_done == 1
 
 
 async def test_a_sign_of_life_that_could_not_be_noted_is_noted_with_the_next(world, caller):
