@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rollmesh.errors import BY_REASON, MeshError, NotFound
+from services.gateway.web.aside import aside
 from services.gateway.wire.outputs import SUBSTITUTE, finite, forward_backward_output
 from services.gateway.wire.paths import CheckpointPath
 from services.gateway.wire.samples import sample_response
@@ -58,13 +59,17 @@ class Answers:
         kind = future.WhichOneof("result")
         if isinstance(ticket, SampleTicket):
             if kind == "sampled":
-                return Answer(message=sample_response(future.sampled, last_n=ticket.last_n))
+                sampled = future.sampled
+                message = await aside(
+                    sampled.ByteSize(), sample_response, sampled, last_n=ticket.last_n
+                )
+                return Answer(message=message)
             return await self._unsampled(caller, ticket, future.failure)
         match kind:
             case "failure":
                 return _failed(future.failure)
             case "forward_backward" | "forward":
-                return _trained(ticket, getattr(future, kind))
+                return await aside(future.ByteSize(), _trained, ticket, getattr(future, kind))
             case "kept":
                 return await self._kept(caller, ticket, future.kept)
         return Answer(_fields(ticket, future))

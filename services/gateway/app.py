@@ -17,6 +17,7 @@ from rollmesh.telemetry import log_fields, record, span
 from services.gateway.auth import Unauthenticated
 from services.gateway.web.answering import failure, problem, respond
 from services.gateway.web.endpoints import ENDPOINTS, Call
+from services.gateway.web.holding import Holding
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from services.gateway.callers import Caller
     from services.gateway.gateway import Gateway
     from services.gateway.web.endpoints import Reply
+    from services.gateway.web.holding import Held
 
 PREFIX = "/api/v1/"
 
@@ -35,8 +37,9 @@ log = logging.getLogger(__name__)
 
 def app(gateway: Gateway, others: Iterable[Route] = ()) -> Starlette:
     """Its endpoints over HTTP, and `others`."""
+    holding = Holding(gateway.config.max_held_bytes)
     routes = [
-        Route(PREFIX + path, partial(_answer, gateway, path, endpoint), methods=[method])
+        Route(PREFIX + path, partial(_answer, gateway, holding, path, endpoint), methods=[method])
         for (method, path), endpoint in ENDPOINTS.items()
     ]
     application = Starlette(
@@ -49,17 +52,21 @@ def app(gateway: Gateway, others: Iterable[Route] = ()) -> Starlette:
 
 async def _answer(
     gateway: Gateway,
+    holding: Holding,
     path: str,
     endpoint: Callable[[Call], Awaitable[Reply]],
     request: Request,
 ) -> Response:
     """Of one request, whatever comes of it."""
     begun = time.perf_counter()
-    call = Call(gateway, request, partial(_caller, gateway, request))
-    with span("gateway.request", endpoint=path, method=request.method) as current:
+    with (
+        span("gateway.request", endpoint=path, method=request.method) as current,
+        holding.request() as held,
+    ):
+        call = Call(gateway, request, partial(_caller, gateway, request, held), held)
         try:
             with log_fields(endpoint=path):
-                response = respond(request, await endpoint(call))
+                response = await respond(request, await endpoint(call))
         except MeshError as error:
             response = failure(error)
             if response.status_code == 500:
@@ -90,11 +97,13 @@ def bug(path: str) -> Response:
     return problem(500, said)
 
 
-async def _caller(gateway: Gateway, request: Request) -> Caller:
+async def _caller(gateway: Gateway, request: Request, held: Held) -> Caller:
     shown = request.headers.get("x-api-key", "")
     if not shown:
         raise Unauthenticated("X-API-Key: an API key is needed, tml-…")
-    return await gateway.auth.caller(shown)
+    caller = await gateway.auth.caller(shown)
+    held.project = caller.project
+    return caller
 
 
 async def _no_such_path(request: Request, error: Exception) -> Response:

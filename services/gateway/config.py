@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from rollmesh.config import Address, Config, check_peer_address
 from rollmesh.telemetry import TelemetryConfig
@@ -68,6 +75,9 @@ class GatewayConfig(Config):
     """Base models whose tokenizers lie elsewhere than their names say."""
     max_body_bytes: Annotated[int, Field(ge=1024, le=60 * 2**20)] = 48 * 2**20
     """Largest body of a request, after decompression."""
+    max_held_bytes: PositiveInt = 512 * 2**20
+    """Bodies held at once; more are put off with 429. One project has half of it at most, so it is
+    at least four times max_body_bytes: a body may be there twice, compressed and not."""
     max_hold_s: Annotated[float, Field(gt=0, le=30)] = 30.0
     """Longest that a poll for a result is held."""
     key_cache_s: NonNegativeFloat = 5.0
@@ -99,6 +109,15 @@ class GatewayConfig(Config):
     """Seconds that requests under way get to finish when the gateway is told to end."""
     telemetry: TelemetryConfig = TelemetryConfig()
     """Traces, metrics and logs."""
+
+    @model_validator(mode="after")
+    def _check_room(self) -> Self:
+        least = 4 * self.max_body_bytes
+        if self.max_held_bytes < least:
+            raise ValueError(
+                f"max_held_bytes: {self.max_held_bytes} is under {least}, four times max_body_bytes"
+            )
+        return self
 
     def tokenizer_of(self, base_model: str) -> str:
         """What the SDK loads its tokenizer from."""

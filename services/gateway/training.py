@@ -11,6 +11,7 @@ from rollmesh.api.coordinator.v1 import future_service_pb2 as pb
 from rollmesh.api.coordinator.v1 import training_service_pb2
 from rollmesh.api.tinker.v1 import tinker_pb2
 from rollmesh.errors import InvalidRequest, MeshError, Unimplemented
+from services.gateway.web.aside import aside
 from services.gateway.wire import bodies
 from services.gateway.wire.batches import data_of
 from services.gateway.wire.ids import MAX_SEQ, ModelId
@@ -38,14 +39,15 @@ class Training:
     async def forward_backward(self, caller: Caller, body: bytes) -> dict[str, str]:
         """Loss and gradients of a batch, or its log-probabilities alone: the ticket."""
         try:
-            request = tinker_pb2.ForwardBackwardRequest.FromString(body)
+            parse = tinker_pb2.ForwardBackwardRequest.FromString
+            request = await aside(len(body), parse, body)
         except DecodeError:
             raise InvalidRequest("body: not a ForwardBackwardRequest", field="body") from None
         model = ModelId.parse(request.model_id)
         _check_seq(request.seq_id)
 
         async def make() -> Made:
-            return self._batch(request, model.adapter(caller.project))
+            return await aside(len(body), self._batch, request, model.adapter(caller.project))
 
         return await self._queues.put(caller, model, request.seq_id, make)
 

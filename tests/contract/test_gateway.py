@@ -9,6 +9,7 @@ import inspect
 import json
 import re
 import sqlite3
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,8 @@ from services.gateway.config import GatewayConfig
 from services.gateway.gateway import gateway
 from services.gateway.named import BELIEVED_S
 from services.gateway.ports import Mesh
+from services.gateway.training import Training
+from services.gateway.web import aside
 from services.gateway.web.endpoints import ENDPOINTS
 from tests.fakes.coordinator import Fakes
 from tests.fakes.gateway_world import PROTOBUF, batch, gateway_at, gateway_world
@@ -994,3 +997,54 @@ class FailingOnce:
             self.failed = True
             raise Unavailable("the store is away")
         return await self.records.put(*arguments, **options)
+
+
+async def test_while_a_large_batch_is_taken_apart_others_are_answered(world, caller, monkeypatch):
+    model = await caller.model()
+    begun, go_on, kept_waiting = asyncio.Event(), threading.Event(), []
+    loop, taken_apart = asyncio.get_running_loop(), Training._batch
+
+    def slowly(*arguments):
+        loop.call_soon_threadsafe(begun.set)
+        kept_waiting.append(go_on.wait(20))
+        return taken_apart(*arguments)
+
+    monkeypatch.setattr(aside, "LARGE", 1000)
+    monkeypatch.setattr(Training, "_batch", slowly)
+    large = asyncio.ensure_future(caller.post("forward_backward", batch(model, 1, [5] * 1000)))
+    await asyncio.wait_for(begun.wait(), 20)
+    assert await world.caller("q").session()
+    assert not large.done()
+    go_on.set()
+    assert (await caller.trained(await large)).metrics
+    assert kept_waiting == [True]
+
+
+async def test_bodies_beyond_the_bound_are_put_off_and_other_projects_have_room(tmp_path):
+    async with gateway_world(tmp_path, max_body_bytes=100_000, max_held_bytes=400_000) as world:
+        go_on = asyncio.Event()
+
+        async def slowly():
+            yield b"x" * 90_000
+            await go_on.wait()
+
+        async def upload(project, content=b"x" * 90_000):
+            return await world.caller(project).send("POST", "asample", content=content)
+
+        async def until(project, *, refused):
+            async with asyncio.timeout(30):
+                while ((await upload(project)).status_code == 429) != refused:
+                    await asyncio.sleep(0.01)
+
+        uploads = [asyncio.ensure_future(upload("p", slowly())) for _ in range(2)]
+        await until("p", refused=True)
+        refusal = await upload("p")
+        assert refusal.headers["retry-after"] == "1"
+        assert "200000" in refusal.json()["detail"]
+        assert (await upload("q")).status_code == 400, "it has room, and is no JSON"
+        # Who goes away in the middle leaves room for others.
+        uploads[0].cancel()
+        await until("p", refused=False)
+        go_on.set()
+        assert (await uploads[1]).status_code == 400
+        assert {(await upload("p")).status_code for _ in range(5)} == {400}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from typing import TYPE_CHECKING
@@ -37,10 +38,13 @@ if TYPE_CHECKING:
     from services.gateway.openai.models import Found
     from services.gateway.openai.ports import CheckpointPolicy, ProjectOf, Records
 
+log = logging.getLogger(__name__)
+
 _CHAT = {"prompt_token_ids": "messages"}
 _COMPLETION = {"prompt_token_ids": "prompt", "params.top_logprobs": "logprobs"}
 _CLIENT_GONE = 499
 """Nobody sees it but a log."""
+_BUG = Refusal(500, "internal error; the gateway's log has the traceback", code="internal_error")
 
 
 def routes(
@@ -85,6 +89,9 @@ def routes(
                 return Response(status_code=_CLIENT_GONE)
             except MeshError as error:
                 return refusal_of(error, {}).response
+            except Exception:
+                log.exception("bug in %s", request.url.path)
+                return _BUG.response
 
         return answer
 

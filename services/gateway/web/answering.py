@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 import zstandard
 from starlette.responses import Response
 
+from services.gateway.web.aside import aside
+
 if TYPE_CHECKING:
+    from google.protobuf.message import Message
     from starlette.requests import Request
 
     from rollmesh.errors import MeshError
@@ -35,7 +38,7 @@ _STATUSES = {
 }
 
 
-def respond(request: Request, answer: dict[str, Any] | Answer | Response | None) -> Response:
+async def respond(request: Request, answer: dict[str, Any] | Answer | Response | None) -> Response:
     """`answer` as HTTP; None: there is nothing to say."""
     if isinstance(answer, Response):
         return answer
@@ -44,7 +47,8 @@ def respond(request: Request, answer: dict[str, Any] | Answer | Response | None)
     if isinstance(answer, dict):
         return _packed(request, _json(answer), JSON, 200)
     if answer.message is not None:
-        return _packed(request, answer.message.SerializeToString(), PROTOBUF, answer.status)
+        size = answer.message.ByteSize()
+        return await aside(size, _packed_message, request, answer.message, answer.status)
     return _packed(request, _json(answer.fields), JSON, answer.status)
 
 
@@ -69,6 +73,10 @@ def problem(
 
 def _json(fields: dict[str, Any]) -> bytes:
     return json.dumps(fields, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _packed_message(request: Request, message: Message, status: int) -> Response:
+    return _packed(request, message.SerializeToString(), PROTOBUF, status)
 
 
 def _packed(request: Request, body: bytes, media_type: str, status: int) -> Response:

@@ -26,29 +26,38 @@ if TYPE_CHECKING:
     from services.gateway.answers import Answer
     from services.gateway.callers import Caller
     from services.gateway.gateway import Gateway
+    from services.gateway.web.holding import Held
     from services.gateway.wire.bodies import BodyT
 
     Reply = dict[str, Any] | Answer | Response | None
 
 _MAX_TELEMETRY_BYTES = 2**20
 _MAX_RETRIEVE_BYTES = 2**16
+_MAX_SMALL_BYTES = 2**20
+"""Of all that is neither a batch nor a prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request. `who`: finds out who asks, which may raise."""
+    """One request. `who`: finds out who asks, which may raise; `held`: the bytes of its body."""
 
     gateway: Gateway
     request: Request
     who: Callable[[], Awaitable[Caller]]
+    held: Held
+
+    @property
+    def max_small_bytes(self) -> int:
+        """The largest body of most endpoints."""
+        return min(_MAX_SMALL_BYTES, self.gateway.config.max_body_bytes)
 
     async def raw(self) -> bytes:
-        """Its body."""
-        return await body(self.request, self.gateway.config.max_body_bytes)
+        """Its body, which is small."""
+        return await body(self.request, self.max_small_bytes, self.held)
 
     async def json(self, model: type[BodyT]) -> BodyT:
-        """Its body as JSON of this form."""
-        return await json_of(self.request, model, self.gateway.config.max_body_bytes)
+        """Its body, which is small, as JSON of this form."""
+        return await json_of(self.request, model, self.max_small_bytes, self.held)
 
     def part(self, name: str) -> str:
         """A part of its path."""
@@ -172,7 +181,8 @@ async def forward_backward(call: Call) -> Reply:
     caller = await call.who()
     training = call.gateway.training
     try:
-        return await training.forward_backward(caller, await call.raw())
+        batch = await body(call.request, call.gateway.config.max_body_bytes, call.held)
+        return await training.forward_backward(caller, batch)
     except TooLarge as error:
         return await training.refuse(caller, error.head, error)
 
@@ -220,7 +230,9 @@ async def sampler(call: Call) -> Reply:
 
 async def asample(call: Call) -> Reply:
     caller = await call.who()
-    return await call.gateway.sampling.sample(caller, await call.json(Sample))
+    most = call.gateway.config.max_body_bytes
+    asked = await json_of(call.request, Sample, most, call.held)
+    return await call.gateway.sampling.sample(caller, asked)
 
 
 async def retrieve_future(call: Call) -> Reply:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import zlib
 from typing import TYPE_CHECKING
 
 import zstandard
 
-from rollmesh.errors import InvalidRequest, MeshError
+from rollmesh.errors import InvalidRequest, MeshError, Overloaded
+from services.gateway.web.aside import aside
 from services.gateway.wire.bodies import parse
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
+    from services.gateway.web.holding import Held
     from services.gateway.wire.bodies import BodyT
 
 HEAD = 4096
@@ -31,38 +34,65 @@ class TooLarge(MeshError):
     head = b""
 
 
-async def body(request: Request, max_bytes: int) -> bytes:
-    """The body.
+async def body(request: Request, max_bytes: int, held: Held | None = None) -> bytes:
+    """The body. `held`: takes account of its bytes; None: they are too few to count.
 
     Raises:
         TooLarge: it is, compressed or not.
         InvalidRequest: it cannot be decompressed.
+        Overloaded: too many bytes are held already.
     """
     decode = _decoder(request.headers.get("content-encoding", ""))
-    sent = bytearray()
-    received = 0
-    async for piece in request.stream():
-        received += len(piece)
-        sent += piece[: max_bytes + 1 - len(sent)]
-        if received > _DRAINED * max_bytes:
-            break
-    whole = decode(bytes(sent), max_bytes + 1)
+    sent = await _sent(request, max_bytes, held)
+    whole = sent
+    if decode is not None:
+        # In a thread however small it is: a few bytes may say a lot.
+        whole = await asyncio.to_thread(decode, sent, max_bytes + 1)
+        if held:
+            held.take(len(whole))
     if len(sent) > max_bytes or len(whole) > max_bytes:
-        error = TooLarge(
+        too_large = TooLarge(
             f"the body is larger than {max_bytes} bytes", field="body", allowed=max_bytes
         )
-        error.head = whole[:HEAD]
-        raise error
+        too_large.head = whole[:HEAD]
+        raise too_large
     return whole
 
 
-async def json_of(request: Request, model: type[BodyT], max_bytes: int) -> BodyT:
+async def _sent(request: Request, max_bytes: int, held: Held | None) -> bytes:
+    """The body as it came, or one byte too much of it.
+
+    It is read to its end also where it is not kept, so that its sender hears the answer.
+    """
+    sent = bytearray()
+    received = 0
+    refused: Overloaded | None = None
+    async for piece in request.stream():
+        received += len(piece)
+        kept = piece[: max_bytes + 1 - len(sent)]
+        if not refused:
+            try:
+                if held:
+                    held.take(len(kept))
+                sent += kept
+            except Overloaded as error:
+                refused = error
+                sent.clear()
+        if refused and held:
+            held.drop()
+        if received > _DRAINED * max_bytes:
+            break
+    if refused:
+        raise refused
+    return bytes(sent)
+
+
+async def json_of(
+    request: Request, model: type[BodyT], max_bytes: int, held: Held | None = None
+) -> BodyT:
     """The body as JSON of this form."""
-    return parse(model, await body(request, max_bytes))
-
-
-def _plain(sent: bytes, most: int) -> bytes:
-    return sent[:most]
+    whole = await body(request, max_bytes, held)
+    return await aside(len(whole), parse, model, whole)
 
 
 def _zlib(sent: bytes, most: int) -> bytes:
@@ -83,10 +113,10 @@ def _zstd(sent: bytes, most: int) -> bytes:
         raise _broken() from None
 
 
-def _decoder(encoding: str) -> Callable[[bytes, int], bytes]:
+def _decoder(encoding: str) -> Callable[[bytes, int], bytes] | None:
     match encoding.strip().lower():
         case "" | "identity":
-            return _plain
+            return None
         case "zstd":
             return _zstd
         case "gzip" | "deflate":
