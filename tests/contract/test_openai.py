@@ -12,7 +12,7 @@ import pytest
 
 from rollmesh.errors import FailedPrecondition
 from rollmesh.types import LoraConfig
-from tests.fakes.mesh import digest_of
+from tests.fakes.mesh import BASE_MODEL, digest_of
 from tests.fakes.openai_world import (
     ADAPTER,
     FOREIGN,
@@ -689,6 +689,20 @@ class TestRefusals:
         assert answer.status_code == 503
         assert int(answer.headers["retry-after"]) >= 1
         assert answer.json()["error"]["type"] == "server_error"
+
+
+class TestOwnMistakes:
+    def test_they_are_told_without_what_they_say(self, http, monkeypatch):
+        def breaks(*arguments):
+            raise RuntimeError("what nobody outside is to read")
+
+        monkeypatch.setattr("services.gateway.openai.routes.params_of", breaks)
+        body = {"model": BASE_MODEL, "messages": CHAT}
+        answer = http.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 500
+        error = answer.json()["error"]
+        assert (error["type"], error["code"]) == ("server_error", "internal_error")
+        assert "nobody" not in answer.text
 
 
 class TestConfigured:
