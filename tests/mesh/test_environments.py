@@ -71,7 +71,7 @@ async def client(mesh) -> AsyncIterator[Client]:
         yield connected
 
 
-def job_in(environment: str, *, max_tokens: int = 8, steps: int = 12, **changes) -> JobSpec:
+def job_in(environment: str, *, max_tokens: int = 8, steps: int = 8, **changes) -> JobSpec:
     values = {
         "base_model": "player",
         "environment": {"name": environment},
@@ -79,7 +79,7 @@ def job_in(environment: str, *, max_tokens: int = 8, steps: int = 12, **changes)
         "algorithm": {
             "groups_per_step": 8,
             "group_size": 8,
-            "learning_rate": {"peak": 2e-3},
+            "learning_rate": {"peak": 3e-3},
         },
         "sampling": {"max_tokens": max_tokens},
         "stop": {"max_steps": steps},

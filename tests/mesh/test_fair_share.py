@@ -32,7 +32,7 @@ POLL_S = 0.1
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def flooded(mesh, job_spec) -> AsyncIterator[Client]:
     """A client of a mesh with two jobs of each project, which sample for long before they train."""
-    spec = job_spec(algorithm={"groups_per_step": 256, "group_size": 8}, evaluation=None)
+    spec = job_spec(algorithm={"groups_per_step": 512, "group_size": 8}, evaluation=None)
     async with Client(mesh.address) as client:
         jobs = [
             await client.jobs.create(f"projects/{project}", spec, f"flood-{number}")

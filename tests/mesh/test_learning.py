@@ -102,7 +102,7 @@ def _habit(count: int, split: str) -> list[dict]:
 
 
 async def test_two_jobs_at_once_on_one_sampler_each_learn_their_own_task(client, job_spec):
-    steps = {"max_steps": 30}
+    steps = {"max_steps": 22}
     right = job_spec(stop=steps)
     wrong = job_spec(
         stop=steps,

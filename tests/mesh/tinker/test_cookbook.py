@@ -65,7 +65,6 @@ async def test_the_loss_of_supervised_recipes_falls(tinker, tmp_path, name, data
 
 @pytest.mark.parametrize("loss", ["importance_sampling", "stable_reinforce"])
 async def test_the_arithmetic_recipe_trains_on_what_the_mesh_draws(tinker, tmp_path, loss):
-    pytest.importorskip("pylatexenc", reason="the recipe imports it")
     steps = await recipe(
         tinker,
         tmp_path,
