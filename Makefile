@@ -23,15 +23,14 @@ demo-smollm2: setup ## The same with a pretrained model, SmolLM2-135M-Instruct; 
 	@bash scripts/fetch_smollm2.sh
 	@$(BIN)/python -m examples.demo --config examples/smollm2.yaml --job examples/jobs/smollm2.yaml
 
-TINKER := $(addprefix tests/contract/,test_gateway_fuzz.py test_openai.py test_openai_fuzz.py) tests/mesh/tinker \
-	$(addprefix tests/mesh/,test_gateway.py test_gateway_fuzz.py test_local_gateway.py test_openai.py test_tinker_compatibility.py) \
-	tests/chaos/test_gateway_kills.py
+TINKER := tests/mesh/tinker tests/chaos/test_gateway_kills.py \
+	$(addprefix tests/mesh/,test_gateway_fuzz.py test_local_gateway.py test_tinker_compatibility.py)
 
 .PHONY: test
 test: setup ## Run the tests, but those of test-tinker
 	@$(BIN)/python -m pytest -n 2 tests/unit
-	@$(BIN)/python -m pytest -n 3 --dist loadfile tests/contract $(TINKER:%=--ignore=%)
-	@$(BIN)/python -m pytest tests/mesh tests/chaos $(TINKER:%=--ignore=%)
+	@$(BIN)/python -m pytest -n 3 --dist loadfile tests/contract
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/mesh tests/chaos $(TINKER:%=--ignore=%)
 
 .PHONY: test-tinker
 test-tinker: setup ## Run the gateway's long tests: on a mesh, every method of the Tinker SDK, its cookbook, fuzz, kills
