@@ -82,6 +82,12 @@ class AdapterClient:
                 return
             request.page_token = response.next_page_token
 
+    async def keep_idle(self, name: str, idle_ttl_s: float | None) -> None:
+        """Keep an adapter for so many seconds from now or a later use on; None: for ever."""
+        idle_ttl = None if idle_ttl_s is None else convert.duration_to_pb(idle_ttl_s)
+        with mesh_errors():
+            await self._stub.UpdateAdapter(pb.UpdateAdapterRequest(name=name, idle_ttl=idle_ttl))
+
     async def delete(self, name: str, request_id: str | None = None) -> None:
         """Delete an adapter with all its versions."""
         request = pb.DeleteAdapterRequest(request_id=request_id or str(uuid.uuid4()), name=name)

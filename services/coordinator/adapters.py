@@ -226,6 +226,17 @@ class Adapters:
         more = len(found) > size
         return found[:size], parse_adapter(found[size - 1].name)[1] if more else ""
 
+    async def keep_idle(self, name: str, idle_ttl_s: float | None) -> None:
+        """Keep an adapter for so many seconds from now or a later use on; None: for ever.
+
+        Raises:
+            NotFound: there is none of that name.
+            InvalidRequest: the name or `idle_ttl_s`.
+        """
+        parse_adapter(name)
+        check_ttl(idle_ttl_s, field="idle_ttl")
+        await self._store.keep_idle(name, idle_ttl_s, now=self._clock())
+
     async def delete_adapter(self, name: str, *, request_id: str) -> None:
         """Delete an adapter with its versions, on its trainer and on every sampler.
 

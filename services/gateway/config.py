@@ -8,7 +8,6 @@ from pydantic import (
     AfterValidator,
     Field,
     NonNegativeFloat,
-    PositiveFloat,
     PositiveInt,
     model_validator,
 )
@@ -92,8 +91,9 @@ class GatewayConfig(Config):
     """Whether train_unembed adapts the unembedding, which vLLM samplers do not load."""
     stable_reinforce: Literal["substitute", "refuse"] = "substitute"
     """The loss whose formula is not public: the mesh's own in its place, or none."""
-    model_idle_ttl_s: PositiveFloat = 86400.0
-    """How long a model is kept that nobody trains, saves or samples. Its checkpoints stay."""
+    model_idle_ttl_s: Annotated[float, Field(ge=60)] = 4 * 3600.0
+    """How long a model is kept after its last request and, of the newest `leases_per_session` of a
+    session, after the last sign of life of that. Its checkpoints stay."""
     lease_ttl_s: Annotated[float, Field(ge=60, le=3600)] = 900.0
     """How long a sampling session's version is kept after its last sample or, where it is one of
     the newest, after the last sign of life of its session."""

@@ -100,6 +100,17 @@ class Policies:
                 if lease and self._is_due(lease):
                     tasks.create_task(one(lease))
 
+    async def keep_models(self, adapters: list[str]) -> None:
+        """Have models last as if they had been used; those that are gone are gone."""
+        gate = asyncio.Semaphore(_RENEWALS_AT_ONCE)
+
+        async def one(adapter: str) -> None:
+            async with gate:
+                with contextlib.suppress(NotFound):
+                    await self._mesh.adapters.keep_idle(adapter, self._idle_ttl_s)
+
+        await asyncio.gather(*map(one, adapters))
+
     def is_due(self, session: str) -> bool:
         """Whether the leases of a session were last looked at a while ago."""
         return self._is_due(f"session {session}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from cachetools import TTLCache
 
 from rollmesh.errors import InvalidRequest, MeshError, NotFound
-from services.gateway.wire.ids import session_id
+from services.gateway.wire.ids import ModelId, session_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,13 +109,21 @@ class Sessions:
             self._noted[session] = True
         if self._policies.is_due(session):
             try:
-                samplers, _ = await self._documents.page(
-                    caller.project, f"samplers/{session}:", limit=self._config.leases_per_session
-                )
+                await self._keep(caller, session)
             except MeshError:
                 self._policies.forget(session)
                 raise
-            await self._policies.renew(samplers)
+
+    async def _keep(self, caller: Caller, session: str) -> None:
+        """The newest of what a session made lasts as long again."""
+        newest = self._config.leases_per_session
+        samplers, _ = await self._documents.page(
+            caller.project, f"samplers/{session}:", limit=newest
+        )
+        await self._policies.renew(samplers)
+        runs, _ = await self._documents.page(caller.project, f"runs/{session}:", limit=newest)
+        models = [ModelId.parse(run.key.partition("/")[2]) for run in runs]
+        await self._policies.keep_models([model.adapter(caller.project) for model in models])
 
     async def finish(self, caller: Caller, session: str, body: bodies.Finish) -> None:
         """Its client is done with it. What it made stays."""

@@ -67,6 +67,16 @@ class TestAdapters:
         with pytest.raises(AlreadyExists, match=A):
             await client.adapters.create(A, BASE_MODEL, LORA, "another")
 
+    async def test_a_time_to_live_is_set_anew_and_taken_away(self, client):
+        await client.adapters.create(A, BASE_MODEL, LORA)
+        for seconds in (60.0, None):
+            await client.adapters.keep_idle(A, seconds)
+            assert (await client.adapters.get(A)).idle_ttl_s == seconds
+        with pytest.raises(InvalidRequest, match="idle_ttl: 0 s is not over 0"):
+            await client.adapters.keep_idle(A, 0.0)
+        with pytest.raises(NotFound, match=f"{A}2"):
+            await client.adapters.keep_idle(f"{A}2", 60.0)
+
     async def test_the_same_request_many_times_at_once_makes_one_adapter(self, client, fakes):
         made = await asyncio.gather(
             *(client.adapters.create(A, BASE_MODEL, LORA, "r") for _ in range(8))

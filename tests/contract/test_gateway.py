@@ -888,6 +888,34 @@ async def test_who_saves_often_holds_the_newest_versions_and_those_in_use(tmp_pa
         assert world.fakes.sampler.versions == [1, 4]
 
 
+async def test_a_model_lasts_with_its_use_and_the_newest_with_their_session_too(tmp_path):
+    now = time.time()
+    settings = {"leases_per_session": 2, "model_idle_ttl_s": 3600.0, "clock": lambda: now}
+    async with gateway_world(tmp_path, **settings) as world:
+        caller = world.caller()
+        session = await caller.session()
+        for number in range(3):
+            await caller.model(session, number)
+
+        def uses():
+            with contextlib.closing(sqlite3.connect(tmp_path / "coordinator.sqlite")) as store:
+                found = store.execute("SELECT use_time, idle_ttl_s FROM adapters ORDER BY name")
+                return found.fetchall()
+
+        before = uses()
+        await caller.post("session_heartbeat", {"session_id": session})
+        after = uses()
+        kept = [new[0] > old[0] for new, old in zip(after, before, strict=True)]
+        assert kept == [False, True, True]
+        assert {ttl for _, ttl in after} == {3600.0}
+        # A while later again, and not before.
+        await caller.post("session_heartbeat", {"session_id": session})
+        assert uses() == after
+        now += 301
+        await caller.post("session_heartbeat", {"session_id": session})
+        assert uses()[2] > after[2]
+
+
 async def test_what_a_session_leaves_behind_is_forgotten_in_time(caller, tmp_path):
     session = await caller.session()
     model = await caller.model(session)

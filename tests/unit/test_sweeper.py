@@ -320,6 +320,15 @@ class TestIdleAdapters:
         await world.sweep(1e9)
         assert world.adapters.deleted == [f"{P}/adapters/a"]
 
+    async def test_what_is_kept_anew_is_so_from_then_on(self, world):
+        stored = await world.adapter("a")
+        world.now += 60
+        await world.store.adapters.keep_idle(stored.adapter.name, 100.0, now=world.now)
+        await world.sweep(159)
+        assert world.adapters.deleted == []
+        await world.sweep(1)
+        assert world.adapters.deleted == [stored.adapter.name]
+
     async def test_use_begins_the_time_anew(self, world):
         stored = await world.adapter("a", idle_ttl_s=100.0)
         world.now += 60

@@ -78,6 +78,14 @@ class AdapterServicer(AdapterServiceServicer):
             next_page_token=token,
         )
 
+    async def UpdateAdapter(
+        self, request: pb.UpdateAdapterRequest, context: Context
+    ) -> pb.UpdateAdapterResponse:
+        """Sets its time to live."""
+        idle_ttl_s = convert.optional_duration_from_pb(request, "idle_ttl")
+        await self._adapters.keep_idle(request.name, idle_ttl_s)
+        return pb.UpdateAdapterResponse()
+
     async def DeleteAdapter(
         self, request: pb.DeleteAdapterRequest, context: Context
     ) -> pb.DeleteAdapterResponse:

@@ -226,6 +226,16 @@ class AdapterStore:
 
         await self._database.transact(work)
 
+    async def keep_idle(self, name: str, idle_ttl_s: float | None, *, now: float) -> None:
+        """Set an adapter's time to live, which begins now. NotFound: there is none."""
+
+        async def work(connection: AsyncConnection) -> None:
+            row = await row_of(connection, name, lock=True)
+            change = update(adapters).where(adapters.c.name == row.name)
+            await connection.execute(change.values(idle_ttl_s=idle_ttl_s, use_time=now))
+
+        await self._database.transact(work)
+
     async def give_up(self, name: str, problem: str) -> None:
         """Write down why an adapter cannot be recovered."""
 

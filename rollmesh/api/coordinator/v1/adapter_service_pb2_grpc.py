@@ -55,6 +55,11 @@ class AdapterServiceStub:
                 request_serializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_adapter__service__pb2.ListAdaptersRequest.SerializeToString,
                 response_deserializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_adapter__service__pb2.ListAdaptersResponse.FromString,
                 _registered_method=True)
+        self.UpdateAdapter = channel.unary_unary(
+                '/rollmesh.api.coordinator.v1.AdapterService/UpdateAdapter',
+                request_serializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_adapter__service__pb2.UpdateAdapterRequest.SerializeToString,
+                response_deserializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_adapter__service__pb2.UpdateAdapterResponse.FromString,
+                _registered_method=True)
         self.DeleteAdapter = channel.unary_unary(
                 '/rollmesh.api.coordinator.v1.AdapterService/DeleteAdapter',
                 request_serializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_adapter__service__pb2.DeleteAdapterRequest.SerializeToString,
@@ -110,6 +115,14 @@ class AdapterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateAdapter(self, request, context):
+        """Sets how long an adapter is kept without use; this call is use. NOT_FOUND: there is none of that
+        name. INVALID_ARGUMENT: idle_ttl.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteAdapter(self, request, context):
         """Deletes an adapter with all its versions; its checkpoints stay. NOT_FOUND: there is none of that
         name. FAILED_PRECONDITION: a job that has not ended trains it.
@@ -160,6 +173,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.ListAdapters,
                     request_deserializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_adapter__service__pb2.ListAdaptersRequest.FromString,
                     response_serializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_adapter__service__pb2.ListAdaptersResponse.SerializeToString,
+            ),
+            'UpdateAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateAdapter,
+                    request_deserializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_adapter__service__pb2.UpdateAdapterRequest.FromString,
+                    response_serializer=rollmesh_dot_api_dot_coordinator_dot_v1_dot_adapter__service__pb2.UpdateAdapterResponse.SerializeToString,
             ),
             'DeleteAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteAdapter,
@@ -286,6 +304,33 @@ class AdapterService:
             '/rollmesh.api.coordinator.v1.AdapterService/ListAdapters',
             rollmesh_dot_api_dot_coordinator_dot_v1_dot_adapter__service__pb2.ListAdaptersRequest.SerializeToString,
             rollmesh_dot_api_dot_coordinator_dot_v1_dot_adapter__service__pb2.ListAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rollmesh.api.coordinator.v1.AdapterService/UpdateAdapter',
+            rollmesh_dot_api_dot_coordinator_dot_v1_dot_adapter__service__pb2.UpdateAdapterRequest.SerializeToString,
+            rollmesh_dot_api_dot_coordinator_dot_v1_dot_adapter__service__pb2.UpdateAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

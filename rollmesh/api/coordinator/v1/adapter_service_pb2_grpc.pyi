@@ -51,6 +51,10 @@ class AdapterServiceStub:
     """The adapters of a project, in the order of their names. INVALID_ARGUMENT: parent, page_size or
     page_token.
     """
+    UpdateAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.UpdateAdapterRequest, _adapter_service_pb2.UpdateAdapterResponse]
+    """Sets how long an adapter is kept without use; this call is use. NOT_FOUND: there is none of that
+    name. INVALID_ARGUMENT: idle_ttl.
+    """
     DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.DeleteAdapterRequest, _adapter_service_pb2.DeleteAdapterResponse]
     """Deletes an adapter with all its versions; its checkpoints stay. NOT_FOUND: there is none of that
     name. FAILED_PRECONDITION: a job that has not ended trains it.
@@ -90,6 +94,10 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.ListAdaptersRequest, _adapter_service_pb2.ListAdaptersResponse]  # type: ignore[assignment]
     """The adapters of a project, in the order of their names. INVALID_ARGUMENT: parent, page_size or
     page_token.
+    """
+    UpdateAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.UpdateAdapterRequest, _adapter_service_pb2.UpdateAdapterResponse]  # type: ignore[assignment]
+    """Sets how long an adapter is kept without use; this call is use. NOT_FOUND: there is none of that
+    name. INVALID_ARGUMENT: idle_ttl.
     """
     DeleteAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.DeleteAdapterRequest, _adapter_service_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
     """Deletes an adapter with all its versions; its checkpoints stay. NOT_FOUND: there is none of that
@@ -151,6 +159,16 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_adapter_service_pb2.ListAdaptersResponse, _abc.Awaitable[_adapter_service_pb2.ListAdaptersResponse]]:
         """The adapters of a project, in the order of their names. INVALID_ARGUMENT: parent, page_size or
         page_token.
+        """
+
+    @_abc_1.abstractmethod
+    def UpdateAdapter(
+        self,
+        request: _adapter_service_pb2.UpdateAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_service_pb2.UpdateAdapterResponse, _abc.Awaitable[_adapter_service_pb2.UpdateAdapterResponse]]:
+        """Sets how long an adapter is kept without use; this call is use. NOT_FOUND: there is none of that
+        name. INVALID_ARGUMENT: idle_ttl.
         """
 
     @_abc_1.abstractmethod
