@@ -204,15 +204,16 @@ async def test_work_that_is_lost_or_fails_by_a_bug_fails_and_lets_the_next_go_on
 ):
     monkeypatch.setattr("services.coordinator.bodies.MAX_ROW_BYTES", 1)
     async with running_queues(store, blobs, FakeTrainer()) as (queues, bodies, futures, changes):
-        lost = await put(None, bodies, futures, "lost", create_work(), queue="q")
-        blobs.delete((await store.futures.get(lost)).body_key)
-        broken = await put(None, bodies, futures, "broken", create_work(), queue="q", position=1)
-        last = await put(None, bodies, futures, "last", refused_work(), queue="q", position=2)
 
         async def bug(*_args):
             raise ZeroDivisionError
 
+        # Before there is any work, which may be found at once.
         queues._works._calls["create_adapter"] = bug
+        lost = await put(None, bodies, futures, "lost", create_work(), queue="q")
+        blobs.delete((await store.futures.get(lost)).body_key)
+        broken = await put(None, bodies, futures, "broken", create_work(), queue="q", position=1)
+        last = await put(None, bodies, futures, "last", refused_work(), queue="q", position=2)
         queues.begin("p", "q", lost)
         reasons = [
             (await result(bodies, futures, changes, name)).failure.reason
