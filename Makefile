@@ -23,17 +23,21 @@ demo-smollm2: setup ## The same with a pretrained model, SmolLM2-135M-Instruct; 
 	@bash scripts/fetch_smollm2.sh
 	@$(BIN)/python -m examples.demo --config examples/smollm2.yaml --job examples/jobs/smollm2.yaml
 
-TINKER := tests/mesh/tinker tests/chaos/test_gateway_kills.py \
-	$(addprefix tests/mesh/,test_gateway_fuzz.py test_local_gateway.py test_tinker_compatibility.py)
+# Files of long tests of the gateway; other long tests are marked.
+TINKER := $(addprefix tests/contract/,test_gateway_fuzz.py test_openai_fuzz.py) tests/mesh/tinker \
+	$(addprefix tests/mesh/,test_gateway.py test_gateway_fuzz.py test_local_gateway.py test_openai.py test_tinker_compatibility.py) \
+	tests/chaos/test_gateway_kills.py
+SHORT := -m "not long" $(TINKER:%=--ignore=%)
 
 .PHONY: test
-test: setup ## Run the tests, but those of test-tinker
-	@$(BIN)/python -m pytest -n 2 tests/unit
-	@$(BIN)/python -m pytest -n 3 --dist loadfile tests/contract
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/mesh tests/chaos $(TINKER:%=--ignore=%)
+test: setup ## Run the tests, but those of test-long
+	@$(BIN)/python -m pytest -n 2 $(SHORT) tests/unit
+	@$(BIN)/python -m pytest -n 3 --dist loadfile $(SHORT) tests/contract
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(SHORT) tests/mesh tests/chaos
 
-.PHONY: test-tinker
-test-tinker: setup ## Run the gateway's long tests: on a mesh, every method of the Tinker SDK, its cookbook, fuzz, kills
+.PHONY: test-long
+test-long: setup ## Run the long tests: above all every method of the Tinker SDK, its cookbook, fuzz, kills of the gateway
+	@$(BIN)/python -m pytest -m long tests
 	@$(BIN)/python -m pytest $(TINKER)
 
 .PHONY: chaos

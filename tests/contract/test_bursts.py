@@ -21,6 +21,7 @@ async def test_a_server_drops_none_of_the_calls_that_come_at_once():
         assert {infos[0].name for infos in described} == {"game"}
 
 
+@pytest.mark.long
 async def test_a_server_of_somebody_else_gets_no_more_at_once_than_it_takes():
     """One of gRPC's own drops calls beyond a thousand that wait."""
     game = Game()

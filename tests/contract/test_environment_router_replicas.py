@@ -217,6 +217,7 @@ async def test_a_name_that_leads_nowhere_is_said_with_the_reason():
         assert world.status().num_replicas == 1
 
 
+@pytest.mark.long
 async def test_a_thousand_episodes_at_once_leave_nothing_behind():
     game = Game()
     async with served(game) as there, routed(environment(there.port)) as world:

@@ -315,6 +315,7 @@ async def test_one_episode_too_many_is_told_when_to_try_again():
             pass
 
 
+@pytest.mark.long
 async def test_more_episodes_than_grpc_takes_by_itself_begin_at_once(game, client):
     async def begin():
         async with client.episode("game", "train-0") as episode:

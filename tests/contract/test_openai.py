@@ -562,6 +562,7 @@ class TestTurns:
         token_ids = [token for chunk in chunks for token in chunk.choices[0].token_ids]
         assert token_ids == drawn.token_ids[0]
 
+    @pytest.mark.long
     def test_a_turn_larger_than_a_record_is_kept_whole(self, client, world, http):
         words = [5 + n % 300 for n in range(1500)]
         world.speaker.script = lambda prompt, index: words

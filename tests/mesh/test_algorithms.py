@@ -67,7 +67,7 @@ async def test_a_student_comes_close_to_its_teacher_without_any_reward(
         pytest.param(
             {"loss": "ppo", "clip_low_threshold": 0.8, "clip_high_threshold": 1.28}, id="dapo"
         ),
-        pytest.param({"loss": "gspo", "advantage": "reinforce"}, id="gspo"),
+        pytest.param({"loss": "gspo", "advantage": "reinforce"}, id="gspo", marks=pytest.mark.long),
         pytest.param(
             {"loss": "stable_reinforce", "max_importance_ratio": 3}, id="stable_reinforce"
         ),

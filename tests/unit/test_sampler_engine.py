@@ -382,6 +382,7 @@ async def test_files_that_change_now_and_then_are_pulled_again_each_time():
 
 
 @in_virtual_time
+@pytest.mark.long
 async def test_of_versions_that_were_wrong_only_the_last_few_hundred_are_remembered():
     engine = FakeEngine()
     engine.load_errors = dict.fromkeys(range(2000), DigestMismatch("wrong"))
