@@ -16,7 +16,8 @@ from tests.mesh.conftest import WEIGHTS
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
+# It needs the machine for itself: a coordinator that gets no processor time decides late.
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.long]
 COUNTED = 24_000
 """Tokens of all projects that shares are counted over: many times what is under way at once, which
 is off by as much at the beginning and at the end."""
