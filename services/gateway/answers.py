@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rollmesh.errors import BY_REASON, MeshError, NotFound
-from services.gateway.web.aside import aside
+from services.gateway.aside import aside
 from services.gateway.wire.outputs import SUBSTITUTE, finite, forward_backward_output
 from services.gateway.wire.paths import CheckpointPath
 from services.gateway.wire.samples import sample_response

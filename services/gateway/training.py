@@ -11,7 +11,7 @@ from rollmesh.api.coordinator.v1 import future_service_pb2 as pb
 from rollmesh.api.coordinator.v1 import training_service_pb2
 from rollmesh.api.tinker.v1 import tinker_pb2
 from rollmesh.errors import InvalidRequest, MeshError, Unimplemented
-from services.gateway.web.aside import aside
+from services.gateway.aside import aside
 from services.gateway.wire import bodies
 from services.gateway.wire.batches import data_of
 from services.gateway.wire.ids import MAX_SEQ, ModelId

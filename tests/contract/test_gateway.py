@@ -23,6 +23,7 @@ import zstandard
 from rollmesh import types
 from rollmesh.api.tinker.v1 import tinker_pb2
 from rollmesh.errors import Unavailable
+from services.gateway import aside
 from services.gateway.app import PREFIX
 from services.gateway.callers import Caller
 from services.gateway.config import GatewayConfig
@@ -30,7 +31,6 @@ from services.gateway.gateway import gateway
 from services.gateway.named import BELIEVED_S
 from services.gateway.ports import Mesh
 from services.gateway.training import Training
-from services.gateway.web import aside
 from services.gateway.web.endpoints import ENDPOINTS
 from tests.fakes.coordinator import Fakes
 from tests.fakes.gateway_world import PROTOBUF, batch, gateway_at, gateway_world

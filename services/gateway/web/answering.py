@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import zstandard
 from starlette.responses import Response
 
-from services.gateway.web.aside import aside
+from services.gateway.aside import aside
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import zstandard
 
 from rollmesh.errors import InvalidRequest, MeshError, Overloaded
-from services.gateway.web.aside import aside
+from services.gateway.aside import aside
 from services.gateway.wire.bodies import parse
 
 if TYPE_CHECKING:
@@ -70,16 +70,15 @@ async def _sent(request: Request, max_bytes: int, held: Held | None) -> bytes:
     async for piece in request.stream():
         received += len(piece)
         kept = piece[: max_bytes + 1 - len(sent)]
-        if not refused:
+        if held and not refused:
             try:
-                if held:
-                    held.take(len(kept))
-                sent += kept
+                held.take(len(kept))
             except Overloaded as error:
                 refused = error
                 sent.clear()
-        if refused and held:
-            held.drop()
+                held.drop()
+        if not refused:
+            sent += kept
         if received > _DRAINED * max_bytes:
             break
     if refused:
