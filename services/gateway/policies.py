@@ -14,7 +14,7 @@ from rollmesh.names import parse_checkpoint
 from rollmesh.types import PolicyRef
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from rollmesh.types import Checkpoint, Lease
     from services.gateway.callers import Caller
@@ -88,28 +88,17 @@ class Policies:
 
     async def renew(self, documents: list[Document]) -> None:
         """Make the leases of these sampling sessions last, where it is time to."""
-        gate = asyncio.Semaphore(_RENEWALS_AT_ONCE)
-
-        async def one(lease: str) -> None:
-            async with gate:
-                await self._renew(lease)
-
-        async with asyncio.TaskGroup() as tasks:
-            for document in documents:
-                lease = document.fields.get("lease")
-                if lease and self._is_due(lease):
-                    tasks.create_task(one(lease))
+        leases = [document.fields.get("lease") for document in documents]
+        await _each(self._renew, [lease for lease in leases if lease and self._is_due(lease)])
 
     async def keep_models(self, adapters: list[str]) -> None:
         """Have models last as if they had been used; those that are gone are gone."""
-        gate = asyncio.Semaphore(_RENEWALS_AT_ONCE)
 
-        async def one(adapter: str) -> None:
-            async with gate:
-                with contextlib.suppress(NotFound):
-                    await self._mesh.adapters.keep_idle(adapter, self._idle_ttl_s)
+        async def keep(adapter: str) -> None:
+            with contextlib.suppress(NotFound):
+                await self._mesh.adapters.keep_idle(adapter, self._idle_ttl_s)
 
-        await asyncio.gather(*map(one, adapters))
+        await _each(keep, adapters)
 
     def is_due(self, session: str) -> bool:
         """Whether the leases of a session were last looked at a while ago."""
@@ -165,6 +154,17 @@ class Policies:
         return await self._mesh.leases.create_lease(
             caller.project, policy, ttl_s=self._lease_ttl_s, request_id=request_id
         )
+
+
+async def _each(work: Callable[[str], Awaitable[None]], names: list[str]) -> None:
+    """Do `work` for all of `names`, a few at a time."""
+    gate = asyncio.Semaphore(_RENEWALS_AT_ONCE)
+
+    async def one(name: str) -> None:
+        async with gate:
+            await work(name)
+
+    await asyncio.gather(*map(one, names))
 
 
 def _held(lease: Lease) -> Fields:
